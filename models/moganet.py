@@ -1,0 +1,481 @@
+"""MogaNet: multi-order gated aggregation network (https://arxiv.org/abs/2211.03295), in timm's conventions.
+
+Read bottom-up: a `MogaBlock` is a spatial mixer (`MultiOrderGatedAggregation`) and a channel mixer
+(`ChannelAggregation`), four stages of blocks make a `MogaNet`, and the functions at the end register its six variants.
+State-dict names are those of the released checkpoints, whence the mixed capitals.
+"""
+import math
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+)
+from timm.models._features import feature_take_indices
+from torch import nn
+
+Gate = Literal['single', 'double']
+
+
+class ComplementScale(nn.Module):
+    """`x + scale * (x - common)`: what in x differs from its common part, weighted by channel."""
+
+    def __init__(self, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1, dim, 1, 1), 1e-5, **dd))
+
+    def forward(self, x: torch.Tensor, common: torch.Tensor) -> torch.Tensor:
+        """x [B, C, H, W] and common, broadcastable to it -> [B, C, H, W]."""
+        # One pass over memory instead of three. Autocast does not cover lerp, so the scale follows x's precision.
+        return torch.lerp(x, common, -self.scale.to(x.dtype))
+
+
+class MultiOrderDWConv(nn.Module):
+    """The value branch: depthwise convolutions of 3/8 and 4/8 of the channels at growing dilation.
+
+    All C channels go through a 5x5; then 1/8 of them stay, 3/8 go through a 5x5 at dilation 2 (receptive field 9) and
+    4/8 through a 7x7 at dilation 3 (receptive field 19).
+    """
+
+    def __init__(self, dim: int, **dd: Any) -> None:
+        super().__init__()
+        mid, high = dim * 3 // 8, dim // 2
+        self.dims = [dim - mid - high, mid, high]
+        self.DW_conv0 = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.DW_conv1 = nn.Conv2d(mid, mid, 5, padding=4, dilation=2, groups=mid, **dd)
+        self.DW_conv2 = nn.Conv2d(high, high, 7, padding=9, dilation=3, groups=high, **dd)
+        self.PW_conv = nn.Conv2d(dim, dim, 1, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        low, mid, high = torch.split(self.DW_conv0(x), self.dims, dim=1)
+        return self.PW_conv(torch.cat([low, self.DW_conv1(mid), self.DW_conv2(high)], dim=1))
+
+
+@register_notrace_function  # torch.fx cannot trace a context that depends on the device
+def _gated_projection_fp32(
+    gate: torch.Tensor, value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """`conv1x1(SiLU(gate) * SiLU(value))` in float32, whatever autocast says; the result has the weight's dtype."""
+    with torch.autocast(gate.device.type, enabled=False):
+        product = F.silu(gate.float()) * F.silu(value.float())
+        return F.conv2d(product, weight.float(), bias.float()).to(weight.dtype)
+
+
+class MultiOrderGatedAggregation(nn.Module):
+    """The spatial mixer: multi-order context, gated.
+
+    Args:
+        dim: C, the channels.
+        gate: 'single' activates both branches once; 'double' applies SiLU twice to each, as the checkpoints trained
+            with the authors' `attn_force_fp32` expect: another function, not another precision.
+        gate_fp32: under autocast, compute the gating product and its projection in float32. The product of two
+            unbounded fp16 branches overflows at 65,504, which is where fp16 training of MogaNet turns to NaN.
+    """
+
+    double_gate: Final[bool]
+    gate_fp32: Final[bool]
+
+    def __init__(self, dim: int, *, gate: Gate = 'single', gate_fp32: bool = False, **dd: Any) -> None:
+        super().__init__()
+        self.double_gate = gate == 'double'
+        self.gate_fp32 = gate_fp32
+        self.proj_1 = nn.Conv2d(dim, dim, 1, **dd)
+        self.gate = nn.Conv2d(dim, dim, 1, **dd)
+        self.value = MultiOrderDWConv(dim, **dd)
+        self.proj_2 = nn.Conv2d(dim, dim, 1, **dd)
+        self.sigma = ComplementScale(dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W], already normalised -> [B, C, H, W]."""
+        y = self.proj_1(x)
+        y = F.silu(self.sigma(y, y.mean((2, 3), keepdim=True)))
+        gate, value = self.gate(y), self.value(y)
+        if self.double_gate:
+            gate, value = F.silu(gate), F.silu(value)
+        if self.gate_fp32:
+            y = _gated_projection_fp32(gate, value, self.proj_2.weight, self.proj_2.bias)
+        else:
+            y = self.proj_2(F.silu(gate) * F.silu(value))
+        return y + x
+
+
+class ChannelAggregation(nn.Module):
+    """The channel mixer: an inverted bottleneck that reallocates its hidden channels.
+
+    Args:
+        dim: C, the channels in and out.
+        hidden_dim: channels in between.
+        drop: dropout rate after the activation and after the last convolution.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, drop: float = 0.0, **dd: Any) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1, **dd)
+        self.decompose = nn.Conv2d(hidden_dim, 1, 1, **dd)
+        self.sigma = ComplementScale(hidden_dim, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        x = self.drop(F.gelu(self.dwconv(self.fc1(x))))
+        x = self.sigma(x, F.gelu(self.decompose(x)))
+        return self.drop(self.fc2(x))
+
+
+class MogaBlock(nn.Module):
+    """One block: `x + drop_path(layer_scale * branch(norm(x)))` for the spatial, then for the channel mixer."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        ffn_ratio: int,
+        proj_drop: float,
+        drop_path: float,
+        layer_scale_init_value: float,
+        gate: Gate,
+        gate_fp32: bool,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.layer_scale_1 = nn.Parameter(torch.full((1, dim, 1, 1), layer_scale_init_value, **dd))
+        self.layer_scale_2 = nn.Parameter(torch.full((1, dim, 1, 1), layer_scale_init_value, **dd))
+        self.norm1 = nn.BatchNorm2d(dim, **dd)
+        self.attn = MultiOrderGatedAggregation(dim, gate=gate, gate_fp32=gate_fp32, **dd)
+        self.norm2 = nn.BatchNorm2d(dim, **dd)
+        self.mlp = ChannelAggregation(dim, dim * ffn_ratio, drop=proj_drop, **dd)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, C, H, W]; under autocast the result, the residual stream, is float32."""
+        # Drop path acts on the scale [B, C, 1, 1] and not on the branch [B, C, H, W]: the same product, one pass less.
+        scale = self.drop_path(self.layer_scale_1.expand(x.shape[0], -1, -1, -1))
+        x = torch.addcmul(x, scale, self.attn(self.norm1(x)))
+        scale = self.drop_path(self.layer_scale_2.expand(x.shape[0], -1, -1, -1))
+        return torch.addcmul(x, scale, self.mlp(self.norm2(x)))
+
+
+class Blocks(nn.Sequential):
+    """The blocks of a stage, recomputed one by one in the backward pass when `grad_checkpointing` is set."""
+
+    grad_checkpointing: bool = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self, x)
+        for block in self:
+            x = block(x)
+        return x
+
+
+class Stem(nn.Module):
+    """Stage 1's embedding: [B, in_chans, H, W] -> [B, C, H/4, W/4], rounded up."""
+
+    def __init__(self, in_chans: int, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.projection = nn.Sequential(
+            nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
+            nn.BatchNorm2d(dim // 2, **dd),
+            nn.GELU(),
+            nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd),
+            nn.BatchNorm2d(dim, **dd),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.projection(x)
+
+
+class Downsample(nn.Module):
+    """The other stages' embedding: [B, C, H, W] -> [B, C', H/2, W/2], rounded up."""
+
+    def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.projection(x))
+
+
+class MogaNet(nn.Module):
+    """MogaNet (https://arxiv.org/abs/2211.03295) with timm's interface.
+
+    Args:
+        in_chans: channels of the input image.
+        num_classes: classes; 0 leaves the classifier out.
+        global_pool: 'avg', or '' for none (only without classifier).
+        dims: channels of the four stages.
+        depths: blocks of the four stages.
+        ffn_ratios: hidden over outer channels in the channel aggregation of the four stages.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout in the channel aggregation.
+        drop_path_rate: drop path of the last block; the first has 0, between them it rises linearly.
+        layer_scale_init_value: the initial `layer_scale_*`.
+        gate: 'single' or 'double', see `MultiOrderGatedAggregation`.
+        gate_fp32: float32 gating under autocast, see `MultiOrderGatedAggregation`.
+        head_init_scale: factor on the classifier's initial weights.
+        device: where the parameters are made, as in torch.
+        dtype: their type, as in torch.
+
+    Raises:
+        ValueError: an unknown `gate` or `global_pool`, or a classifier without pooling.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = 'avg',
+        *,
+        dims: tuple[int, ...] = (32, 64, 96, 192),
+        depths: tuple[int, ...] = (3, 3, 10, 2),
+        ffn_ratios: tuple[int, ...] = (8, 8, 4, 4),
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-5,
+        gate: Gate = 'single',
+        gate_fp32: bool = False,
+        head_init_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if gate not in ('single', 'double'):
+            raise ValueError(f"gate must be 'single' or 'double', not {gate!r}")
+        dd = {'device': device, 'dtype': dtype}
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.head_init_scale = head_init_scale
+        self.num_stages = 4
+        self.feature_info = [
+            {'num_chs': dim, 'reduction': 2 ** (i + 2), 'module': f'norm{i + 1}'} for i, dim in enumerate(dims)
+        ]
+        drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').split(depths)
+        for i, (dim, ffn_ratio) in enumerate(zip(dims, ffn_ratios, strict=True)):
+            embed = Stem(in_chans, dim, **dd) if i == 0 else Downsample(dims[i - 1], dim, **dd)
+            blocks = Blocks(*(
+                MogaBlock(
+                    dim,
+                    ffn_ratio=ffn_ratio,
+                    proj_drop=proj_drop_rate,
+                    drop_path=drop_path,
+                    layer_scale_init_value=layer_scale_init_value,
+                    gate=gate,
+                    gate_fp32=gate_fp32,
+                    **dd,
+                )
+                for drop_path in drop_paths[i].tolist()
+            ))
+            self.add_module(f'patch_embed{i + 1}', embed)
+            self.add_module(f'blocks{i + 1}', blocks)
+            self.add_module(f'norm{i + 1}', nn.BatchNorm2d(dim, **dd))
+        self.head_drop = nn.Dropout(drop_rate)
+        self._set_head(num_classes, global_pool, **dd)
+        self.apply(_init_convolution)
+
+    def _set_head(self, num_classes: int, global_pool: str, **dd: Any) -> None:
+        if global_pool not in ('avg', ''):
+            raise ValueError(f"global_pool must be 'avg' or '', not {global_pool!r}")
+        if num_classes and not global_pool:
+            raise ValueError("global_pool='' needs num_classes=0: the classifier takes pooled features")
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes else nn.Identity()
+        if num_classes:
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+            with torch.no_grad():
+                self.head.weight *= self.head_init_scale
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns for timm's `group_parameters`: the stem, then every block (or, if coarse, stage), then the head.
+
+        An embedding goes with the first block of its stage, a closing norm with the last.
+        """
+        return {
+            'stem': r'^patch_embed1',
+            'blocks': r'^(?:patch_embed|blocks|norm)(\d)' if coarse else [
+                (r'^patch_embed(\d)', (0,)),
+                (r'^blocks(\d)\.(\d+)', None),
+                (r'^norm(\d)', (99999,)),  # timm's mark for 'with the group before'
+            ],
+        }
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The scales start at 1e-5 and are exempt from decay, though 4-D: timm's rule would exempt only 1-D ones."""
+        return {name for name, _ in self.named_parameters() if name.endswith('sigma.scale') or 'layer_scale' in name}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade a second forward pass for the memory of each block's activations."""
+        for module in self.modules():
+            if isinstance(module, Blocks):
+                module.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier, `nn.Identity` where there is none."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier by a fresh one, or by none at 0 classes; raises ValueError as the constructor."""
+        like = next(self.parameters())
+        pool = self.global_pool if global_pool is None else global_pool
+        self._set_head(num_classes, pool, device=like.device, dtype=like.dtype)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The stages' outputs, beside the final features unless `intermediates_only`.
+
+        Args:
+            x: images [B, in_chans, H, W].
+            indices: the stages wanted: the last n if an int, all if None.
+            norm: part of timm's interface and without effect, as every stage ends with its own norm.
+            stop_early: leave out the stages after the last one wanted.
+            output_fmt: 'NCHW', the only one there is.
+            intermediates_only: return the list alone.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', not {output_fmt!r}")
+        take, last = feature_take_indices(self.num_stages, indices)
+        intermediates = []
+        for i in range(last + 1 if stop_early else self.num_stages):
+            for part in ('patch_embed', 'blocks', 'norm'):
+                x = self.get_submodule(f'{part}{i + 1}')(x)
+            if i in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the stages after the last one in `indices`, and the classifier; returns the indices kept.
+
+        `prune_norm` is part of timm's interface and without effect: a stage's norm belongs to its output.
+        """
+        take, last = feature_take_indices(self.num_stages, indices)
+        for i in range(last + 1, self.num_stages):
+            for part in ('patch_embed', 'blocks', 'norm'):
+                setattr(self, f'{part}{i + 1}', nn.Identity())
+        if prune_head or last + 1 < self.num_stages:
+            self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
+            self.reset_classifier(0, '')
+        self.num_stages = last + 1
+        return take
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, in_chans, H, W] -> [B, C, H/32, W/32], rounded up; any H and W of at least 32."""
+        x = self.norm1(self.blocks1(self.patch_embed1(x)))
+        x = self.norm2(self.blocks2(self.patch_embed2(x)))
+        x = self.norm3(self.blocks3(self.patch_embed3(x)))
+        return self.norm4(self.blocks4(self.patch_embed4(x)))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """[B, C, H, W] -> logits [B, num_classes], or with `pre_logits` what the classifier takes, [B, C]."""
+        if self.global_pool == 'avg':
+            x = x.mean((2, 3))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, in_chans, H, W] -> logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_convolution(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+        nn.init.zeros_(module.bias)
+
+
+def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'min_input_size': (3, 32, 32),
+        'crop_pct': 0.9,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed1.projection.0',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+        'paper_ids': 'arXiv:2211.03295',
+        'origin_url': 'https://github.com/Westlake-AI/MogaNet',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'moganet_xtiny.in1k': _cfg(),
+    'moganet_tiny.in1k': _cfg(),
+    'moganet_small.in1k': _cfg(),
+    'moganet_base.in1k': _cfg(),
+    'moganet_large.in1k': _cfg(),
+    'moganet_xlarge.in1k': _cfg(),
+})
+
+
+def _create_moganet(
+    variant: str, pretrained: bool, kwargs: dict[str, Any], *, dims: tuple[int, ...], depths: tuple[int, ...]
+) -> MogaNet:
+    kwargs = {'dims': dims, 'depths': depths, **kwargs}
+    return build_model_with_cfg(MogaNet, variant, pretrained, feature_cfg={'out_indices': (0, 1, 2, 3)}, **kwargs)
+
+
+@register_model
+def moganet_xtiny(pretrained: bool = False, **kwargs: Any) -> MogaNet:
+    """MogaNet-XT: 2.96 M parameters, 0.79 GMACs at 224."""
+    return _create_moganet('moganet_xtiny', pretrained, kwargs, dims=(32, 64, 96, 192), depths=(3, 3, 10, 2))
+
+
+@register_model
+def moganet_tiny(pretrained: bool = False, **kwargs: Any) -> MogaNet:
+    """MogaNet-T: 5.20 M parameters, 1.09 GMACs at 224."""
+    return _create_moganet('moganet_tiny', pretrained, kwargs, dims=(32, 64, 128, 256), depths=(3, 3, 12, 2))
+
+
+@register_model
+def moganet_small(pretrained: bool = False, **kwargs: Any) -> MogaNet:
+    """MogaNet-S: 25.3 M parameters, 4.94 GMACs at 224."""
+    return _create_moganet('moganet_small', pretrained, kwargs, dims=(64, 128, 320, 512), depths=(2, 3, 12, 2))
+
+
+@register_model
+def moganet_base(pretrained: bool = False, **kwargs: Any) -> MogaNet:
+    """MogaNet-B: 43.7 M parameters, 9.88 GMACs at 224."""
+    return _create_moganet('moganet_base', pretrained, kwargs, dims=(64, 160, 320, 512), depths=(4, 6, 22, 3))
+
+
+@register_model
+def moganet_large(pretrained: bool = False, **kwargs: Any) -> MogaNet:
+    """MogaNet-L: 82.5 M parameters, 15.8 GMACs at 224."""
+    return _create_moganet('moganet_large', pretrained, kwargs, dims=(64, 160, 320, 640), depths=(4, 6, 44, 4))
+
+
+@register_model
+def moganet_xlarge(pretrained: bool = False, **kwargs: Any) -> MogaNet:
+    """MogaNet-XL: 181.0 M parameters, 34.4 GMACs at 224."""
+    return _create_moganet('moganet_xlarge', pretrained, kwargs, dims=(96, 192, 480, 960), depths=(6, 6, 44, 4))
