@@ -1,0 +1,575 @@
+"""Every checkpoint format turned into a plain state dict, without ever unpickling arbitrary code.
+
+`load_weights` reads a path, a URL or `released:NAME` (the table of released files below) and says what the file is;
+`apply_weights` puts the tensors into a model and says what matched. Formats: our training checkpoints, timm's, mmcv's
+(OpenMixup), ConvNeXt's and DeiT's, bare state dicts, safetensors.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import pickletools
+import re
+import ssl
+import struct
+import sys
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import timm
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils import UserError, nearest
+
+Gate = Literal['single', 'double']
+Which = Literal['raw', 'ema']
+
+
+# ---- The released files ---------------------------------------------------------------------------------------------
+
+_H = 'https://github.com/Westlake-AI/MogaNet/releases/download/moganet-in1k-weights/'
+_O = 'https://github.com/Westlake-AI/openmixup/releases/download/moganet-in1k-weights/'
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released ImageNet-1k checkpoint and how it reaches its published accuracy.
+
+    Sizes and hashes are not published, so none are given; a download's own are shown and remembered.
+    """
+    model: str
+    url: str
+    format: Literal['timm', 'mmcv']
+    gate: Gate
+    weights: Which  # those that reach the accuracy
+    test_size: int  # pixels, squares
+    crop_pct: float
+    acc1: float | None  # published top-1 and top-5, %; None where not published for this file
+    acc5: float | None
+
+
+def _timm(model: str, file: str, weights: Which, size: int, acc1: float, acc5: float) -> Released:
+    """A file of the authors' MogaNet repository: trained with the single gate."""
+    return Released(model, f'{_H}{file}.pth.tar', 'timm', 'single', weights, size, 0.9, acc1, acc5)
+
+
+def _mmcv(model: str, file: str, weights: Which, size: int, acc1: float | None, acc5: float | None = None, *,
+          gate: Gate = 'double', crop_pct: float = 0.9) -> Released:
+    """A file of the authors' OpenMixup: trained with `attn_force_fp32`, which is the double gate."""
+    return Released(model, f'{_O}{file}.pth', 'mmcv', gate, weights, size, crop_pct, acc1, acc5)
+
+
+# Accuracies: the authors' repository for its own files; the paper's table for OpenMixup's 300-epoch files where it has
+# the model at that size; OpenMixup's own for 3-Augment (XT) and RSB A3.
+RELEASED: dict[str, Released] = {
+    'moganet_xtiny': _timm('moganet_xtiny', 'moganet_xtiny_sz224_8xbs128_ep300', 'raw', 224, 76.5, 93.4),
+    'moganet_xtiny_256': _timm('moganet_xtiny', 'moganet_xtiny_sz256_8xbs128_ep300', 'raw', 256, 77.2, 93.8),
+    'moganet_tiny': _timm('moganet_tiny', 'moganet_tiny_sz224_8xbs128_ep300', 'raw', 224, 79.0, 94.6),
+    'moganet_tiny_256': _timm('moganet_tiny', 'moganet_tiny_sz256_8xbs128_ep300', 'raw', 256, 79.6, 94.9),
+    'moganet_small': _timm('moganet_small', 'moganet_small_sz224_8xbs128_ep300', 'ema', 224, 83.4, 96.9),
+    'moganet_base': _timm('moganet_base', 'moganet_base_sz224_8xbs128_ep300', 'ema', 224, 84.3, 97.0),
+    'moganet_large': _timm('moganet_large', 'moganet_large_sz224_8xbs64_ep300', 'ema', 224, 84.7, 97.1),
+    'moganet_xlarge': _timm('moganet_xlarge', 'moganet_xlarge_sz224_8xbs64_ep300', 'ema', 224, 85.1, 97.4),
+    'moganet_xtiny_openmixup': _mmcv('moganet_xtiny', 'moga_xtiny_sz224_8xb128_fp16_ep300', 'raw', 224, 76.5),
+    'moganet_xtiny_256_openmixup': _mmcv('moganet_xtiny', 'moga_xtiny_sz256_8xb128_fp16_ep300', 'raw', 256, None),
+    'moganet_xtiny_3aug_256': _mmcv(
+        'moganet_xtiny', 'moga_xtiny_deit3_sz256_lr2e_3_8xb128_fp16_ep300', 'raw', 256, 77.6),
+    'moganet_tiny_openmixup': _mmcv('moganet_tiny', 'moga_tiny_sz224_8xb128_fp16_ep300', 'raw', 224, 79.0),
+    'moganet_tiny_256_openmixup': _mmcv('moganet_tiny', 'moga_tiny_sz256_8xb128_fp16_ep300', 'raw', 256, 79.6),
+    'moganet_tiny_3aug_256': _mmcv(
+        'moganet_tiny', 'moga_tiny_deit3_sz256_lr2e_3_8xb128_fp16_ep300', 'raw', 256, 80.0, 95.0),
+    'moganet_small_openmixup': _mmcv('moganet_small', 'moga_small_ema_sz224_8xb128_ep300', 'ema', 224, 83.4),
+    'moganet_small_openmixup_single': _mmcv(
+        'moganet_small', 'moga_small_ema_sz224_8xb128_no_forcefp32_ep300', 'ema', 224, None, gate='single'),
+    'moganet_base_openmixup': _mmcv('moganet_base', 'moga_base_ema_sz224_8xb128_ep300', 'ema', 224, 84.2),
+    'moganet_large_openmixup': _mmcv('moganet_large', 'moga_large_ema_sz224_8xb64_accu2_ep300', 'ema', 224, 84.6),
+    'moganet_xlarge_openmixup': _mmcv('moganet_xlarge', 'moga_xlarge_ema_sz224_8xb32_accu2_ep300', 'ema', 224, None),
+    'moganet_xtiny_rsb_a3': _mmcv(
+        'moganet_xtiny', 'moga_xtiny_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 72.8, crop_pct=0.95),
+    'moganet_tiny_rsb_a3': _mmcv(
+        'moganet_tiny', 'moga_tiny_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 75.4, crop_pct=0.95),
+    'moganet_small_rsb_a3': _mmcv(
+        'moganet_small', 'moga_small_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 81.1, crop_pct=0.95),
+    'moganet_base_rsb_a3': _mmcv(
+        'moganet_base', 'moga_base_rsb_a3_sz160_8xb128_accu2_ep100', 'raw', 224, 82.2, crop_pct=0.95),
+    'moganet_large_rsb_a3': _mmcv(
+        'moganet_large', 'moga_large_rsb_a3_sz160_8xb128_accu2_ep100', 'raw', 224, 83.2, crop_pct=0.95),
+}
+_RELEASED_BY_FILE = {row.url.rsplit('/', 1)[1]: name for name, row in RELEASED.items()}
+
+
+def pretrained_cfgs() -> dict[str, dict[str, Any]]:
+    """timm's pretrained cfgs of the released files: `moganet_tiny.in1k`, `moganet_tiny.in1k_256`, and so on.
+
+    The tag is what a file's name adds to its model's; a model's first is timm's default.
+    """
+    return {f'{row.model}.in1k{name.removeprefix(row.model)}': {
+        'url': row.url, 'input_size': (3, row.test_size, row.test_size), 'crop_pct': row.crop_pct,
+    } for name, row in RELEASED.items()}
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Weights:
+    """What a checkpoint holds for a model.
+
+    `meta` carries what is known of `model, test_size, crop_pct, crop_mode, interpolation, mean, std, classes, acc1,
+    acc5` (published, %), `epoch, metric, recipe, args, released` (its name in `RELEASED`), `url, sha256, bytes`.
+    """
+    state_dict: dict[str, Tensor]  # our names
+    gate: Gate | None  # None: neither the file nor the table says
+    which: Which
+    format: str  # 'training', 'timm', 'mmcv', 'deit', 'bare' or 'safetensors'
+    meta: dict[str, Any] = field(default_factory=dict)
+    source: str = ''
+
+    def __str__(self) -> str:
+        gate = f'{self.gate} gate' if self.gate else 'gate not said'
+        return f'{self.source}: {self.which} weights, {self.format} format, {gate}'
+
+
+def load_weights(source: str | Path, which: Literal['auto', 'raw', 'ema'] = 'auto') -> Weights:
+    """Reads a checkpoint of any known format.
+
+    Args:
+        source: a path, an https URL (`#sha256=...` at its end is checked), or `released:NAME` of `RELEASED`. URLs are
+            downloaded once, into torch's hub cache. A file with a released file's name is taken for that file.
+        which: the averaged weights, the plain ones, or (auto) those that reach a released file's accuracy, else the
+            averaged where the file has them.
+
+    Raises:
+        UserError: not found, damaged, not a checkpoint, without the weights asked for, or in need of code to be read.
+    """
+    source = str(source)
+    name, url = None, None
+    if source.startswith('released:'):
+        name = source.removeprefix('released:')
+        if name not in RELEASED:
+            raise UserError(f'no released checkpoint {name!r}{nearest(name, RELEASED)} (known: {", ".join(RELEASED)})')
+        url = RELEASED[name].url
+    elif re.match(r'https?://', source):
+        url = source
+    path = _download(url) if url else Path(source).expanduser()
+    row = RELEASED.get(name or _RELEASED_BY_FILE.get(path.name, ''))
+    try:
+        payload, told = _read_file(path)
+        sets, gate, kind, meta = _interpret(payload, told)
+    except UserError as error:
+        if not url:
+            raise UserError(f'{source}: {error}') from None
+        _forget(path)
+        raise UserError(f'{source}: {error} (removed from the cache)') from None
+    if row and row.weights == 'ema' and kind == 'mmcv' and list(sets) == ['raw']:
+        sets = {'ema': sets['raw']}  # even without their `ema_` twins, the plain names hold the average
+    if which == 'auto':
+        which = row.weights if row and row.weights in sets else next(iter(sets))
+    if which not in sets:
+        raise UserError(f'{source}: has no {which} weights, only {" and ".join(sets)}: leave the choice to auto')
+    if row:
+        meta = {'released': name or _RELEASED_BY_FILE[path.name], 'interpolation': 'bicubic'} | {
+            key: getattr(row, key) for key in ('model', 'test_size', 'crop_pct', 'acc1', 'acc5')} | {
+            key: value for key, value in meta.items() if key in ('classes', 'epoch', 'metric', 'args')}
+    if url:
+        meta |= _remembered(path)
+    return Weights(sets[which], gate or (row.gate if row else None), which, kind, meta, source)
+
+
+# NumPy's names of the numbers a checkpoint may hold, and `struct`'s
+_NUMBERS = {'b1': '?', 'i1': 'b', 'i2': 'h', 'i4': 'i', 'i8': 'q', 'u1': 'B', 'u2': 'H', 'u4': 'I', 'u8': 'Q',
+            'f2': 'e', 'f4': 'f', 'f8': 'd'}
+
+
+class _Dtype:
+    """Stands in for `numpy.dtype` while unpickling.
+
+    NumPy's own `__setstate__` believes the flags it is given, and an object scalar behind forged ones is a pointer that
+    the file chose. Nothing of NumPy is called here.
+    """
+
+    def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
+        self.format = _NUMBERS[code]
+
+    def __setstate__(self, state: tuple) -> None:
+        self.format = ('>' if state[1] == '>' else '<') + self.format[-1]
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> int | float | bool:
+    """Stands in for NumPy's constructor of scalars: a plain number."""
+    return struct.unpack(dtype.format, data)[0]
+
+
+# All that a pickle may name beside tensors and containers. NumPy 1 wrote `numpy.core`, NumPy 2 writes `numpy._core`.
+_HARMLESS = [argparse.Namespace, (_Dtype, 'numpy.dtype'), (_scalar, 'numpy.core.multiarray.scalar'),
+             (_scalar, 'numpy._core.multiarray.scalar')]
+
+
+def _read_file(path: Path) -> tuple[Any, dict[str, str] | None]:
+    """The content of a checkpoint file and, of a safetensors file, its notes. Nothing in the file is executed."""
+    if path.is_dir():
+        raise UserError('is a directory: give a checkpoint file')
+    try:
+        with path.open('rb') as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(f'cannot be read ({error.strerror}): check the path') from None
+    if not head:
+        raise UserError('is empty: fetch or copy it again')
+    if b'\0' not in head and re.match(rb'\s*<[!?a-zA-Z]', head):
+        raise UserError('is a web page, not a checkpoint: fetch it again, from the link of the file itself')
+    if head.startswith(b'version https://git-lfs'):
+        raise UserError('is a Git LFS pointer, not the file: run `git lfs pull`')
+    try:
+        if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < 2**32:  # length of the header, then its JSON
+            with safetensors.safe_open(path, 'pt') as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # on protocols and TorchScript: the errors below say it
+            return torch.load(path, map_location='cpu', weights_only=True), None
+    except Exception as error:  # whatever a damaged or hostile file makes a parser throw
+        if needed := _foreign_globals(path, str(error)):
+            raise UserError(f'refused: to read it, {needed} would have to be imported and called, but weights need no '
+                            f'code; ask its author for a file with weights only') from None
+        if 'TorchScript' in str(error):
+            raise UserError('is a TorchScript program, which carries code: give the checkpoint it was made from'
+                            ) from None
+        reason = re.split(r'\. |\n', str(error).strip())[0][:120] or type(error).__name__
+        raise UserError(f'is damaged or no checkpoint ({reason}): fetch or copy it again') from None
+
+
+def _foreign_globals(path: Path, message: str) -> str:
+    """The globals for whose sake a pickle was refused: torch's word, else (protocol 4, at which torch gives up before
+    it comes to a name) those that its opcodes spell out."""
+    found = re.search(r'GLOBAL (\S+)', message)
+    if found:
+        return found[1]
+    if 'Unsupported operand' not in message:
+        return ''
+    names, strings = [], []
+    with contextlib.suppress(ValueError, KeyError, zipfile.BadZipFile), contextlib.ExitStack() as stack:
+        if zipfile.is_zipfile(path):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            file = stack.enter_context(archive.open(next(n for n in archive.namelist() if n.endswith('data.pkl'))))
+        else:
+            file = stack.enter_context(path.open('rb'))
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name == 'STACK_GLOBAL':
+                names.append('.'.join(strings[-2:]))
+            elif isinstance(argument, str):
+                strings.append(argument)
+    return ', '.join(dict.fromkeys(names))
+
+
+# ---- The formats ----------------------------------------------------------------------------------------------------
+
+Interpreted = tuple[dict[str, dict[str, Tensor]], Gate | None, str, dict[str, Any]]
+
+
+def _interpret(payload: Any, told: dict[str, str] | None) -> Interpreted:
+    """Tells a file's format by its keys: ({'ema' and / or 'raw': state dict}, gate, format, meta)."""
+    if not isinstance(payload, Mapping) or not payload:
+        raise UserError(f'holds a {type(payload).__name__}, not weights')
+    if told and 'moganet' in told:  # a safetensors file of tools/export.py
+        note = json.loads(told['moganet'])
+        return {note['which']: _clean(payload)}, note['gate'], 'safetensors', note['meta']
+    if all(isinstance(value, Tensor) for value in payload.values()):
+        return {'raw': _clean(payload)}, None, 'bare' if told is None else 'safetensors', {}
+    if 'state_dict' in payload:
+        raw, ema, kind = payload['state_dict'], payload.get('state_dict_ema'), 'timm'
+    elif 'model' in payload:
+        raw, ema, kind = payload['model'], payload.get('model_ema'), 'deit'
+    else:
+        raise UserError(f'holds no weights under any name known here, only {", ".join(map(str, list(payload)[:8]))}')
+    raw = _clean(raw)
+    if any(name.startswith('backbone.') for name in raw):
+        return _interpret_mmcv(raw, _mapping(payload.get('meta')))
+    sets = {'ema': _clean(ema)} if ema is not None else {}
+    sets['ema' if payload.get('which') == 'ema' else 'raw'] = raw
+    if recipe := _mapping(payload.get('recipe')):
+        meta = {key: recipe.get(key) for key in _EVALUATION} | {
+            key: payload.get(key) for key in ('epoch', 'classes', 'recipe')}
+        return sets, recipe.get('gate'), 'training', _known(meta)
+    args = _mapping(payload.get('args'))
+    size = args.get('img_size') or args.get('input_size')
+    meta = {key: args.get(key) for key in _EVALUATION} | {key: payload.get(key) for key in (
+        'epoch', 'metric', 'classes')} | {'model': payload.get('arch') or args.get('model'), 'args': args or None,
+                                          'test_size': size[-1] if isinstance(size, (list, tuple)) else size}
+    return sets, payload.get('gate') or _gate_in(str(args)), kind, _known(meta)
+
+
+_EVALUATION = ('model', 'test_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """The items of a dict or Namespace; none of anything else."""
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _known(meta: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in meta.items() if value is not None and value != ''}
+
+
+def _interpret_mmcv(entries: Mapping[str, Tensor], told: dict[str, Any]) -> Interpreted:
+    """mmcv's names. With an EMA hook the plain names hold the average and `ema_` entries the raw weights; their dots
+    became underscores for good, so they are looked up from the plain names' side."""
+    plain = {key: value for key, value in entries.items() if not key.startswith('ema_')}
+    sets = {'raw': plain}
+    if len(plain) < len(entries):
+        twins = {key: f'ema_{key.replace(".", "_")}' for key in plain}
+        lost = [twin for key, twin in twins.items() if twin not in entries and not _is_buffer(key)]
+        if lost:
+            raise UserError(f'has `ema_` entries, but not {lost[0]}: it is damaged or of another architecture')
+        # the hook averages parameters, and a BN buffer without a twin is shared
+        sets = {'ema': plain, 'raw': {key: entries.get(twin, plain[key]) for key, twin in twins.items()}}
+    meta = {'epoch': told.get('epoch'), 'classes': told.get('CLASSES')}
+    ours = {which: {key.removeprefix('backbone.').replace('head.fc.', 'head.'): value for key, value in tensors.items()}
+            for which, tensors in sets.items()}
+    return ours, _gate_in(str(told.get('config'))), 'mmcv', _known(meta)
+
+
+def _is_buffer(name: str) -> bool:
+    return name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
+
+
+def _gate_in(text: str) -> Gate | None:
+    """The authors' option `attn_force_fp32` applies SiLU twice: it names the gate, if a text sets it, to one value."""
+    values = set(re.findall(r'attn_force_fp32[\'"]?\s*[=:]\s*(True|False)', text))
+    if len(values) != 1:
+        return None
+    return 'double' if values == {'True'} else 'single'
+
+
+def _clean(tensors: Any) -> dict[str, Tensor]:
+    """A state dict without the marks of DistributedDataParallel, torch.compile and AveragedModel on its names."""
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError('holds something other than tensors where its weights should be')
+    cleaned = {re.sub(r'^(module\.)+', '', name.replace('_orig_mod.', '')): value for name, value in tensors.items()}
+    return {name: value for name, value in cleaned.items() if name != 'n_averaged'}
+
+
+# ---- Into a model ---------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Report:
+    """What of a checkpoint went into a model: names of state-dict entries."""
+    matched: list[str]
+    missing: list[str]  # in the model, not in the file
+    unexpected: list[str]  # in the file, not in the model
+    wrong_shape: list[str]
+    dropped: list[str]  # the classifier's, of another size, when fine-tuning
+
+    def __str__(self) -> str:
+        parts = [f'{len(self.matched)} tensors loaded']
+        if self.dropped:
+            parts.append(f'classifier of another size dropped ({", ".join(self.dropped)}): the new one starts afresh')
+        for what, names in (('missing', self.missing), ('unexpected', self.unexpected),
+                            ('of another shape', self.wrong_shape)):
+            if names:
+                parts.append(f'{len(names)} {what}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}')
+        return '; '.join(parts)
+
+
+def classifier_names(model: nn.Module | str) -> tuple[str, ...]:
+    """The module names of a timm model's classifier, from its pretrained cfg; `model` may be a registered name."""
+    cfg = timm.get_pretrained_cfg(model) if isinstance(model, str) else getattr(model, 'pretrained_cfg', None)
+    names = cfg.get('classifier') if isinstance(cfg, dict) else getattr(cfg, 'classifier', None)
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool = False) -> Report:
+    """Loads a checkpoint into a model of the same architecture, any of timm's, in place.
+
+    Args:
+        drop_classifier: for fine-tuning: keep the model's classifier where the file's has another size or is missing.
+
+    Raises:
+        UserError: another classifier without `drop_classifier`, or fewer than 99 % of the backbone's tensors (the
+            model's or the file's, whichever has more) match. The model is then untouched.
+    """
+    ours, given = model.state_dict(), weights.state_dict
+    classifier = tuple(f'{name}.' for name in classifier_names(model))
+    of_head = {name for name in [*ours, *given] if name.startswith(classifier)} if classifier else set()
+    matched = [name for name in ours if name in given and given[name].shape == ours[name].shape]
+    missing = [name for name in ours if name not in given]
+    unexpected = [name for name in given if name not in ours]
+    wrong_shape = [name for name in ours if name in given and given[name].shape != ours[name].shape]
+
+    def backbone(names: Mapping | list[str]) -> int:  # BN's counters have no say in a forward pass
+        return sum(name not in of_head and not name.endswith('num_batches_tracked') for name in names)
+    whole = max(backbone(ours), backbone(given))
+    if backbone(matched) < 0.99 * whole:
+        is_of = f' of {weights.meta["model"]}' if weights.meta.get('model') else ''
+        into = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', type(model).__name__)
+        raise UserError(f'{weights.source}: weights{is_of} do not fit {into}: {backbone(matched)} of {whole} tensors '
+                        f'match (missing {len(missing)}, unexpected {len(unexpected)}, of another shape '
+                        f'{len(wrong_shape)}); give the --model that the file was made with')
+    lacking = [name for name in (*wrong_shape, *missing) if name in of_head]
+    if lacking and not drop_classifier:
+        has = ' x '.join(map(str, given[lacking[0]].shape)) if lacking[0] in given else 'none'
+        raise UserError(f'{weights.source}: the classifier\'s {lacking[0]} is {has} in the file and '
+                        f'{" x ".join(map(str, ours[lacking[0]].shape))} in the model: give --nb_classes as the file '
+                        f'has it, or train a new one with --finetune')
+    dropped = [name for name in wrong_shape if name in of_head]
+    model.load_state_dict({name: given[name] for name in matched}, strict=False)
+    return Report(matched, missing, unexpected, [name for name in wrong_shape if name not in of_head], dropped)
+
+
+def build_model(weights: Weights, name: str | None = None, *, gate: Gate | None = None) -> nn.Module:
+    """The model that a checkpoint was made with, weights loaded, in evaluation mode.
+
+    Args:
+        name: a timm model's name, for a file that does not say.
+        gate: overrides the file's word.
+
+    Raises:
+        UserError: the file does not say its model, or does not fit it.
+    """
+    name = name or weights.meta.get('model')
+    if not name:
+        raise UserError(f'{weights.source}: the file does not say which model it is of: give --model')
+    if not timm.is_model(name):
+        raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
+    sizes = [len(weights.state_dict[f'{head}.weight']) for head in classifier_names(name)
+             if f'{head}.weight' in weights.state_dict]
+    kwargs = dict((weights.meta.get('recipe') or {}).get('model_kwargs') or {})
+    gate = gate or weights.gate
+    if gate and name.startswith('moganet'):
+        kwargs['gate'] = gate
+    model = timm.create_model(name, num_classes=sizes[0] if sizes else 0, **kwargs)
+    apply_weights(model, weights)
+    return model.eval()
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to: renamed to it at the end, removed if the writing fails."""
+    partial = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.partial')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f'cannot write {path}: {error.strerror or error}') from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _note(path: Path) -> Path:
+    """Where a downloaded file's address, size and hash are kept."""
+    return path.with_name(f'{path.name}.json')
+
+
+def _remembered(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(_note(path).read_text())
+    return {}
+
+
+def _forget(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+        _note(path).unlink(missing_ok=True)
+
+
+def _download(url: str) -> Path:
+    """A URL's file in torch's hub cache, fetched unless it is there. A file put there by hand is taken as it is.
+
+    Raises:
+        UserError: unreachable, not a file, broken off for good, or another hash than the URL's `#sha256=`.
+    """
+    url, _, wanted = url.partition('#sha256=')
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != 'https' and parts.hostname not in ('127.0.0.1', 'localhost'):
+        raise UserError(f'{url}: plain http can be altered on its way: use https')
+    name = Path(urllib.parse.unquote(parts.path)).name
+    if name in ('', '..'):
+        raise UserError(f'{url}: names no file')
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / name
+    if _is_cached(path, url, wanted):
+        return path
+    # torchrun starts many processes at once: on each node one fetches, the others wait and find the file. The lock is a
+    # local file, since not every shared file system has locks; two nodes may both fetch, and the last rename stands.
+    key = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f'moganet-{getattr(os, "getuid", int)()}-{key}.lock'):
+        if not _is_cached(path, url, wanted):
+            with written_whole(path) as partial:
+                _fetch(url, partial, f'download it elsewhere and put it at {path}, or give its path')
+                facts = {'url': url, 'bytes': partial.stat().st_size, 'sha256': sha256_of(partial)}
+                if wanted and facts['sha256'] != wanted.lower():
+                    raise UserError(f'{url}: sha256 is {facts["sha256"]}, not {wanted} as asked: nothing was kept')
+            with written_whole(_note(path)) as partial:
+                partial.write_text(json.dumps(facts))
+            print(f'{path}: {facts["bytes"]:,} bytes, sha256 {facts["sha256"]}', file=sys.stderr)
+    return path
+
+
+def _is_cached(path: Path, url: str, wanted: str) -> bool:
+    """Whether the cache's file is whole and the one asked for, as far as size and hash are known."""
+    known = _remembered(path)
+    wanted = wanted.lower() or known.get('sha256')
+    return (path.is_file() and known.get('url', url) == url and known.get('bytes', path.stat().st_size)
+            == path.stat().st_size and (not wanted or sha256_of(path) == wanted))
+
+
+def _fetch(url: str, target: Path, cure: str) -> None:
+    """Downloads with a progress bar on stderr, taking a broken-off transfer up again where it stopped, three times."""
+    print(f'downloading {url}', file=sys.stderr)
+    done, total, failure = 0, None, ''
+    with target.open('wb') as file, tqdm(desc=target.stem, unit='B', unit_scale=True, leave=False, disable=None) as bar:
+        for _ in range(4):
+            request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
+            try:
+                with urllib.request.urlopen(request, timeout=30) as reply:
+                    if url.startswith('https:') and not reply.url.startswith('https:'):
+                        raise UserError(f'{url}: sends on to plain {reply.url}: refused')
+                    if reply.headers.get_content_type() == 'text/html':
+                        raise UserError(f'{url}: answers with a web page, not a file: give the link of the file itself')
+                    if done and reply.status != 206:  # the server starts over
+                        done = 0
+                        file.seek(0)
+                        file.truncate()
+                    length = reply.headers.get('Content-Length')
+                    total = done + int(length) if length else None
+                    bar.reset(total)
+                    bar.update(done)
+                    while block := reply.read(1 << 20):
+                        file.write(block)
+                        done += len(block)
+                        bar.update(len(block))
+                if total is None or done == total:
+                    return
+                failure = f'broke off after {done:,} of {total:,} bytes'
+            except urllib.error.HTTPError as error:
+                raise UserError(f'{url}: the server answers {error.code} {error.reason}: check the address') from None
+            except urllib.error.URLError as error:
+                raise UserError(f'{url}: cannot be reached ({error.reason}): {cure}') from None
+            except (HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
+                failure = f'broke off after {done:,} bytes ({type(error).__name__})'
+    raise UserError(f'{url}: {failure}, four times: try again later, or {cure}')
