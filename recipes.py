@@ -5,7 +5,6 @@ imports torch, so that `--help`, `--list_recipes` and a misspelt flag answer at 
 """
 import argparse
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -53,7 +52,7 @@ class Recipe:
     model_kwargs: dict[str, Any] = doc({}, 'further arguments of the model, as name=value ...')
 
     # Data and augmentation
-    data_set: str = doc('image_folder', "'image_folder', 'digits', 'fake', or a name of timm's create_dataset, hfds/...")
+    data_set: str = doc('image_folder', "image_folder, digits, fake, or a name of timm's create_dataset (hfds/... etc.)")
     input_size: int = doc(224, 'side of the training crop, pixels')
     test_size: int = doc(224, 'side of the test crop, pixels; follows --input_size unless given')
     crop_pct: float = doc(0.9, 'test crop: the shorter side is resized to test_size / crop_pct')
@@ -70,6 +69,8 @@ class Recipe:
     remode: Literal['pixel', 'const', 'rand'] = doc('pixel', 'what random erasing fills in')
     recount: int = doc(1, 'number of erased boxes')
     repeated_aug: int = doc(1, 'augmented copies of one image in an epoch (DeiT: 3); 1 is none')
+    on_bad_image: Literal['stop', 'skip'] = doc('stop', 'an unreadable training image: stop, or take another and '
+                                                        'count it')
     mean: tuple[float, float, float] = doc(IMAGENET_MEAN, 'mean of the normalisation, of values in 0..1')
     std: tuple[float, float, float] = doc(IMAGENET_STD, 'standard deviation of the normalisation')
     mixup: float = doc(0.8, "alpha of mixup's Beta distribution; 0 is off")
@@ -133,6 +134,7 @@ class Run:
                                                          'finds the largest that fits')
     update_freq: int | None = doc(None, 'micro-steps per update; derived where not given')
     world_size: int = doc(1, 'number of processes, from the launcher', flag=False)
+    given: tuple[str, ...] = doc((), 'fields of the recipe that the command line gave', flag=False)
     num_workers: int | None = doc(None, 'data-loading processes per rank; the cores of a rank, at most 10, by default')
     pin_mem: bool = doc(True, 'load into pinned memory (CUDA)')
     compile: bool = doc(False, 'torch.compile the model')
@@ -163,6 +165,7 @@ class Run:
     eval: bool = doc(False, 'evaluate --checkpoint and exit')
     checkpoint: tuple[str, ...] = doc((), 'checkpoints to evaluate')
     weights: Literal['auto', 'raw', 'ema'] = doc('auto', 'which weights of it: auto takes the EMA where there is one')
+    results_file: str | None = doc(None, 'CSV file to which the results are appended')
     val_batch_size: int | None = doc(None, 'images per process when evaluating; 1.5 micro-batches by default')
     val_interval: int = doc(1, 'epochs between evaluations')
     disable_eval: bool = doc(False, 'do not evaluate while training')
@@ -355,7 +358,8 @@ def _parser() -> argparse.ArgumentParser:
             if not field.metadata['flag']:
                 continue
             kind = hints[field.name]
-            options: dict[str, Any] = {'kind': kind, 'action': _Store, 'help': field.metadata['help'].replace('%', '%%')}
+            text = field.metadata['help'].replace('%', '%%')
+            options: dict[str, Any] = {'kind': kind, 'action': _Store, 'help': text}
             base = typing.get_args(kind)[0] if typing.get_origin(kind) in UNIONS else kind
             if base is bool:
                 options |= {'nargs': '?', 'const': True, 'metavar': 'true|false'}
@@ -413,20 +417,20 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
         raise SystemExit(0)
     print_recipe = given.pop('print_recipe')
     given.pop('local_rank', None)
-    recipe = _resolve_recipe(given)
+    recipe, overridden = _resolve_recipe(given)
     run_fields = {field.name for field in fields(Run)}
     run = Run(**{name: value for name, value in given.items() if name in run_fields})
-    run = replace(run, world_size=int(os.environ.get('WORLD_SIZE', 1)),
-                  output_dir=run.output_dir or f'runs/{recipe.name}')
+    run = replace(run, world_size=int(os.environ.get('WORLD_SIZE', 1)), given=overridden,
+                  output_dir=run.output_dir or ('' if run.eval else f'runs/{recipe.name}'))
     _validate(recipe, run)
     if print_recipe:
         print(json.dumps(dataclasses.asdict(recipe), indent=2))
         raise SystemExit(0)
-    return recipe, run if run.eval else _fit_batch(recipe, run)
+    return recipe, run if run.eval else fit_batch(recipe, run)
 
 
-def _resolve_recipe(given: dict[str, Any]) -> Recipe:
-    """The row that the flags choose, with the flags that override its fields. `given` loses what concerns the row."""
+def _resolve_recipe(given: dict[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
+    """The row that the flags choose with the flags that override its fields, and these fields' names."""
     name, config = given.pop('recipe', None), given.pop('config', None)
     model = given.get('model')
     if config is not None:
@@ -435,6 +439,8 @@ def _resolve_recipe(given: dict[str, Any]) -> Recipe:
         if name not in RECIPES:
             raise UserError(f'unknown recipe {name}{nearest(name, RECIPES)}; main.py --list_recipes shows them')
         row = RECIPES[name]
+    elif model is None and given.get('checkpoint'):  # the file says which
+        row = replace(RECIPES['default'], model='')
     elif model is None:
         raise UserError('which model? say --model moganet_small, or --recipe NAME; main.py --list_recipes shows them')
     elif model in RECIPES and RECIPES[model].model == model:
@@ -462,7 +468,7 @@ def _resolve_recipe(given: dict[str, Any]) -> Recipe:
     if recipe.scale_lr:
         factor = recipe.total_batch_size / row.total_batch_size
         recipe = replace(recipe, lr=recipe.lr * factor, min_lr=recipe.min_lr * factor)
-    return recipe
+    return recipe, tuple(changes)
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
@@ -472,6 +478,36 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     if unknown:
         raise UserError(f'not a recipe: unknown field {unknown[0]}{nearest(unknown[0], known)}')
     return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def of_weights(meta: dict[str, Any], gate: str | None, asked: Recipe, given: tuple[str, ...]) -> Recipe:
+    """The recipe by which a checkpoint is to be evaluated.
+
+    Its own, where the file holds one; else the one asked for, with the test settings and the gate that the file or the
+    table of released files knows. Fields that the command line gave win.
+
+    Args:
+        meta: what `models.weights.load_weights` found out about the file.
+        gate: the gate it was trained with, where that is known.
+        asked: the recipe of the command line.
+        given: the names of its fields that were given there.
+
+    Raises:
+        UserError: where neither the file nor the command line says which model it is.
+    """
+    recipe = from_dict(meta['recipe']) if isinstance(meta.get('recipe'), dict) else asked
+    known = {name: meta[name] for name in ('model', 'test_size', 'crop_pct', 'interpolation', 'mean', 'std')
+             if meta.get(name) is not None}
+    if gate is not None:
+        known['gate'] = gate
+    if recipe is asked and recipe.model:  # --model or --recipe says it
+        known.pop('model', None)
+    recipe = replace(recipe, **{name: tuple(value) if isinstance(value, list) else value
+                                for name, value in known.items()})
+    recipe = replace(recipe, **{name: getattr(asked, name) for name in given})
+    if not recipe.model:
+        raise UserError('the checkpoint does not say which model it is; give --model NAME')
+    return recipe
 
 
 def load_recipe(path: str) -> Recipe:
@@ -519,7 +555,7 @@ def _validate(recipe: Recipe, run: Run) -> None:
         check(value is None or value > 0, f'--{name} {value}: give a whole number above 0')
     check(run.batch_size in (None, 'auto') or run.batch_size > 0, f'--batch_size {run.batch_size}: give at least 1')
     check(run.num_workers is None or run.num_workers >= 0, f'--num_workers {run.num_workers} is negative')
-    check(recipe.layer_decay <= 1, f'--layer_decay {recipe.layer_decay} raises the rate of lower layers: give at most 1')
+    check(recipe.layer_decay <= 1, f'--layer_decay {recipe.layer_decay} speeds up lower layers: give at most 1')
     check(recipe.crop_pct <= 1, f'--crop_pct {recipe.crop_pct}: the crop cannot exceed the image; give at most 1')
     check(recipe.min_lr <= recipe.lr, f'--min_lr {recipe.min_lr} is above --lr {recipe.lr}')
     check(recipe.warmup_steps is not None or recipe.warmup_epochs <= recipe.epochs,
@@ -532,15 +568,14 @@ def _validate(recipe: Recipe, run: Run) -> None:
           '--bce_target_thresh needs --loss bce or bce_sum; cross-entropy has no threshold')
     check(recipe.clip_grad is not None or recipe.clip_mode == 'norm', '--clip_mode needs --clip_grad')
     check(recipe.interpolation != 'random', "--interpolation random: a test resize has one; give e.g. 'bicubic'")
-    check(not (run.eval and not run.checkpoint and not run.pretrained), 'what is to be evaluated? say --checkpoint FILE')
+    check(not (run.eval and not run.checkpoint and not run.pretrained), 'evaluate what? say --checkpoint FILE')
     check(run.eval or not run.checkpoint, '--checkpoint goes with --eval; to continue a run say --resume, '
                                           'to start from its weights --finetune')
     check(not (run.finetune and run.pretrained), '--finetune and --pretrained both name the initial weights; give one')
     check(run.resume is not None or not run.no_resume_opt, '--no_resume_opt goes with --resume FILE')
-    check(run.num_workers is None or run.num_workers >= 0, '--num_workers is negative')
 
 
-def _fit_batch(recipe: Recipe, run: Run) -> Run:
+def fit_batch(recipe: Recipe, run: Run) -> Run:
     """Derives micro-batch and accumulation so that world size x micro-batch x micro-steps is the recipe's batch.
 
     The effective batch belongs to the recipe, the GPUs to the run. What the user gives is kept; the rest is derived:
@@ -584,8 +619,8 @@ def _cures(recipe: Recipe, run: Run, micro: int, steps: int) -> str:
 
 def table() -> str:
     """The recipes as a table of text, one row each."""
-    head = ('recipe', 'train/test', 'epochs', 'batch', 'opt', 'lr', 'decay', 'drop path', 'augmentation', 'mixup', 'EMA',
-            'precision', 'gate', 'top-1')
+    head = ('recipe', 'train/test', 'epochs', 'batch', 'opt', 'lr', 'decay', 'drop path', 'augmentation', 'mixup',
+            'EMA', 'precision', 'gate', 'top-1')
     lines = [head]
     for row in RECIPES.values():
         lines.append((
