@@ -16,7 +16,6 @@ from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
-    register_notrace_function,
 )
 from timm.models._features import feature_take_indices
 from torch import nn
@@ -59,14 +58,15 @@ class MultiOrderDWConv(nn.Module):
         return self.PW_conv(torch.cat([low, self.DW_conv1(mid), self.DW_conv2(high)], dim=1))
 
 
-@register_notrace_function  # torch.fx cannot trace a context that depends on the device
-def _gated_projection_fp32(
-    gate: torch.Tensor, value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+@torch.fx.wrap  # neither tracer nor script can follow a context that depends on the device
+@torch.jit.ignore
+def gated_projection_fp32(
+    gate: torch.Tensor, value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """`conv1x1(SiLU(gate) * SiLU(value))` in float32, whatever autocast says; the result has the weight's dtype."""
     with torch.autocast(gate.device.type, enabled=False):
         product = F.silu(gate.float()) * F.silu(value.float())
-        return F.conv2d(product, weight.float(), bias.float()).to(weight.dtype)
+        return F.conv2d(product, weight.float(), None if bias is None else bias.float()).to(weight.dtype)
 
 
 class MultiOrderGatedAggregation(nn.Module):
@@ -101,7 +101,7 @@ class MultiOrderGatedAggregation(nn.Module):
         if self.double_gate:
             gate, value = F.silu(gate), F.silu(value)
         if self.gate_fp32:
-            y = _gated_projection_fp32(gate, value, self.proj_2.weight, self.proj_2.bias)
+            y = gated_projection_fp32(gate, value, self.proj_2.weight, self.proj_2.bias)
         else:
             y = self.proj_2(F.silu(gate) * F.silu(value))
         return y + x
@@ -168,7 +168,9 @@ class MogaBlock(nn.Module):
 class Blocks(nn.Sequential):
     """The blocks of a stage, recomputed one by one in the backward pass when `grad_checkpointing` is set."""
 
-    grad_checkpointing: bool = False
+    def __init__(self, *blocks: MogaBlock) -> None:
+        super().__init__(*blocks)
+        self.grad_checkpointing = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""

@@ -1,0 +1,468 @@
+"""MogaNet computes the authors' function under their names, and keeps timm's interface."""
+import copy
+import inspect
+import re
+
+import pytest
+import reference
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models import group_parameters
+from torch import nn
+
+import models
+
+VARIANTS = list(reference.shapes())
+XT = 'moganet_xtiny'
+
+
+@pytest.fixture(scope='module', params=VARIANTS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """A variant with seeded weights, shared by the tests that leave it as it is (XL alone is 0.7 GB)."""
+    model = timm.create_model(request.param)
+    model.load_state_dict(reference.seeded_state_dict(request.param))
+    return model.eval()
+
+
+def seeded_xtiny(**kwargs: object) -> nn.Module:
+    model = timm.create_model(XT, **kwargs)
+    model.load_state_dict(reference.seeded_state_dict(XT))
+    return model.eval()
+
+
+def variant_of(model: nn.Module) -> str:
+    return model.default_cfg['architecture']
+
+
+def channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+# The authors' function.
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_state_dict_has_the_released_names_and_shapes_in_order(variant):
+    state = timm.create_model(variant, device='meta').state_dict()
+    assert [(name, list(value.shape)) for name, value in state.items()] == list(reference.shapes()[variant].items())
+
+
+PARAMETERS = [2_956_066, 5_197_332, 25_335_675, 43_720_475, 82_480_978, 180_991_924]
+
+
+@pytest.mark.parametrize(('variant', 'count'), list(zip(VARIANTS, PARAMETERS, strict=True)))
+def test_parameter_count_is_exact(variant, count):
+    assert sum(p.numel() for p in timm.create_model(variant, device='meta').parameters()) == count
+
+
+# Float32 sums in another order: 1e-5 is what two builds of torch differ by at most; measured 2e-7 (XT) to 5e-7 (XL).
+def test_logits_equal_the_recorded_ones(model):
+    variant = variant_of(model)
+    for size in (224, 256):
+        if f'{variant}/{size}' in reference.LOGITS:
+            with torch.inference_mode():
+                logits = model(reference.seeded_images(2, 3, size, size))
+            assert reference.relative_error(logits, reference.LOGITS[f'{variant}/{size}']) <= 1e-5
+
+
+@pytest.mark.parametrize('variant', [XT, 'moganet_small'])
+def test_double_gate_equals_the_recorded_one_and_differs_from_the_single(variant):
+    model = timm.create_model(variant, gate='double').eval()
+    model.load_state_dict(reference.seeded_state_dict(variant))
+    with torch.inference_mode():
+        logits = model(reference.seeded_images(2, 3, 224, 224))
+    assert reference.relative_error(logits, reference.LOGITS[f'{variant}/224/double_gate']) <= 1e-5
+    assert reference.relative_error(logits, reference.LOGITS[f'{variant}/224']) > 1e-3
+
+
+def test_stage_means_equal_the_recorded_ones(model):
+    variant = variant_of(model)
+    if f'{variant}/96x128/stage0_mean' not in reference.LOGITS:
+        assert variant not in (XT, 'moganet_small')
+        return
+    with torch.inference_mode():
+        stages = model.forward_intermediates(reference.seeded_images(1, 3, 96, 128), intermediates_only=True)
+    assert len(stages) == 4
+    for i, stage in enumerate(stages):
+        assert reference.relative_error(stage.mean((2, 3)), reference.LOGITS[f'{variant}/96x128/stage{i}_mean']) <= 1e-5
+
+
+def test_three_training_steps_equal_the_recorded_ones():
+    recorded = reference.load_json('train_steps_moganet_xtiny.json.gz')
+    model = seeded_xtiny().train()
+    images, labels = reference.seeded_images(4, 3, 64, 64), reference.seeded_labels(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    for step, expected in enumerate(recorded['loss']):
+        loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        # 1e-4: AdamW divides by the root of near-zero second moments, which magnifies round-off after the first step.
+        assert loss.item() == pytest.approx(expected, rel=1e-5 if step == 0 else 1e-4)
+        if step == 0:
+            buffers = dict(model.named_buffers())
+            assert len(recorded['running_mean_norm']) == sum(name.endswith('running_mean') for name in buffers)
+            for name, norm in recorded['running_mean_norm'].items():
+                name = name if name.endswith('running_mean') else f'{name}.running_mean'
+                assert buffers[name].norm().item() == pytest.approx(norm, rel=1e-5), name
+            gradients = {name: p.grad.norm().item() for name, p in model.named_parameters()}
+            assert gradients.keys() == recorded['grad_norm'].keys()
+            largest = max(gradients.values())
+            for name, norm in recorded['grad_norm'].items():
+                # Below 1e-6 of the largest a gradient is round-off: a bias before a training-mode BN has a true 0.
+                assert gradients[name] == pytest.approx(norm, rel=1e-4, abs=1e-6 * largest), name
+        optimizer.step()
+
+
+# timm's interface, after timm's own model tests.
+
+
+def test_forward_gives_finite_logits_at_any_size_from_32(model):
+    with torch.inference_mode():
+        for height, width in ((32, 32), (33, 64)):
+            logits = model(torch.randn(1, 3, height, width))
+            assert logits.shape == (1, 1000) and logits.isfinite().all()
+
+
+def test_backward_reaches_every_parameter(model):
+    model = copy.deepcopy(model).train()
+    model(torch.randn(2, 3, 32, 32)).mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_default_cfg_describes_the_model(model):
+    cfg, state = model.default_cfg, model.state_dict()
+    assert (cfg['input_size'], cfg['crop_pct'], cfg['interpolation']) == ((3, 224, 224), 0.9, 'bicubic')
+    assert cfg['classifier'] + '.weight' in state and state[cfg['first_conv'] + '.weight'].shape[1] == 3
+    assert model.num_classes == cfg['num_classes'] == model.get_classifier().out_features
+    with torch.inference_mode():
+        features = model.forward_features(torch.randn(1, 3, 224, 224))
+    assert features.shape == (1, model.num_features, *cfg['pool_size'])
+
+
+def test_head_is_pooled_features_and_classifier(model):
+    x = torch.randn(2, 3, 64, 32)
+    with torch.inference_mode():
+        features = model.forward_features(x)
+        pre_logits = model.forward_head(features, pre_logits=True)
+        assert features.shape == (2, model.num_features, 2, 1)
+        assert pre_logits.shape == (2, model.head_hidden_size)
+        torch.testing.assert_close(pre_logits, features.mean((2, 3)))
+        torch.testing.assert_close(model(x), model.forward_head(features))
+        torch.testing.assert_close(model.get_classifier()(pre_logits), model(x))
+
+
+def test_intermediates_and_feature_list_agree(model):
+    x = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        final, stages = model.forward_intermediates(x)
+        torch.testing.assert_close(final, model.forward_features(x))
+        torch.testing.assert_close(stages[-1], final)
+        stopped, first_two = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
+        assert stopped is first_two[1] and len(first_two) == 2
+        torch.testing.assert_close(first_two, stages[:2])
+        for info, stage in zip(model.feature_info, stages, strict=True):
+            assert stage.shape == (1, info['num_chs'], 64 // info['reduction'], 96 // info['reduction'])
+
+
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'fx', 'getter'])
+def test_features_only_gives_the_chosen_stages(feature_cls):
+    whole = seeded_xtiny()
+    features = timm.create_model(XT, features_only=True, out_indices=(1, 3), feature_cls=feature_cls).eval()
+    assert features.feature_info.channels() == [64, 192] and features.feature_info.reduction() == [8, 32]
+    weights = reference.seeded_state_dict(XT)
+    own = features.state_dict()
+    features.load_state_dict({name: weights[re.sub(r'^(body|model|graph_module)\.', '', name)] for name in own})
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        out = features(x)
+        out = list(out.values()) if isinstance(out, dict) else list(out)
+        expected = whole.forward_intermediates(x, indices=[1, 3], intermediates_only=True)
+    torch.testing.assert_close(out, expected)
+
+
+def test_features_only_is_the_list_by_default_and_works_for_all():
+    for variant in VARIANTS:
+        features = timm.create_model(variant, features_only=True, device='meta')
+        out = features(torch.empty(1, 3, 64, 64, device='meta'))
+        assert [x.shape[1] for x in out] == features.feature_info.channels()
+        assert [64 // x.shape[2] for x in out] == features.feature_info.reduction() == [4, 8, 16, 32]
+
+
+def test_pruning_leaves_the_wanted_stages_alone():
+    model, whole = seeded_xtiny(), seeded_xtiny()
+    x = torch.randn(1, 3, 64, 64)
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    assert not any(name.startswith(('blocks3', 'norm4', 'head')) for name in model.state_dict())
+    with torch.inference_mode():
+        expected = whole.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+        torch.testing.assert_close(model.forward_intermediates(x, indices=[0, 1], intermediates_only=True), expected)
+        assert model.num_features == 64 and model(x).shape == (1, 64, 8, 8)
+
+
+def test_torchscript_equals_eager(model):
+    x = torch.randn(1, 3, 32, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+def test_fx_graph_equals_eager_and_trains(model):
+    graph = torch.fx.symbolic_trace(model)
+    x = torch.randn(2, 3, 32, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(graph(x), model(x))
+    graph(x).mean().backward()
+    assert all(p.grad is not None for p in graph.parameters())
+    graph.zero_grad()
+
+
+# Dynamo takes a quarter of a second a block; the five left to the slow tests differ in sizes alone.
+@pytest.mark.parametrize(
+    'variant', [pytest.param(v, marks=() if v == XT else pytest.mark.slow) for v in VARIANTS]
+)
+def test_compiles_without_graph_break(variant):
+    torch._dynamo.reset()
+    model, x = timm.create_model(variant).eval(), torch.randn(1, 3, 32, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='eager')(x), model(x))
+
+
+def test_exports_with_a_dynamic_batch():
+    model, x = seeded_xtiny(), torch.randn(2, 3, 32, 64)
+    exported = torch.export.export(model, (x,), dynamic_shapes={'x': {0: torch.export.Dim('batch')}}).module()
+    with torch.no_grad():
+        for batch in (x, torch.randn(5, 3, 32, 64)):
+            torch.testing.assert_close(exported(batch), model(batch))
+
+
+@pytest.mark.parametrize('options', [{'gate': 'double'}, {'gate_fp32': True}], ids=str)
+def test_every_gate_survives_script_trace_compile_and_export(options):
+    torch._dynamo.reset()
+    model = models.moganet.MogaNet(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), **options).eval()
+    x = torch.randn(2, 3, 32, 64)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.jit.script(model)(x), expected)
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+        compiled = torch.compile(model, fullgraph=True, backend='eager')
+        with torch.autocast('cpu', torch.bfloat16):
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.slow
+def test_inductor_training_step_equals_eager():
+    torch._dynamo.reset()
+    eager, x = seeded_xtiny().train(), reference.seeded_images(4, 3, 64, 64)
+    compiled = copy.deepcopy(eager)
+    losses = [F.cross_entropy(net(x), torch.arange(4)) for net in (eager, torch.compile(compiled, fullgraph=True))]
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    for (name, mine), theirs in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+        # Relative to the largest gradient: fused kernels round differently, and some true gradients are 0.
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+# Arguments.
+
+
+def test_reset_classifier_and_no_classifier():
+    model, x = seeded_xtiny(), torch.randn(2, 3, 32, 32)
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7) and model.num_classes == model.get_classifier().out_features == 7
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    torch.testing.assert_close(model(x), pooled)
+    model.reset_classifier(0, '')
+    torch.testing.assert_close(model(x), model.forward_features(x))
+    assert timm.create_model(XT, num_classes=0)(x).shape == (2, 192)
+    assert timm.create_model(XT, num_classes=0, global_pool='')(x).shape == (2, 192, 1, 1)
+
+
+def test_misspelt_argument_is_named():
+    with pytest.raises(TypeError, match='drop_path_rat'):
+        timm.create_model(XT, drop_path_rat=0.1)
+
+
+@pytest.mark.parametrize(
+    'options', [{'gate': 'triple'}, {'global_pool': 'max', 'num_classes': 0}, {'global_pool': '', 'num_classes': 10}]
+)
+def test_impossible_argument_is_refused(options):
+    with pytest.raises(ValueError, match='|'.join(options)):
+        timm.create_model(XT, **options)
+
+
+def test_other_input_channels_change_the_first_convolution_only():
+    model = timm.create_model(XT, in_chans=1)
+    state, expected = model.state_dict(), dict(reference.shapes()[XT])
+    expected['patch_embed1.projection.0.weight'] = [16, 1, 3, 3]
+    assert {name: list(value.shape) for name, value in state.items()} == expected
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 1000)
+
+
+def test_initial_values_follow_the_paper():
+    torch.manual_seed(0)
+    model = timm.create_model('moganet_small', layer_scale_init_value=0.5)
+    for name, parameter in model.named_parameters():
+        if 'layer_scale' in name:
+            assert parameter.eq(0.5).all(), name
+        elif name.endswith('sigma.scale'):
+            assert parameter.eq(1e-5).all(), name
+        elif name.endswith('bias'):
+            assert parameter.eq(0).all(), name
+        elif parameter.ndim == 1:
+            assert parameter.eq(1).all(), name
+        elif parameter.numel() > 10_000 and parameter.ndim == 4:
+            convolution = model.get_submodule(name.removesuffix('.weight'))
+            fan_out = parameter.shape[0] * parameter[0, 0].numel() / convolution.groups
+            assert parameter.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05), name
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.01)
+
+
+def test_head_init_scale_scales_the_classifier_alone():
+    models_ = []
+    for scale in (1.0, 0.001):
+        torch.manual_seed(0)
+        models_.append(timm.create_model(XT, head_init_scale=scale))
+    plain, scaled = (m.state_dict() for m in models_)
+    torch.testing.assert_close(scaled.pop('head.weight'), plain.pop('head.weight') * 0.001)
+    torch.testing.assert_close(scaled, plain, rtol=0, atol=0)
+
+
+def test_drop_path_rises_linearly_and_drops_whole_branches():
+    model = timm.create_model(XT, drop_path_rate=0.5)
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    torch.testing.assert_close(rates, torch.linspace(0, 0.5, 18).tolist())
+    block = seeded_xtiny(drop_path_rate=0.5).blocks4[-1].train()
+    x = torch.randn(8, 192, 4, 4)
+    torch.manual_seed(0)
+    out = block(x)
+    torch.manual_seed(0)
+    expected = x + block.drop_path(block.layer_scale_1 * block.attn(block.norm1(x)))
+    expected = expected + block.drop_path(block.layer_scale_2 * block.mlp(block.norm2(expected)))
+    torch.testing.assert_close(out, expected)
+    assert not torch.allclose(out, block(x))
+    block.eval()
+    torch.testing.assert_close(block(x), block(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(('option', 'reaches_features'), [('drop_rate', False), ('proj_drop_rate', True)])
+def test_dropout_acts_in_training_where_it_says(option, reaches_features):
+    x = torch.randn(2, 3, 32, 32)
+    plain, dropped = seeded_xtiny(), seeded_xtiny(**{option: 0.5})
+    torch.testing.assert_close(dropped(x), plain(x), rtol=0, atol=0)
+    plain.train()
+    dropped.train()
+    expected, features = plain.forward_features(x), dropped.forward_features(x)
+    assert torch.allclose(features, expected) != reaches_features
+    assert not torch.allclose(dropped.forward_head(features), plain.forward_head(features)) or reaches_features
+    torch.testing.assert_close(plain(x), plain(x))
+
+
+def test_gate_fp32_is_the_same_function():
+    x = reference.seeded_images(2, 3, 64, 64)
+    plain, island = seeded_xtiny(), seeded_xtiny(gate_fp32=True)
+    with torch.inference_mode():
+        expected = plain(x)
+        torch.testing.assert_close(island(x), expected, rtol=0, atol=0)
+        with torch.autocast('cpu', torch.bfloat16):
+            low, high = plain(x).float(), island(x).float()
+    assert not torch.equal(low, high)
+    # bfloat16 keeps 8 bits: 0.4 % an operation, a few per cent through 18 blocks; another function would miss by more.
+    assert reference.relative_error(low, expected) < 0.05 and reference.relative_error(high, expected) < 0.05
+
+
+def test_gate_fp32_survives_the_product_that_overflows_fp16():
+    for gate_fp32 in (False, True):
+        attention = seeded_xtiny(gate_fp32=gate_fp32).blocks1[0].attn
+        nn.init.constant_(attention.gate.bias, 300.0)
+        nn.init.constant_(attention.value.PW_conv.bias, 300.0)  # SiLU(300)^2 = 90,000; fp16 ends at 65,504
+        with torch.inference_mode(), torch.autocast('cpu', torch.float16):
+            assert attention(torch.randn(1, 32, 8, 8)).isfinite().all() == gate_fp32
+
+
+# Training with it.
+
+
+def test_layer_groups_run_from_stem_to_head_one_a_block(model):
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    depths = [len(model.get_submodule(f'blocks{i}')) for i in (1, 2, 3, 4)]
+    assert sorted(set(groups.values())) == list(range(sum(depths) + 2))
+    block = 0
+    for stage, depth in enumerate(depths, start=1):
+        for name, group in groups.items():
+            if name.startswith(f'patch_embed{stage}.'):
+                assert group == (block + 1 if stage > 1 else 0), name
+            elif name.startswith(f'blocks{stage}.'):
+                assert group == block + 1 + int(name.split('.')[1]), name
+            elif name.startswith(f'norm{stage}.'):
+                assert group == block + depth, name
+        block += depth
+    assert {groups['head.weight'], groups['head.bias']} == {block + 1}
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert coarse['patch_embed1.projection.0.weight'] == 0 and coarse['head.bias'] == 5
+    assert all(coarse[name] == int(name[6]) for name in coarse if name.startswith('blocks'))
+
+
+def test_no_weight_decay_names_every_scale_and_nothing_else(model):
+    names = model.no_weight_decay()
+    blocks = sum(len(model.get_submodule(f'blocks{i}')) for i in (1, 2, 3, 4))
+    assert len(names) == 4 * blocks and names <= dict(model.named_parameters()).keys()
+    assert all(name.endswith(('layer_scale_1', 'layer_scale_2', 'sigma.scale')) for name in names)
+
+
+def test_gradient_checkpointing_gives_equal_gradients():
+    x = reference.seeded_images(4, 3, 64, 64)
+    gradients = []
+    for enable in (False, True):
+        model = seeded_xtiny(drop_path_rate=0.3).train()
+        model.set_grad_checkpointing(enable)
+        saved: list[int] = []
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            loss = F.cross_entropy(model(x), torch.arange(4))
+        loss.backward()
+        gradients.append(({name: p.grad for name, p in model.named_parameters()}, sum(saved)))
+    torch.testing.assert_close(gradients[1][0], gradients[0][0], rtol=0, atol=0)
+    assert gradients[1][1] < 0.2 * gradients[0][1]
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_channels_last_holds_through_every_block(training):
+    model = seeded_xtiny().train(training).to(memory_format=torch.channels_last)
+    broken = []
+    for name, module in model.named_modules():
+        if not isinstance(module, DropPath):  # it sees [B, C, 1, 1] scales
+            module.register_forward_hook(
+                lambda _, __, out, name=name: None if out.ndim < 4 or channels_last(out) else broken.append(name)
+            )
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    out = model(x)
+    assert not broken
+    model = model.to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(out, model(x.contiguous()), rtol=1e-4, atol=1e-4)  # other kernels, float32
+
+
+def test_lower_precisions_stay_near_float32():
+    x = reference.seeded_images(2, 3, 64, 64)
+    expected = seeded_xtiny()(x)
+    for dtype in (torch.bfloat16, torch.float16):
+        model = seeded_xtiny()
+        with torch.inference_mode(), torch.autocast('cpu', dtype):
+            assert model.blocks1[0](model.patch_embed1(x)).dtype == torch.float32  # the residual stream
+            out = model(x)
+        assert out.dtype == dtype and reference.relative_error(out.float(), expected) < 0.05
+        whole = timm.create_model(XT, dtype=dtype)
+        assert {p.dtype for p in whole.parameters()} == {dtype} and whole(x.to(dtype)).dtype == dtype
+
+
+def test_registered_entry_points_take_no_unknown_variants():
+    assert set(VARIANTS) == set(timm.list_models('moganet_*'))
+    for variant in VARIANTS:
+        assert inspect.getdoc(getattr(models.moganet, variant)).startswith('MogaNet-')
