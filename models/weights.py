@@ -18,14 +18,13 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-import uuid
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import safetensors
 import timm
@@ -34,7 +33,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import UserError, nearest
+from utils import UserError, nearest, write_atomically, write_json
 
 Gate = Literal['single', 'double']
 Which = Literal['raw', 'ema']
@@ -238,6 +237,10 @@ def _read_file(path: Path) -> tuple[Any, dict[str, str] | None]:
         if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < 2**32:  # length of the header, then its JSON
             with safetensors.safe_open(path, 'pt') as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        if zipfile.is_zipfile(path):  # torch reads tensors without a look at their CRC-32
+            with zipfile.ZipFile(path) as archive:
+                if wrong := archive.testzip():
+                    raise ValueError(f'checksum of {wrong}')
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # on protocols and TorchScript: the errors below say it
             return torch.load(path, map_location='cpu', weights_only=True), None
@@ -399,8 +402,8 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
         drop_classifier: for fine-tuning: keep the model's classifier where the file's has another size or is missing.
 
     Raises:
-        UserError: another classifier without `drop_classifier`, or fewer than 99 % of the backbone's tensors (the
-            model's or the file's, whichever has more) match. The model is then untouched.
+        UserError: another classifier without `drop_classifier`; or fewer than 99 % of the backbone's tensors match, or
+            fewer than 90 % of the file's, which is then a deeper model's. The model is then untouched.
     """
     ours, given = model.state_dict(), weights.state_dict
     classifier = tuple(f'{name}.' for name in classifier_names(model))
@@ -410,15 +413,14 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
     unexpected = [name for name in given if name not in ours]
     wrong_shape = [name for name in ours if name in given and given[name].shape != ours[name].shape]
 
-    def backbone(names: Mapping | list[str]) -> int:  # BN's counters have no say in a forward pass
+    def backbone(names: Iterable[str]) -> int:  # BN's counters have no say in a forward pass
         return sum(name not in of_head and not name.endswith('num_batches_tracked') for name in names)
-    whole = max(backbone(ours), backbone(given))
-    if backbone(matched) < 0.99 * whole:
+    if backbone(matched) < max(0.99 * backbone(ours), 0.9 * backbone(given)):
         is_of = f' of {weights.meta["model"]}' if weights.meta.get('model') else ''
         into = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', type(model).__name__)
-        raise UserError(f'{weights.source}: weights{is_of} do not fit {into}: {backbone(matched)} of {whole} tensors '
-                        f'match (missing {len(missing)}, unexpected {len(unexpected)}, of another shape '
-                        f'{len(wrong_shape)}); give the --model that the file was made with')
+        raise UserError(f'{weights.source}: weights{is_of} do not fit {into}: of its {backbone(ours)} tensors '
+                        f'{backbone(matched)} match, {len(missing)} are missing, {len(wrong_shape)} of another shape, and '
+                        f'{len(unexpected)} of the file have no place; give the --model that the file was made with')
     lacking = [name for name in (*wrong_shape, *missing) if name in of_head]
     if lacking and not drop_classifier:
         has = ' x '.join(map(str, given[lacking[0]].shape)) if lacking[0] in given else 'none'
@@ -456,30 +458,7 @@ def build_model(weights: Weights, name: str | None = None, *, gate: Gate | None 
     return model.eval()
 
 
-# ---- Files ----------------------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to: renamed to it at the end, removed if the writing fails."""
-    partial = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.partial')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f'cannot write {path}: {error.strerror or error}') from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sha256_of(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
+# ---- Downloads ------------------------------------------------------------------------------------------------------
 
 def _note(path: Path) -> Path:
     """Where a downloaded file's address, size and hash are kept."""
@@ -519,13 +498,13 @@ def _download(url: str) -> Path:
     key = hashlib.sha256(str(path).encode()).hexdigest()[:16]
     with FileLock(Path(tempfile.gettempdir()) / f'moganet-{getattr(os, "getuid", int)()}-{key}.lock'):
         if not _is_cached(path, url, wanted):
-            with written_whole(path) as partial:
-                _fetch(url, partial, f'download it elsewhere and put it at {path}, or give its path')
-                facts = {'url': url, 'bytes': partial.stat().st_size, 'sha256': sha256_of(partial)}
-                if wanted and facts['sha256'] != wanted.lower():
-                    raise UserError(f'{url}: sha256 is {facts["sha256"]}, not {wanted} as asked: nothing was kept')
-            with written_whole(_note(path)) as partial:
-                partial.write_text(json.dumps(facts))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, lambda file: _fetch(url, file, wanted, path))
+                facts = {'url': url, 'bytes': path.stat().st_size, 'sha256': sha256_of(path)}
+                write_json(_note(path), facts)
+            except OSError as error:
+                raise UserError(f'cannot write {path}: {error.strerror or error}') from None
             print(f'{path}: {facts["bytes"]:,} bytes, sha256 {facts["sha256"]}', file=sys.stderr)
     return path
 
@@ -533,16 +512,16 @@ def _download(url: str) -> Path:
 def _is_cached(path: Path, url: str, wanted: str) -> bool:
     """Whether the cache's file is whole and the one asked for, as far as size and hash are known."""
     known = _remembered(path)
-    wanted = wanted.lower() or known.get('sha256')
-    return (path.is_file() and known.get('url', url) == url and known.get('bytes', path.stat().st_size)
-            == path.stat().st_size and (not wanted or sha256_of(path) == wanted))
+    wanted = wanted.lower() or known.get('sha256', '')
+    return path.is_file() and known.get('url', url) == url and (not wanted or sha256_of(path) == wanted)
 
 
-def _fetch(url: str, target: Path, cure: str) -> None:
+def _fetch(url: str, file: BinaryIO, wanted: str, path: Path) -> None:
     """Downloads with a progress bar on stderr, taking a broken-off transfer up again where it stopped, three times."""
+    cure = f'download it elsewhere and put it at {path}, or give its path'
     print(f'downloading {url}', file=sys.stderr)
-    done, total, failure = 0, None, ''
-    with target.open('wb') as file, tqdm(desc=target.stem, unit='B', unit_scale=True, leave=False, disable=None) as bar:
+    done, digest = 0, hashlib.sha256()
+    with tqdm(desc=path.name, unit='B', unit_scale=True, leave=False, disable=None) as bar:
         for _ in range(4):
             request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
             try:
@@ -552,7 +531,7 @@ def _fetch(url: str, target: Path, cure: str) -> None:
                     if reply.headers.get_content_type() == 'text/html':
                         raise UserError(f'{url}: answers with a web page, not a file: give the link of the file itself')
                     if done and reply.status != 206:  # the server starts over
-                        done = 0
+                        done, digest = 0, hashlib.sha256()
                         file.seek(0)
                         file.truncate()
                     length = reply.headers.get('Content-Length')
@@ -561,15 +540,30 @@ def _fetch(url: str, target: Path, cure: str) -> None:
                     bar.update(done)
                     while block := reply.read(1 << 20):
                         file.write(block)
+                        digest.update(block)
                         done += len(block)
                         bar.update(len(block))
                 if total is None or done == total:
-                    return
-                failure = f'broke off after {done:,} of {total:,} bytes'
+                    break
+                failure = 'the connection closed'
             except urllib.error.HTTPError as error:
                 raise UserError(f'{url}: the server answers {error.code} {error.reason}: check the address') from None
             except urllib.error.URLError as error:
                 raise UserError(f'{url}: cannot be reached ({error.reason}): {cure}') from None
             except (HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
-                failure = f'broke off after {done:,} bytes ({type(error).__name__})'
-    raise UserError(f'{url}: {failure}, four times: try again later, or {cure}')
+                failure = type(error).__name__
+        else:
+            raise UserError(f'{url}: broke off four times, at last after {done:,} bytes ({failure}), and nothing was '
+                            f'kept: try again later, or {cure}')
+    if wanted and digest.hexdigest() != wanted.lower():
+        raise UserError(f'{url}: its sha256 is {digest.hexdigest()}, not {wanted} as asked for; nothing was kept: '
+                        'check the address and the hash')
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,648 @@
+"""Files of every released shape evaluate to the recorded logits, run nothing, and where wrong are said to be."""
+import argparse
+import collections
+import dataclasses
+import functools
+import http.server
+import io
+import json
+import os
+import pickle
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+import models  # noqa: F401  registers MogaNet
+import recipes
+from models import weights
+from models.weights import RELEASED, Weights, apply_weights, build_model, load_weights
+from utils import UserError
+
+XT = 'moganet_xtiny'
+State = dict[str, Tensor]
+
+
+# ---- Files shaped like the released ones ----------------------------------------------------------------------------
+
+@functools.cache
+def seeded(seed: int) -> State:
+    return reference.seeded_state_dict(XT, seed)
+
+
+def timm_file(path: Path, raw: State, ema: State | None, *, metric: Any = 76.5) -> None:
+    """A full training checkpoint of timm's script."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    payload = {'epoch': 299, 'arch': XT, 'state_dict': raw, 'optimizer': optimizer.state_dict(), 'version': 2,
+               'args': argparse.Namespace(model=XT, lr=1e-3, opt_betas=None, input_size=None, img_size=None, mean=None),
+               'amp_scaler': {'scale': 65536.0, 'growth_factor': 2.0}, 'metric': metric}
+    torch.save(payload if ema is None else {**payload, 'state_dict_ema': ema}, path)
+
+
+def timm_file_of_numpy_2(path: Path, raw: State, ema: State | None) -> None:
+    timm_file(path, raw, ema, metric=np.float64(76.5))
+
+
+def timm_file_of_numpy_1(path: Path, raw: State, ema: State | None) -> None:
+    """The same with the module name under which NumPy 1 pickled its scalars."""
+    buffer = io.BytesIO()
+    timm_file(buffer, raw, ema, metric=np.float64(76.5))
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, 'w') as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename.endswith('data.pkl'):
+                assert data.count(b'numpy._core.multiarray') + data.count(b'numpy.core.multiarray') == 1
+                data = data.replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
+            new.writestr(entry, data)
+
+
+def stripped_timm_file(path: Path, raw: State, ema: State | None) -> None:
+    torch.save({'arch': XT, 'state_dict': raw, 'metric': 76.5} | ({'state_dict_ema': ema} if ema else {}), path)
+
+
+def legacy_timm_file(path: Path, raw: State, ema: State | None) -> None:
+    """Not a zip, as torch wrote them before 1.6."""
+    payload = {'arch': XT, 'state_dict': raw, 'args': argparse.Namespace(model=XT)}
+    torch.save(payload if ema is None else {**payload, 'state_dict_ema': ema}, path,
+               _use_new_zipfile_serialization=False)
+
+
+def mmcv_names(state: State) -> State:
+    return {name.replace('head.', 'head.fc.') if name.startswith('head.') else f'backbone.{name}': value
+            for name, value in state.items()}
+
+
+def mmcv_file(path: Path, raw: State, ema: State | None, *, config: str = 'attn_force_fp32=True') -> None:
+    """OpenMixup's: with EMA the plain names hold the average, and the raw parameters bear names without dots."""
+    entries = mmcv_names(raw if ema is None else ema)
+    if ema is not None:
+        entries |= {f'ema_{name.replace(".", "_")}': value for name, value in mmcv_names(raw).items()}
+    config = f"model = dict(\n    backbone=dict(type='MogaNet', {config}),\n    head=dict(type='ClsMixupHead'))\n"
+    torch.save({'meta': {'epoch': 300, 'iter': 375300, 'config': config, 'hook_msgs': {}}, 'state_dict': entries}, path)
+
+
+def deit_file(path: Path, raw: State, ema: State | None) -> None:
+    args = argparse.Namespace(model=XT, input_size=224)
+    torch.save({'model': raw, 'model_ema': ema, 'epoch': 299, 'args': args}, path)
+
+
+def bare_file(path: Path, raw: State, ema: State | None) -> None:
+    torch.save(raw, path)
+
+
+def wrapped_file(path: Path, raw: State, ema: State | None) -> None:
+    """Saved from inside DistributedDataParallel around a compiled model, whose blocks were compiled too."""
+    state = {f'module._orig_mod.{name.replace("blocks1.", "blocks1._orig_mod.")}': value for name, value in raw.items()}
+    torch.save(state, path)
+
+
+def averaged_file(path: Path, raw: State, ema: State | None) -> None:
+    """torch's AveragedModel."""
+    torch.save({'n_averaged': torch.tensor(10)} | {f'module.{name}': value for name, value in raw.items()}, path)
+
+
+def safetensors_file(path: Path, raw: State, ema: State | None) -> None:
+    safetensors.torch.save_file(raw, path)
+
+
+def training_file(path: Path, raw: State, ema: State | None) -> None:
+    """This project's."""
+    recipe = dataclasses.replace(recipes.RECIPES['moganet_xtiny_3aug_256'], crop_pct=0.8)
+    values = dataclasses.asdict(recipe)
+    torch.save({'version': 1, 'model': raw, 'model_ema': ema, 'optimizer': {'state': {}, 'param_groups': []},
+                'scaler': {}, 'epoch': 3, 'step': 30, 'best': {'test_acc1': 50.0}, 'recipe': values,
+                'classes': [f'class {i}' for i in range(1000)]}, path)
+
+
+WITH_EMA = {'timm': timm_file, 'timm, NumPy 2': timm_file_of_numpy_2, 'timm, NumPy 1': timm_file_of_numpy_1,
+            'timm, stripped': stripped_timm_file, 'timm, no zip': legacy_timm_file, 'mmcv': mmcv_file,
+            'deit': deit_file, 'training': training_file}
+WITHOUT = {**WITH_EMA, 'bare': bare_file, 'bare, wrapped': wrapped_file, 'bare, averaged': averaged_file,
+           'safetensors': safetensors_file}
+DOUBLE = ('mmcv', 'training')  # what these files say of themselves
+
+
+def assert_recorded_logits(read: Weights) -> None:
+    model = build_model(read, XT)
+    with torch.inference_mode():
+        logits = model(reference.seeded_images(2, 3, 224, 224))
+    expected = reference.LOGITS[f'{XT}/224/double_gate' if read.gate == 'double' else f'{XT}/224']
+    # round-off of float32 in another order of operations; the other weights differ by 1.4, the other gate by 2e-3
+    assert reference.relative_error(logits, expected) <= 1e-5
+
+
+@pytest.mark.parametrize('which', ['raw', 'ema'])
+@pytest.mark.parametrize('kind', WITH_EMA)
+def test_raw_and_averaged_weights_of_each_format_evaluate_to_the_recorded_logits(
+        kind: str, which: str, tmp_path: Path) -> None:
+    wanted, other = seeded(0), seeded(1)
+    WITH_EMA[kind](tmp_path / 'file', *((wanted, other) if which == 'raw' else (other, wanted)))
+    read = load_weights(tmp_path / 'file', which)
+    assert (read.which, read.format, read.gate) == (
+        which, kind.split(',')[0], 'double' if kind in DOUBLE else None)
+    assert list(read.state_dict) == list(wanted)
+    assert_recorded_logits(read)
+
+
+@pytest.mark.parametrize('kind', WITHOUT)
+def test_files_without_an_average_evaluate_to_the_recorded_logits(kind: str, tmp_path: Path) -> None:
+    WITHOUT[kind](tmp_path / 'file', seeded(0), None)
+    read = load_weights(tmp_path / 'file')
+    assert (read.which, read.format) == ('raw', kind.split(',')[0])
+    assert_recorded_logits(read)
+    with pytest.raises(UserError, match='has no ema weights, only raw'):
+        load_weights(tmp_path / 'file', 'ema')
+
+
+@pytest.mark.parametrize('kind', WITH_EMA)
+def test_auto_takes_the_average_where_there_is_one(kind: str, tmp_path: Path) -> None:
+    WITH_EMA[kind](tmp_path / 'file', seeded(1), seeded(0))
+    read = load_weights(tmp_path / 'file')
+    assert read.which == 'ema'
+    assert all(torch.equal(value, seeded(0)[name]) for name, value in read.state_dict.items())
+
+
+def test_mmcv_buffers_without_a_twin_are_shared_and_a_lost_parameter_is_an_error(tmp_path: Path) -> None:
+    mmcv_file(tmp_path / 'file', seeded(1), seeded(0))
+    payload = torch.load(tmp_path / 'file')
+    entries = payload['state_dict']
+    for name in [name for name in entries if name.startswith('ema_') and name.endswith(
+            ('running_mean', 'running_var', 'num_batches_tracked'))]:
+        del entries[name]
+    torch.save(payload, tmp_path / 'file')
+    raw = load_weights(tmp_path / 'file', 'raw').state_dict
+    assert torch.equal(raw['norm4.running_mean'], seeded(0)['norm4.running_mean'])
+    assert torch.equal(raw['norm4.weight'], seeded(1)['norm4.weight'])
+    del entries['ema_backbone_norm4_weight']
+    torch.save(payload, tmp_path / 'file')
+    with pytest.raises(UserError, match='not ema_backbone_norm4_weight'):
+        load_weights(tmp_path / 'file')
+
+
+@pytest.mark.parametrize(('config', 'gate'), [
+    ('attn_force_fp32=True', 'double'), ("'attn_force_fp32': False", 'single'), ('attn_force_fp32 = True', 'double'),
+    ("arch='xt'", None), ('a=dict(attn_force_fp32=True), b=dict(attn_force_fp32=False)', None)])
+def test_gate_is_read_from_an_mmcv_config(config: str, gate: str | None, tmp_path: Path) -> None:
+    mmcv_file(tmp_path / 'file', seeded(0), None, config=config)
+    assert load_weights(tmp_path / 'file').gate == gate
+
+
+def test_training_file_of_the_best_average_holds_only_the_average(tmp_path: Path) -> None:
+    training_file(tmp_path / 'file', seeded(0), None)
+    torch.save({**torch.load(tmp_path / 'file'), 'which': 'ema'}, tmp_path / 'file')
+    assert load_weights(tmp_path / 'file').which == 'ema'
+    with pytest.raises(UserError, match='has no raw weights, only ema'):
+        load_weights(tmp_path / 'file', 'raw')
+
+
+def test_meta_tells_how_to_evaluate(tmp_path: Path) -> None:
+    training_file(tmp_path / 'file', seeded(0), None)
+    meta = load_weights(tmp_path / 'file').meta
+    assert (meta['model'], meta['test_size'], meta['crop_pct'], meta['interpolation'], meta['crop_mode']) == (
+        XT, 256, 0.8, 'bicubic', 'center')
+    assert meta['classes'][7] == 'class 7' and meta['recipe']['name'] == 'moganet_xtiny_3aug_256' and meta['epoch'] == 3
+    timm_file_of_numpy_1(tmp_path / 'file', seeded(0), None)
+    meta = load_weights(tmp_path / 'file').meta
+    assert (meta['model'], meta['metric'], meta['epoch'], meta['args']['lr']) == (XT, 76.5, 299, 1e-3)
+    assert 'test_size' not in meta and 'mean' not in meta  # its args name none
+    deit_file(tmp_path / 'file', seeded(0), None)
+    assert load_weights(tmp_path / 'file').meta['test_size'] == 224
+
+
+@pytest.mark.parametrize('scalar', [
+    np.float64(76.5), np.float32(0.5), np.float16(0.5), np.int64(-3), np.uint8(200), np.bool_(True),
+    np.dtype('>f8').type(1.5), np.array(2.5, '>f8')[()]], ids=repr)
+def test_numpy_scalars_become_the_plain_numbers_they_are(scalar: Any, tmp_path: Path) -> None:
+    torch.save({'state_dict': {'w': torch.ones(1)}, 'metric': scalar}, tmp_path / 'file')
+    metric = load_weights(tmp_path / 'file').meta['metric']
+    assert metric == scalar.item() and type(metric) is type(scalar.item())
+
+
+# ---- Nothing runs ---------------------------------------------------------------------------------------------------
+
+class Payload:
+    """Unpickles by calling something."""
+
+    def __init__(self, function: Callable, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+class TensorSubclass(Tensor):
+    """Its state is set by a method of its own, which is code in a file's name."""
+
+    def __setstate__(self, state: Any) -> None:
+        Path(state['marker']).touch()
+
+
+def shell(marker: Path) -> Payload:
+    return Payload(os.system, f'touch {marker}')
+
+
+def evil_tensor(marker: Path) -> Tensor:
+    tensor = torch.ones(2).as_subclass(TensorSubclass)
+    tensor.marker = str(marker)
+    return tensor
+
+
+MALICIOUS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    'os.system': (lambda path, marker: torch.save(shell(marker), path), 'posix.system'),
+    'nested in args': (lambda path, marker: torch.save(
+        {'state_dict': seeded(0), 'args': argparse.Namespace(model=XT, hook=[{'a': shell(marker)}])}, path),
+        'posix.system'),
+    'among the weights': (lambda path, marker: torch.save({'w': torch.ones(1), 'x': shell(marker)}, path),
+                          'posix.system'),
+    'legacy, no zip': (lambda path, marker: torch.save(
+        {'model': {}, 'x': shell(marker)}, path, _use_new_zipfile_serialization=False), 'posix.system'),
+    'plain pickle': (lambda path, marker: path.write_bytes(pickle.dumps(shell(marker), 2)), 'posix.system'),
+    'plain pickle of protocol 4': (lambda path, marker: path.write_bytes(pickle.dumps(shell(marker), 4)),
+                                   'posix.system'),
+    'protocol 4 in a zip': (lambda path, marker: torch.save([shell(marker)], path, pickle_protocol=4), 'posix.system'),
+    'eval': (lambda path, marker: torch.save(Payload(eval, f'open({str(marker)!r}, "w")'), path), 'eval'),
+    'getattr': (lambda path, marker: torch.save(
+        Payload(getattr, Payload(__import__, 'pathlib'), 'Path'), path), 'getattr'),
+    'tensor subclass': (lambda path, marker: torch.save({'w': evil_tensor(marker)}, path), 'TensorSubclass'),
+    'torch.load itself': (lambda path, marker: torch.save(Payload(torch.load, str(marker)), path),
+                          'torch.serialization.load'),
+    'a whole model': (lambda path, marker: torch.save(nn.Linear(2, 2), path), 'torch.nn.modules.linear.Linear'),
+    'defaultdict with a factory': (lambda path, marker: torch.save(
+        collections.defaultdict(os.getcwd, a=1), path), 'collections.defaultdict'),
+    'NumPy array of objects': (lambda path, marker: torch.save({'a': np.array([shell(marker)], object)}, path),
+                               'multiarray._reconstruct'),
+}
+
+
+@pytest.mark.parametrize('name', MALICIOUS)
+def test_malicious_file_is_refused_with_the_name_of_what_it_needs_and_nothing_runs(name: str, tmp_path: Path) -> None:
+    write, needed = MALICIOUS[name]
+    marker = tmp_path / 'it-ran'
+    write(tmp_path / 'file', marker)
+    with pytest.raises(UserError, match='refused') as refusal:
+        load_weights(tmp_path / 'file')
+    assert needed in str(refusal.value) and '\n' not in str(refusal.value)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize('name', ['os.system', 'legacy, no zip', 'tensor subclass', 'eval'])
+def test_malicious_files_do_run_where_they_are_trusted(name: str, tmp_path: Path) -> None:
+    """Else the test above would prove nothing."""
+    MALICIOUS[name][0](tmp_path / 'file', tmp_path / 'it-ran')
+    torch.load(tmp_path / 'file', weights_only=False)
+    assert (tmp_path / 'it-ran').exists()
+
+
+@pytest.mark.parametrize('dtype', ['O', 'U3', 'V8', 'M8[s]'])
+def test_no_forged_numpy_scalar_reaches_numpy(dtype: str, tmp_path: Path) -> None:
+    scalar = np.float64(1).__reduce__()[0]
+    torch.save({'state_dict': {}, 'metric': Payload(scalar, np.dtype(dtype), b'\x01' * 8)}, tmp_path / 'file')
+    with pytest.raises(UserError, match='damaged or no checkpoint'):
+        load_weights(tmp_path / 'file')
+
+
+def test_torchscript_program_is_refused(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / 'file')
+    with pytest.raises(UserError, match='TorchScript'):
+        load_weights(tmp_path / 'file')
+
+
+# ---- Wrong files ----------------------------------------------------------------------------------------------------
+
+def good_bytes() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({'state_dict': {'w': torch.arange(40000.0)}, 'arch': 'x'}, buffer)
+    return buffer.getvalue()
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]
+
+
+@pytest.mark.parametrize(('content', 'message'), [
+    (b'', 'is empty'),
+    (b'<!DOCTYPE html>\n<html><body>Not Found</body></html>', 'web page'),
+    (b'\n  <html lang="en">', 'web page'),
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n', 'git lfs pull'),
+    (b'{"model": "no checkpoint"}', 'damaged or no checkpoint'),
+    (np.random.default_rng(0).bytes(3000), 'damaged or no checkpoint'),
+    (good_bytes()[:100000], 'damaged or no checkpoint'),
+    (good_bytes()[:20], 'damaged or no checkpoint'),
+    (flipped(good_bytes()), 'damaged or no checkpoint'),
+    (safetensors.torch.save({'w': torch.ones(1000)})[:2000], 'damaged or no checkpoint'),
+], ids=['empty', 'html', 'fragment', 'lfs pointer', 'json', 'noise', 'truncated', 'stub', 'one bit', 'safetensors'])
+def test_wrong_file_gives_one_clear_line(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / 'file.pth').write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_weights(tmp_path / 'file.pth')
+    assert '\n' not in str(error.value) and str(tmp_path / 'file.pth') in str(error.value)
+
+
+@pytest.mark.parametrize(('payload', 'message'), [
+    ([1, 2], 'holds a list'), ({}, 'holds a dict'), ({'epoch': 3, 'loss': 1.0}, 'only epoch, loss'),
+    ({'state_dict': {'w': 'text'}}, 'other than tensors'), ({'model': None}, 'other than tensors'),
+    ({'model': torch.ones(2), 'epoch': 1}, 'other than tensors')], ids=str)
+def test_checkpoint_without_weights_is_said(payload: Any, message: str, tmp_path: Path) -> None:
+    torch.save(payload, tmp_path / 'file.pth')
+    with pytest.raises(UserError, match=message):
+        load_weights(tmp_path / 'file.pth')
+
+
+def test_missing_files_directories_and_unknown_names_are_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match='No such file'):
+        load_weights(tmp_path / 'none.pth')
+    with pytest.raises(UserError, match='is a directory'):
+        load_weights(tmp_path)
+    with pytest.raises(UserError, match="no released checkpoint 'moganet_tinny'; did you mean moganet_tiny"):
+        load_weights('released:moganet_tinny')
+
+
+# ---- Into a model ---------------------------------------------------------------------------------------------------
+
+def small_model(**kwargs: Any) -> nn.Module:
+    return timm.create_model('resnet18', **kwargs)
+
+
+def weights_of(model: nn.Module, **changes: Any) -> Weights:
+    return Weights({**model.state_dict(), **changes}, None, 'raw', 'bare', {}, 'file.pth')
+
+
+def test_any_timm_model_takes_its_weights() -> None:
+    source, target = small_model(), small_model()
+    report = apply_weights(target, weights_of(source))
+    assert len(report.matched) == len(source.state_dict()) and not report.missing + report.unexpected
+    assert torch.equal(target.fc.weight, source.fc.weight)
+    assert str(report) == f'{len(report.matched)} tensors loaded'
+
+
+def test_report_names_what_is_missing_unexpected_and_of_another_shape() -> None:
+    target = small_model()
+    given = weights_of(small_model(), extra=torch.ones(1))
+    del given.state_dict['layer1.0.bn1.bias']
+    given.state_dict['head_dist.weight'] = torch.ones(3)
+    report = apply_weights(target, given)
+    assert report.missing == ['layer1.0.bn1.bias'] and report.unexpected == ['extra', 'head_dist.weight']
+    assert str(report).endswith('1 missing: layer1.0.bn1.bias; 2 unexpected: extra, head_dist.weight')
+    given = weights_of(small_model())
+    given.state_dict['conv1.weight'] = torch.ones(64, 1, 7, 7)
+    assert apply_weights(target, given).wrong_shape == ['conv1.weight']
+
+
+def test_classifier_of_another_size_is_dropped_only_for_fine_tuning() -> None:
+    source, target = small_model(), small_model(num_classes=7)
+    before = target.fc.weight.detach().clone()
+    with pytest.raises(UserError, match=r'fc\.weight is 1000 x 512 in the file and 7 x 512 in the model.*--finetune'):
+        apply_weights(target, weights_of(source))
+    assert not torch.equal(target.conv1.weight, source.conv1.weight)  # nothing was loaded
+    report = apply_weights(target, weights_of(source), drop_classifier=True)
+    assert report.dropped == ['fc.weight', 'fc.bias'] and 'classifier of another size dropped (fc.weight' in str(report)
+    assert torch.equal(target.fc.weight, before) and torch.equal(target.conv1.weight, source.conv1.weight)
+    same = small_model()
+    assert apply_weights(same, weights_of(source), drop_classifier=True).dropped == []
+    assert torch.equal(same.fc.weight, source.fc.weight)
+
+
+def test_file_without_classifier_serves_fine_tuning_alone() -> None:
+    headless, target = small_model(num_classes=0), small_model(num_classes=7)
+    with pytest.raises(UserError, match=r"classifier's fc\.weight is none in the file"):
+        apply_weights(target, weights_of(headless))
+    assert apply_weights(target, weights_of(headless), drop_classifier=True).missing == ['fc.weight', 'fc.bias']
+
+
+@pytest.mark.parametrize('missing', [0.005, 0.02])
+def test_fewer_than_99_percent_of_the_backbone_is_an_error(missing: float) -> None:
+    source = small_model()
+    names = [name for name in source.state_dict() if not name.startswith('fc.') and 'tracked' not in name]
+    given = weights_of(source)
+    for name in names[:int(missing * len(names))]:
+        del given.state_dict[name]
+    if missing < 0.01:
+        apply_weights(small_model(), given)
+    else:
+        with pytest.raises(UserError, match=f'do not fit resnet18: of its {len(names)} tensors 98 match'):
+            apply_weights(small_model(), given)
+
+
+@pytest.mark.parametrize(('theirs', 'ours'), [('moganet_tiny', 'moganet_xtiny'), ('moganet_xtiny', 'moganet_tiny'),
+                                              ('resnet34', 'resnet18'), ('resnet18', 'resnet34')])
+def test_another_architecture_is_an_error_though_it_be_a_deeper_one_of_equal_widths(theirs: str, ours: str) -> None:
+    with torch.device('meta'):
+        given, target = timm.create_model(theirs), timm.create_model(ours)
+    for drop in (False, True):
+        with pytest.raises(UserError, match=f'do not fit {ours}.*--model'):
+            apply_weights(target, weights_of(given), drop_classifier=drop)
+
+
+def test_model_is_built_as_the_file_says(tmp_path: Path) -> None:
+    training_file(tmp_path / 'file', {**seeded(0), 'head.weight': torch.ones(5, 192), 'head.bias': torch.ones(5)}, None)
+    read = load_weights(tmp_path / 'file')
+    model = build_model(read)
+    assert model.num_classes == 5 and not model.training and model.blocks1[0].attn.double_gate
+    assert not build_model(read, gate='single').blocks1[0].attn.double_gate
+    resnet = small_model(num_classes=4)
+    assert build_model(weights_of(resnet), 'resnet18').num_classes == 4
+    with pytest.raises(UserError, match='give --model'):
+        build_model(weights_of(resnet))
+    with pytest.raises(UserError, match='unknown model resnett18; did you mean'):
+        build_model(weights_of(resnet), 'resnett18')
+
+
+# ---- The released files ---------------------------------------------------------------------------------------------
+
+def test_table_of_released_files_agrees_with_the_recipes() -> None:
+    assert len(RELEASED) == 24 and len({row.url for row in RELEASED.values()}) == 24
+    for name, row in RELEASED.items():
+        recipe = recipes.RECIPES[name.split('_openmixup')[0]]
+        assert (row.model, row.test_size, row.crop_pct) == (recipe.model, recipe.test_size, recipe.crop_pct), name
+        assert row.acc1 is None or abs(row.acc1 - recipe.expected_acc1) <= 0.11, name  # two sources round differently
+        assert (row.weights == 'ema') == recipe.model_ema, name
+        if 'openmixup' not in name:
+            assert row.gate == recipe.gate, name
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty torch hub cache, in which a released file may be put by hand."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    monkeypatch.setenv('no_proxy', '*')
+    folder = tmp_path / 'torch' / 'hub' / 'checkpoints'
+    folder.mkdir(parents=True)
+    return folder
+
+
+def put(cache: Path, name: str, write: Callable, *args: Any, **kwargs: Any) -> Path:
+    path = cache / RELEASED[name].url.rsplit('/', 1)[1]
+    write(path, *args, **kwargs)
+    return path
+
+
+def test_released_file_brings_its_gate_weights_and_evaluation(cache: Path) -> None:
+    put(cache, 'moganet_xtiny_3aug_256', mmcv_file, seeded(0), None, config='')
+    read = load_weights('released:moganet_xtiny_3aug_256')
+    assert (read.gate, read.which, read.format) == ('double', 'raw', 'mmcv')
+    assert [read.meta[key] for key in ('model', 'test_size', 'crop_pct', 'acc1', 'acc5')] == [XT, 256, 0.9, 77.6, None]
+    assert_recorded_logits(read)
+    path = put(cache, 'moganet_xtiny', timm_file, seeded(0), seeded(1))
+    for source in ('released:moganet_xtiny', path):  # also by the file's name, wherever it lies
+        read = load_weights(source)
+        assert (read.gate, read.which, read.meta['released']) == ('single', 'raw', 'moganet_xtiny')
+        assert_recorded_logits(read)
+    assert load_weights('released:moganet_xtiny', 'ema').which == 'ema'
+
+
+def test_files_own_word_on_the_gate_goes_before_the_table(cache: Path) -> None:
+    put(cache, 'moganet_xtiny_3aug_256', mmcv_file, seeded(0), None, config='attn_force_fp32=False')
+    assert load_weights('released:moganet_xtiny_3aug_256').gate == 'single'
+
+
+def test_released_mmcv_file_stripped_of_its_twins_still_holds_the_average(cache: Path) -> None:
+    put(cache, 'moganet_small_openmixup', mmcv_file, seeded(0), None)
+    assert load_weights('released:moganet_small_openmixup').which == 'ema'
+    with pytest.raises(UserError, match='has no raw weights, only ema'):
+        load_weights('released:moganet_small_openmixup', 'raw')
+
+
+# ---- Downloads ------------------------------------------------------------------------------------------------------
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `content` under any name, badly where the name says so."""
+    content: bytes
+    requests: list[tuple[str, str | None]]
+    breaks: int  # how many more transfers to break off in the middle
+
+    @property
+    def url(self) -> str:
+        return f'http://127.0.0.1:{self.server_port}'
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get('Range')
+        self.server.requests.append((self.path, wanted))
+        if 'missing' in self.path:
+            self.send_error(404)
+            return
+        content, start = self.server.content, 0
+        if wanted and 'no-ranges' not in self.path:
+            start = int(wanted.removeprefix('bytes=').removesuffix('-'))
+        if 'page' in self.path:
+            content = b'<html><body>Sign in</body></html>'
+        self.send_response(206 if start else 200)
+        self.send_header('Content-Type', 'text/html' if 'typed-page' in self.path else 'application/octet-stream')
+        if 'no-length' not in self.path:
+            self.send_header('Content-Length', str(len(content) - start))
+        self.end_headers()
+        content = content[start:]
+        if self.server.breaks:
+            self.server.breaks -= 1
+            content = content[:len(content) // 2]
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server(('127.0.0.1', 0), Handler)
+    server.content, server.requests, server.breaks = good_bytes(), [], 0
+    thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_download_happens_once_and_its_size_and_hash_are_shown_and_remembered(
+        server: Server, cache: Path, capsys: pytest.CaptureFixture) -> None:
+    read = load_weights(f'{server.url}/x.pth')
+    assert read.state_dict['w'][-1] == 39999
+    sha256 = weights.sha256_of(cache / 'x.pth')
+    assert f'{len(server.content):,} bytes, sha256 {sha256}' in capsys.readouterr().err
+    assert json.loads((cache / 'x.pth.json').read_text()) == {
+        'url': f'{server.url}/x.pth', 'bytes': len(server.content), 'sha256': sha256}
+    again = load_weights(f'{server.url}/x.pth')
+    assert len(server.requests) == 1 and again.meta['sha256'] == sha256 == read.meta['sha256']
+    assert sorted(path.name for path in cache.iterdir()) == ['x.pth', 'x.pth.json']
+
+
+def test_many_processes_on_a_node_download_once(server: Server, cache: Path) -> None:
+    threads = [threading.Thread(target=load_weights, args=(f'{server.url}/x.pth',)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize('name', ['x.pth', 'no-ranges.pth'])
+def test_broken_off_download_is_taken_up_again(name: str, server: Server, cache: Path) -> None:
+    server.breaks = 2 if name == 'x.pth' else 1
+    half = len(server.content) // 2
+    read = load_weights(f'{server.url}/{name}')
+    assert read.state_dict['w'][-1] == 39999 and (cache / name).read_bytes() == server.content
+    assert [wanted for _, wanted in server.requests][:2] == [None, f'bytes={half}-']
+
+
+@pytest.mark.parametrize(('name', 'breaks', 'message'), [
+    ('x.pth', 99, 'broke off four times'), ('no-length.pth', 1, 'damaged or no checkpoint'),
+    ('typed-page.pth', 0, 'answers with a web page'), ('page.pth', 0, 'is a web page'),
+    ('missing.pth', 0, 'answers 404'), ('x.pth#sha256=' + 64 * 'a', 0, 'its sha256 is'), ('', 0, 'names no file')])
+def test_failed_download_gives_one_line_and_leaves_nothing(
+        name: str, breaks: int, message: str, server: Server, cache: Path) -> None:
+    server.breaks = breaks
+    with pytest.raises(UserError, match=message) as error:
+        load_weights(f'{server.url}/{name}')
+    assert '\n' not in str(error.value) and server.url in str(error.value)
+    assert list(cache.iterdir()) == []
+
+
+def test_right_hash_is_accepted_and_a_cached_file_with_another_fetched_anew(server: Server, cache: Path) -> None:
+    load_weights(f'{server.url}/x.pth')
+    sha256 = weights.sha256_of(cache / 'x.pth')
+    load_weights(f'{server.url}/x.pth#sha256={sha256.upper()}')
+    assert len(server.requests) == 1
+    (cache / 'x.pth').write_bytes(flipped(server.content))  # a bit rots in the cache
+    load_weights(f'{server.url}/x.pth')
+    assert len(server.requests) == 2 and (cache / 'x.pth').read_bytes() == server.content
+    load_weights(f'{server.url}/other/x.pth')  # the same name from another address
+    assert len(server.requests) == 3
+
+
+def test_interrupted_download_leaves_nothing(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+    monkeypatch.setattr(weights.tqdm, 'update', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load_weights(f'{server.url}/x.pth')
+    assert list(cache.iterdir()) == []
+
+
+def test_unreachable_network_is_said_with_a_cure(cache: Path) -> None:
+    with pytest.raises(UserError, match=r'cannot be reached \(.*put it at .*x\.pth, or give its path'):
+        load_weights('https://127.0.0.1:9/x.pth')
+    with pytest.raises(UserError, match='use https'):
+        load_weights('http://example.org/x.pth')
+
+
+def test_unwritable_cache_is_said(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'file'))
+    (tmp_path / 'file').write_text('in the way')
+    with pytest.raises(UserError, match='cannot write'):
+        load_weights(f'{server.url}/x.pth')
