@@ -52,7 +52,7 @@ class Recipe:
     model_kwargs: dict[str, Any] = doc({}, 'further arguments of the model, as name=value ...')
 
     # Data and augmentation
-    data_set: str = doc('image_folder', "image_folder, digits, fake, or a name of timm's create_dataset (hfds/... etc.)")
+    data_set: str = doc('image_folder', "image_folder, digits, fake, or a name of timm's create_dataset, as hfds/...")
     input_size: int = doc(224, 'side of the training crop, pixels')
     test_size: int = doc(224, 'side of the test crop, pixels; follows --input_size unless given')
     crop_pct: float = doc(0.9, 'test crop: the shorter side is resized to test_size / crop_pct')

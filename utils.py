@@ -2,11 +2,26 @@
 
 torch is imported inside the functions that need it, so that the command line answers without it.
 """
+import contextlib
+import dataclasses
 import difflib
 import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger('moganet')
 
 
 class UserError(Exception):
@@ -52,3 +67,324 @@ def seed_everything(*keys: int | str) -> int:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return seed
+
+
+# ---- Processes ------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """This process among the others: its rank, how many there are, and its device."""
+
+    device: 'torch.device'
+    rank: int = 0
+    world_size: int = 1
+    host_group: Any = None  # gloo, for what travels between the hosts without waiting for a device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def choose_device(name: str, local_rank: int = 0) -> 'torch.device':
+    """The device of a name; 'auto' takes CUDA, then MPS, then the CPU. Raises UserError where it is not there."""
+    import torch
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is unknown; say auto, cuda, mps or cpu") from None
+    if device.type == 'cuda':
+        if not torch.cuda.is_available():
+            raise UserError('--device cuda: torch finds no CUDA device here; try --device auto, and see INSTALL.md')
+        if device.index is None:
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(f'local rank {local_rank} has no GPU: there are {torch.cuda.device_count()} here; '
+                                'start that many processes on this machine')
+            device = torch.device('cuda', local_rank)
+        torch.cuda.set_device(device)
+    if device.type == 'mps' and not torch.backends.mps.is_available():
+        raise UserError('--device mps: torch finds no Apple GPU here; try --device auto')
+    return device
+
+
+def init_processes(device: str) -> Processes:
+    """Joins the process group that the launcher's environment describes (torchrun's variables); alone without one.
+
+    Only `RANK` and `WORLD_SIZE` count: SLURM's own variables stand in every interactive shell of a cluster.
+    """
+    import datetime
+
+    import torch.distributed as dist
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    chosen = choose_device(device, local_rank)
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    if world_size == 1:
+        return Processes(device=chosen)
+    # An hour, since rank 0 may be saving to a slow disk; a rank that dies closes its connections, or its launcher
+    # stops the others, long before
+    patience = datetime.timedelta(hours=1)
+    dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=patience,
+                            device_id=chosen if chosen.type == 'cuda' else None)
+    return Processes(device=chosen, rank=dist.get_rank(), world_size=world_size,
+                     host_group=dist.new_group(backend='gloo', timeout=patience))
+
+
+def leave_processes() -> None:
+    """Leaves the process group, once all that was to be exchanged has been. Not for a rank that failed: it may hang."""
+    import torch.distributed as dist
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def rank_zero_first(name: str) -> Iterator[None]:
+    """Lets rank 0 through the body first; the others wait for it, up to a day, and then follow.
+
+    The wait is on the launcher's key-value store and not a collective, which would time out over a long index build.
+    """
+    import datetime
+
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        yield
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f'moganet/{name}'
+    if dist.get_rank() > 0:
+        store.wait([key], datetime.timedelta(days=1))
+    try:
+        yield
+    finally:
+        if dist.get_rank() == 0:
+            store.set(key, 'done')
+
+
+def claim_error(rank: int) -> bool:
+    """Whether this rank is the first to fail, and so the one to show its error: the others fail because of it."""
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        return True
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.compare_set('moganet/error', '', str(rank)) == str(rank).encode()
+    except Exception:  # the store went with the rank that held it, and that rank has shown its error
+        return False
+
+
+class StopRequest:
+    """Requests to stop, by signal to any rank, on which all ranks agree without waiting for the device.
+
+    Every update the ranks start to combine their flags on the host and look at what the update before brought; so all
+    see a request after the same update, one later than the first that noticed it.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self, processes: Processes):
+        self._processes = processes
+        self._received, self._first_interrupt = 0, 0.0
+        self._pending: tuple[Any, Any] | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> 'StopRequest':
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        # A second Ctrl-C means now; a launcher's echo of the first comes within milliseconds and does not
+        if number == signal.SIGINT:
+            if self._first_interrupt and time.monotonic() - self._first_interrupt > 1:
+                raise KeyboardInterrupt
+            self._first_interrupt = self._first_interrupt or time.monotonic()
+        if not self._received:
+            self._received = number
+            log.warning('%s received: saving after this update', signal.Signals(number).name)
+
+    def agreed(self) -> int:
+        """The signal on which all ranks agree to stop now, or 0. To be called by every rank after every update."""
+        if self._processes.host_group is None:
+            return self._received
+        import torch
+        import torch.distributed as dist
+        number = 0
+        if self._pending is not None:
+            work, flag = self._pending
+            work.wait()
+            number = flag.tolist()[0]  # host memory; no read of the device
+        flag = torch.tensor([self._received])
+        self._pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._processes.host_group, async_op=True),
+                         flag)
+        return number
+
+
+# ---- Files and notes ------------------------------------------------------------------------------------------------
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Writes a file so that `path` is at every moment the whole old or the whole new one, also across a power cut.
+
+    Written beside the target, flushed to disk, renamed, and the folder flushed. On an error nothing is left behind and
+    the old file stays. Raises what `write` raises, OSError on a full disk.
+    """
+    beside = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        with open(beside, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes renames and links in a folder last, where the system can (Windows cannot)."""
+    with contextlib.suppress(OSError, AttributeError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically."""
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + '\n').encode()))
+
+
+def setup_logging(rank: int) -> None:
+    """Sends rank 0's log to stdout. The others know the same and are silent; errors reach stderr by `main`."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter('%(message)s'))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
+    log.propagate = False
+
+
+def environment() -> dict[str, Any]:
+    """What a run was started with: command, versions, host, and the git revision of this repository."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    def git(*words: str) -> str | None:
+        try:
+            return subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True,
+                                  timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    versions = {name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'timm', 'numpy', 'pillow')}
+    return {'command': sys.argv, 'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'host': platform.node(),
+            'python': platform.python_version(), **versions, 'cuda': torch.version.cuda,
+            'git': git('rev-parse', 'HEAD'), 'git_dirty': bool(git('status', '--porcelain'))}
+
+
+class Notes:
+    """What rank 0 writes about a run: recipe.json, environment.json, log.txt, TensorBoard, the terminal."""
+
+    def __init__(self, run: Any, *, first: bool, epochs_done: int, step: int):
+        """
+        Args:
+            run: `recipes.Run`.
+            first: whether this is rank 0; other ranks write nothing.
+            epochs_done: epochs that the log may hold; later ones are about to be computed again.
+            step: updates done; TensorBoard hides what an earlier start wrote beyond.
+        """
+        self._first, self._folder = first, Path(run.output_dir)
+        self._bar: Any = None
+        if not first:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._board = SummaryWriter(run.log_dir or self._folder / 'tensorboard', purge_step=step + 1)
+        self.rewind(epochs_done)
+
+    def begin(self, recipe: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Writes the resolved recipe, and adds this start to the list of environments."""
+        if self._first:
+            write_json(self._folder / 'recipe.json', recipe)
+            path = self._folder / 'environment.json'
+            write_json(path, [*(json.loads(path.read_text()) if path.exists() else []), environment])
+
+    def rewind(self, epochs_done: int) -> None:
+        """Keeps the log's lines of the first `epochs_done` epochs, so that none is doubled."""
+        path = self._folder / 'log.txt'
+        if not self._first or not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that a kill cut off
+                if json.loads(line)['epoch'] < epochs_done:
+                    kept.append(line + '\n')
+        write_atomically(path, lambda file: file.write(''.join(kept).encode()))
+
+    def progress(self, progress: Any, *, epoch: int, epochs: int) -> None:
+        """Shows an `engine.Progress`: a bar on a terminal, a line elsewhere."""
+        if not self._first:
+            return
+        step = epoch * progress.updates + progress.update
+        for name in ('loss', 'lr', 'images_per_second', 'data_wait'):
+            self._board.add_scalar(f'train/{name}', getattr(progress, name), step)
+        left = (epochs * progress.updates - step) * progress.seconds_per_update
+        text = (f'loss {progress.loss:.4f}  lr {progress.lr:.2e}  {progress.images_per_second:.0f} images/s  '
+                f'{duration(left)} left')
+        if not sys.stdout.isatty():
+            log.info('epoch %d  update %d/%d  %s', epoch, progress.update, progress.updates, text)
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+            self._bar = tqdm(total=progress.updates, desc=f'epoch {epoch}', leave=False, dynamic_ncols=True,
+                             bar_format='{desc} {percentage:3.0f}% |{bar}| {postfix}')
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(progress.update - self._bar.n)
+        if progress.update == progress.updates:
+            self._bar.close()
+            self._bar = None
+
+    def epoch(self, entry: dict[str, Any], *, epochs: int) -> None:
+        """Appends an epoch to log.txt, flushed to disk: it must be there before the checkpoint that counts it."""
+        if not self._first:
+            return
+        with open(self._folder / 'log.txt', 'a') as file:
+            file.write(json.dumps(entry) + '\n')
+            file.flush()
+            os.fsync(file.fileno())
+        for name, value in entry.items():
+            if name.startswith('test_'):
+                self._board.add_scalar(name.replace('_', '/', 1), value, entry['step'])
+        self._board.flush()
+        tested = ''
+        if 'test_acc1' in entry:
+            tested = f', top-1 {entry["test_acc1"]:.2f} %'
+        if 'test_acc1_ema' in entry:
+            tested += f' (average {entry["test_acc1_ema"]:.2f} %)'
+        log.info('epoch %d of %d done: train loss %.4f%s, %.0f images/s', entry['epoch'] + 1, epochs,
+                 entry['train_loss'], tested, entry['images_per_second'])
+        if entry['data_wait'] > 0.1:
+            log.info('%.0f %% of the time went into waiting for data: raise --num_workers, up to the cores this '
+                     'process has', 100 * entry['data_wait'])
+
+    def close(self) -> None:
+        """Closes what is open."""
+        if self._first:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 3d 04h, 4h 05m, 5m 06s."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f'{days}d {hour:02d}h'
+    return f'{hour}h {minute:02d}m' if hours else f'{minute}m {second:02d}s'

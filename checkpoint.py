@@ -1,0 +1,322 @@
+"""The training state as one object, and the files it is kept in: save, find, verify, load, prune.
+
+A checkpoint is a zip of tensors and primitives that `torch.load(weights_only=True)` opens. It is written beside its
+target, flushed and renamed; the zip's own CRC-32 of every record tells a damaged one when it is read.
+"""
+import contextlib
+import logging
+import os
+import pickle
+import re
+import shutil
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from optim_factory import ModelEma
+from recipes import Recipe, differences, from_dict
+from utils import UserError, flush_folder, write_atomically
+
+log = logging.getLogger('moganet')
+
+VERSION = 1
+KEYS = {'version', 'model', 'model_ema', 'optimizer', 'scaler', 'epoch', 'step', 'best', 'recipe', 'classes', 'local'}
+
+
+class Buffers:
+    """The BN statistics of a model, and of its moving average, as one flat tensor.
+
+    They differ between the ranks and take no part in training, which normalises by the batch; so what is made of them
+    for evaluating and saving is put back afterwards, and the course of training does not depend on how often that is.
+    """
+
+    def __init__(self, *models: nn.Module | None):
+        self._buffers = [buffer for model in models if model is not None for buffer in model.buffers()
+                         if buffer.is_floating_point()]
+        self._own: torch.Tensor | None = None  # this rank's statistics, while others stand in their place
+
+    def own(self) -> torch.Tensor:
+        """This rank's own statistics [n], also within `agreed`."""
+        return self.get() if self._own is None else self._own
+
+    def get(self) -> torch.Tensor:
+        """A copy of all of them, [n], on the device of the first."""
+        if not self._buffers:
+            return torch.zeros(0)
+        device = self._buffers[0].device
+        return torch.cat([buffer.reshape(-1).to(device) for buffer in self._buffers])
+
+    def set(self, flat: torch.Tensor) -> None:
+        """Writes back what `get` returned."""
+        parts = flat.split([buffer.numel() for buffer in self._buffers]) if self._buffers else []
+        for device in {buffer.device for buffer in self._buffers}:
+            pairs = [(buffer, part.view_as(buffer).to(device, buffer.dtype))
+                     for buffer, part in zip(self._buffers, parts, strict=True) if buffer.device == device]
+            torch._foreach_copy_(*[list(side) for side in zip(*pairs, strict=True)])
+
+    @contextlib.contextmanager
+    def agreed(self, mode: str, *, first: Callable[[], None] | None = None) -> Iterator[None]:
+        """Within the context the buffers are equal on all ranks, by one flat exchange.
+
+        Args:
+            mode: 'reduce', the mean over the ranks; 'broadcast', rank 0's; 'none', each rank its own.
+            first: is called before the exchange; it may change the buffers (Precise BN).
+        """
+        self._own = own = self.get()
+        if first is not None:
+            first()
+        if dist.is_initialized() and mode != 'none' and own.numel():
+            common = self.get()
+            if mode == 'reduce':
+                dist.all_reduce(common)
+                common /= dist.get_world_size()
+            else:
+                dist.broadcast(common, src=0)
+            self.set(common)
+        try:
+            yield
+        finally:
+            self._own = None
+            self.set(own)
+
+
+class TrainState:
+    """All that a run continues from. Randomness is not in it: it is derived from the position.
+
+    Attributes:
+        step: updates done.
+        best: the best accuracies so far by the name of their log column ('test_acc1', 'test_acc1_ema'), %.
+        attempt: how often the run has gone back because of a NaN; each attempt has another data order.
+    """
+
+    def __init__(self, *, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                 ema: ModelEma | None, sums: torch.Tensor, skips: torch.Tensor, recipe: Recipe, classes: list[str],
+                 updates_per_epoch: int):
+        """
+        Args:
+            model: unwrapped.
+            sums: this rank's running sums of the epoch's log, written to in place.
+            skips: the counts of skipped updates, equal on all ranks, written to in place.
+            classes: the names of the classes, kept with the weights.
+        """
+        self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
+        self.sums, self.skips = sums, skips
+        self.recipe, self.classes, self.updates_per_epoch = recipe, classes, updates_per_epoch
+        self.buffers = Buffers(model, ema.module if ema is not None else None)
+        self.step, self.attempt = 0, 0
+        self.best: dict[str, float] = {}
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return self.step // self.updates_per_epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as tensors and primitives, sharing memory with the run. Every rank must call it.
+
+        Within `buffers.agreed` the BN statistics under `model` and `model_ema` are those agreed on; what each rank had
+        of its own is under `local`, since a resumed run must go on from that.
+        """
+        return {
+            'version': VERSION,
+            'model': self.model.state_dict(),
+            'model_ema': self.ema.module.state_dict() if self.ema is not None else None,
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            'epoch': self.epoch,
+            'step': self.step,
+            'best': dict(self.best),
+            'recipe': {name: list(value) if isinstance(value, tuple) else value
+                       for name, value in asdict(self.recipe).items()},
+            'classes': list(self.classes),
+            'attempt': self.attempt,
+            'skips': self.skips,
+            'local': {'buffers': _gather(self.buffers.own()), 'sums': _gather(self.sums)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, optimizer: bool = True) -> None:
+        """Puts the run where `state_dict` was taken, bit for bit at the same world size.
+
+        At another one the epoch's sums go on from their total and the BN statistics from what was agreed on.
+
+        Args:
+            optimizer: whether to take the optimizer and the scaler too, or only weights, average and position.
+        """
+        self.model.load_state_dict(state['model'])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state['model_ema'] or state['model'])
+        if optimizer:
+            self.optimizer.load_state_dict(state['optimizer'])
+            self.scaler.load_state_dict(state['scaler'])
+        self.step, self.best, self.attempt = state['step'], dict(state['best']), state['attempt']
+        self.skips.copy_(state['skips'])
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        buffers, sums = state['local']['buffers'], state['local']['sums']
+        if len(sums) == world and buffers.shape[1] == self.buffers.get().numel():
+            self.buffers.set(buffers[rank].to(self.sums.device))
+            self.sums.copy_(sums[rank])
+        else:
+            self.sums.copy_(sums.sum(0) if rank == 0 else torch.zeros_like(sums[0]))
+        if len(sums) != world:
+            log.warning('The checkpoint was written by %d processes and goes on with %d: on the same batches, but not '
+                        'bit for bit.', len(sums), world)
+
+
+def _gather(value: torch.Tensor) -> torch.Tensor:
+    """[world size, ...]: a tensor of every rank."""
+    if not dist.is_initialized():
+        return value[None]
+    parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, value)
+    return torch.stack(parts)
+
+
+def to_host(state: Any) -> Any:
+    """A copy of a nested state in which every tensor has memory of its own on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to('cpu', copy=True)
+    if isinstance(state, dict):
+        return {key: to_host(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [to_host(value) for value in state]
+    return state
+
+
+class CheckpointError(Exception):
+    """A file is no checkpoint of ours, or a damaged one; the message says which."""
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads and verifies a training checkpoint.
+
+    Raises:
+        CheckpointError: where it is missing, truncated, damaged (a CRC-32 does not match), or something else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f'{path} is damaged (checksum of {damaged})')
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f'{path} cannot be read ({reason})') from None
+    missing = KEYS - state.keys() if isinstance(state, dict) else KEYS
+    if missing:
+        raise CheckpointError(f'{path} is no training checkpoint of this project (no {min(missing)} in it)')
+    if state['version'] > VERSION:
+        raise CheckpointError(f'{path} was written by a newer version of this project; update it')
+    return state
+
+
+def check_recipe(state: dict[str, Any], recipe: Recipe, *, path: Path, anyway: bool) -> None:
+    """Refuses to resume under another recipe. Raises UserError with the fields that differ, unless `anyway`."""
+    changed = differences(from_dict(state['recipe']), recipe)
+    if changed and anyway:
+        log.warning('Resuming %s under another recipe: %s', path, '; '.join(changed))
+    elif changed:
+        raise UserError(f'{path} was trained by another recipe ({"; ".join(changed)}); resume with the flags of its '
+                        'recipe.json, or give another --output_dir, or say --resume_anyway')
+
+
+class CheckpointFolder:
+    """The checkpoints of a run: `checkpoint-<step>.pth`, the newest of them; -last and -best, links; -best-ema.
+
+    Written by a background thread from a copy on the host, so that training waits for the copy alone. Only rank 0 has
+    one.
+    """
+
+    def __init__(self, folder: Path, *, keep: int):
+        """
+        Args:
+            keep: how many of the newest to keep.
+        """
+        self.folder, self.keep = folder, keep
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def numbered(self) -> list[Path]:
+        """The step checkpoints, the oldest first; by number, since 1000 comes before 900 by name."""
+        found = [(int(match[1]), path) for path in self.folder.glob('checkpoint-*.pth')
+                 if (match := re.fullmatch(r'checkpoint-(\d+)\.pth', path.name))]
+        return [path for _, path in sorted(found)]
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, and its state; None where the folder has none.
+
+        Raises:
+            UserError: where there are checkpoints but none can be read.
+        """
+        named = [self.folder / f'checkpoint-{name}.pth' for name in ('last', 'best')]
+        candidates = [*reversed(self.numbered()), *(path for path in named if path.exists())]
+        for path in candidates:
+            try:
+                return path, load(path)
+            except CheckpointError as error:
+                log.warning('%s: passing over it for the one before.', error)
+        if candidates:
+            raise UserError(f'none of the {len(candidates)} checkpoints in {self.folder} can be read; move them away '
+                            'to begin anew')
+        return None
+
+    def save(self, state: dict[str, Any], *, best: bool = False, best_ema: bool = False) -> None:
+        """Copies a state to the host and writes it in the background.
+
+        Args:
+            state: what `TrainState.state_dict` returned.
+            best: whether it is the best so far, to be kept as checkpoint-best.pth.
+            best_ema: whether its moving average is, to be kept as checkpoint-best-ema.pth, whose model is the average.
+        """
+        host = to_host(state)
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(host, best, best_ema), name='checkpoint')
+        self._thread.start()
+
+    def wait(self) -> bool:
+        """Waits for the write under way. Returns whether the last one succeeded."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._error is None
+
+    def _write(self, state: dict[str, Any], best: bool, best_ema: bool) -> None:
+        path = self.folder / f'checkpoint-{state["step"]}.pth'
+        try:
+            write_atomically(path, lambda file: torch.save(state, file))
+            self._link(path, 'last')
+            if best:
+                self._link(path, 'best')
+            if best_ema:
+                average = {**state, 'model': state['model_ema'], 'model_ema': None, 'optimizer': None, 'scaler': None,
+                           'which': 'ema'}
+                write_atomically(self.folder / 'checkpoint-best-ema.pth', lambda file: torch.save(average, file))
+            self._error = None
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+            self._error = error
+            log.error('%s could not be saved (%s). The one before is kept and training goes on; free space in %s '
+                      'before the next save.', path, str(error).splitlines()[0], self.folder)
+            return
+        for old in self.numbered()[:-self.keep]:  # only after the newer one is safe on disk
+            old.unlink(missing_ok=True)
+
+    def _link(self, path: Path, name: str) -> None:
+        """Makes checkpoint-<name>.pth the same file as `path`, at once and without a moment in which there is none."""
+        target = self.folder / f'checkpoint-{name}.pth'
+        beside = target.with_name(f'.{target.name}.{os.getpid()}.part')
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(path, beside)
+        except OSError:  # a file system without hard links
+            with open(path, 'rb') as source:
+                write_atomically(target, lambda file: shutil.copyfileobj(source, file))
+            return
+        os.replace(beside, target)
+        flush_folder(self.folder)

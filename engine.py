@@ -1,0 +1,376 @@
+"""The training step, an epoch of them, and evaluation. Values in, metrics out: no files, no flags.
+
+Nothing in a step waits for the device: losses, overflow flags and norms stay on it until they are printed.
+"""
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import dispatch_clip_grad
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import Buffers
+from optim_factory import ModelEma
+from utils import UserError, derive_seed
+
+AUTOCAST = {'fp32': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+
+
+class NonFiniteError(RuntimeError):
+    """Loss, weights, BN statistics or moving average are NaN or infinite, or fp16 overflowed too often in a row."""
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast context of a precision; for fp32 one that does nothing."""
+    return torch.autocast(device.type, dtype=AUTOCAST[precision], enabled=AUTOCAST[precision] is not None)
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Sums over an epoch are kept in float64, where the device has it (MPS does not)."""
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
+def create_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """fp16's loss scaler; for the other precisions one that passes everything through."""
+    return torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
+
+
+def wrap_distributed(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model in DDP where there is a process group, else the model itself.
+
+    BN statistics are not broadcast every step: `checkpoint.Buffers` makes them equal before they are used.
+    """
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
+                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+@torch.no_grad()
+def precise_bn(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *,
+               precision: str = 'fp32') -> None:
+    """Replaces the running BN statistics by the plain mean over some training batches (Precise BN, arXiv 2105.07576).
+
+    Args:
+        model: unwrapped model; its mode is restored.
+        batches: this rank's micro-batches (images [B, 3, H, W], targets).
+    """
+    device = next(model.parameters()).device
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    was_training, momenta = model.training, [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked.clone() for norm in norms]
+    model.eval()
+    for norm in norms:  # only the norms, not dropout and drop path
+        norm.reset_running_stats()
+        norm.momentum = None  # the cumulative mean
+        norm.train()
+    with autocast(device, precision):
+        for images, _ in batches:
+            model(images.to(device))
+    for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+        norm.momentum = momentum
+        norm.num_batches_tracked.copy_(count)
+    model.train(was_training)
+
+
+class TrainStep:
+    """One update of the weights: the only forward and backward pass of training, for every precision.
+
+    Autocast, loss, backward, unscale, clip, step, moving average. Scaler, accumulation, clipping and average are
+    switches of that one line.
+
+    Attributes:
+        sums: [2] on the device: this rank's summed loss and images since `reset`.
+        skips: [2] on the device: updates that the scaler skipped, since `reset` and in a row.
+    """
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, *,
+                 device: torch.device, precision: str = 'fp32', scaler: torch.amp.GradScaler | None = None,
+                 ema: ModelEma | None = None, clip_grad: float | None = None, clip_mode: str = 'norm',
+                 update_freq: int = 1, seed: int = 0, rank: int = 0):
+        """
+        Args:
+            model: the model, in DDP where there are several processes.
+            criterion: loss of (logits, targets), the mean over the images.
+            scaler: fp16's; None for one that passes everything through.
+            update_freq: micro-steps per update.
+            seed: from it, the update, the micro-step and the rank, drop path and dropout are drawn.
+        """
+        self.model, self.criterion, self.optimizer, self.device = model, criterion, optimizer, device
+        self.precision, self.ema = precision, ema
+        self.scaler = scaler or create_scaler(device, precision)
+        self.clip_grad, self.clip_mode = clip_grad, clip_mode
+        self.update_freq, self.seed, self.rank = update_freq, seed, rank
+        self.unwrapped: nn.Module = getattr(model, 'module', model)
+        self.buffers = Buffers(self.unwrapped)
+        self._counts = [buffer for buffer in self.unwrapped.buffers() if not buffer.is_floating_point()]
+        self.sums = torch.zeros(2, device=device, dtype=sum_dtype(device))
+        self.skips = torch.zeros(2, device=device)
+
+    def reset(self) -> None:
+        """Begins new sums, at the start of an epoch."""
+        self.sums.zero_()
+        self.skips[0] = 0
+
+    def __call__(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], update: int) -> None:
+        """Trains on the next `update_freq` micro-batches.
+
+        Args:
+            batches: images [B, 3, H, W] and targets [B] or [B, classes], on the device.
+            update: number of the update in the run, from 0.
+        """
+        before = self._snapshot()
+        loss_sum = torch.zeros_like(self.sums[0])
+        seen = 0
+        for micro_step in range(self.update_freq):
+            images, targets = next(batches)
+            torch.manual_seed(derive_seed(self.seed, 'step', update, micro_step, self.rank))
+            exchange = micro_step == self.update_freq - 1 or not hasattr(self.model, 'no_sync')
+            with contextlib.nullcontext() if exchange else self.model.no_sync():
+                with autocast(self.device, self.precision):
+                    loss = self.criterion(self.model(images), targets)
+                self.scaler.scale(loss / self.update_freq).backward()
+            loss_sum += loss.detach() * len(images)
+            seen += len(images)
+        self.scaler.unscale_(self.optimizer)
+        if self.clip_grad is not None:
+            dispatch_clip_grad(self.unwrapped.parameters(), self.clip_grad, mode=self.clip_mode)
+        self.scaler.step(self.optimizer)
+        skipped = self._undo_if_skipped(before)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(update, skipped=skipped)
+        if skipped is None:
+            self.sums[0] += loss_sum
+            self.sums[1] += seen
+        else:
+            self.sums[0] += torch.where(skipped > 0, 0.0, loss_sum)
+            self.sums[1] += seen * (1 - skipped)
+            self.skips[0] += skipped
+            self.skips[1].add_(1).mul_(skipped)
+
+    def _snapshot(self) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
+        """The BN buffers before an update that may overflow."""
+        if not self.scaler.is_enabled():
+            return None
+        return self.buffers.get(), [count.clone() for count in self._counts]
+
+    def _undo_if_skipped(self, before: tuple[torch.Tensor, list[torch.Tensor]] | None) -> torch.Tensor | None:
+        """Puts the BN buffers back where the scaler skipped the update. Returns its flag, on the device.
+
+        The overflowing forward pass has left inf or NaN in the running statistics. They never leave again, and do not
+        show in training, but make every evaluation NaN.
+        """
+        if before is None:
+            return None
+        # The scaler keeps the flag that its own step and update go by; the public get_scale() would wait for the device
+        skipped = sum(self.scaler._found_inf_per_device(self.optimizer).values()).to(self.device).clamp(max=1).squeeze()
+        statistics, counts = before
+        self.buffers.set(torch.where(skipped > 0, statistics, self.buffers.get()))
+        for count, old in zip(self._counts, counts, strict=True):
+            count.copy_(torch.where(skipped > 0, old, count))
+        return skipped
+
+    def warm_up(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        """A throwaway pass that lets DDP settle its buckets, so that a resumed run sums in the order of the first.
+
+        DDP reorders its buckets after its first backward pass, and from three processes on the order changes the sums.
+        The BN buffers are put back; the random state is derived anew each step.
+        """
+        if not isinstance(self.model, DistributedDataParallel):
+            return
+        kept, counts = self.buffers.get(), [count.clone() for count in self._counts]
+        self.model.train()
+        with autocast(self.device, self.precision):
+            loss = self.criterion(self.model(images), targets)
+        loss.backward()
+        self.optimizer.zero_grad()
+        self.buffers.set(kept)
+        torch._foreach_copy_(self._counts, counts)
+
+    @torch.no_grad()
+    def check(self) -> dict[str, float]:
+        """Reads the sums and the health of all ranks: the one place where training waits for the device.
+
+        Returns:
+            'loss', the mean over the images since `reset`, 'skipped', the updates the scaler skipped, and
+            'skips_in_row'.
+
+        Raises:
+            NonFiniteError: on every rank alike, where loss, parameters, buffers or average of any are not finite.
+        """
+        watched = [tensor for model in (self.unwrapped, self.ema and self.ema.module) if model is not None
+                   for tensor in model.state_dict().values() if tensor.is_floating_point()]
+        # The largest absolute value of each tensor: NaN and inf come through, and it cannot overflow as a sum would
+        norms = torch.stack([norm.to(self.device) for norm in torch._foreach_norm(watched, float('inf'))])
+        broken = ~(norms.isfinite().all() & self.sums.isfinite().all())
+        values = torch.cat([self.sums, broken.to(self.sums)[None], self.skips.to(self.sums)])
+        if dist.is_initialized():
+            dist.all_reduce(values[:3])
+        loss, seen, broken_ranks, skipped, skips_in_row = values.tolist()
+        if broken_ranks:
+            raise NonFiniteError('the loss, the weights, the BN statistics or their average are NaN or infinite')
+        return {'loss': loss / max(seen, 1), 'skipped': skipped, 'skips_in_row': skips_in_row}
+
+
+class _Timed:
+    """An iterator that adds up the seconds spent waiting for its next item."""
+
+    def __init__(self, items: Iterable[Any]):
+        self._items = iter(items)
+        self.seconds = 0.0
+
+    def __iter__(self) -> '_Timed':
+        return self
+
+    def __next__(self) -> Any:
+        start = time.perf_counter()
+        item = next(self._items)
+        self.seconds += time.perf_counter() - start
+        return item
+
+
+@dataclasses.dataclass
+class Progress:
+    """What an epoch reports every `print_freq` updates."""
+
+    update: int  # updates of this epoch done
+    updates: int  # updates of an epoch
+    loss: float
+    lr: float
+    images_per_second: float
+    seconds_per_update: float
+    data_wait: float  # share of the time spent waiting for data
+    skipped: float
+
+
+def train_one_epoch(step: TrainStep, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, epoch: int,
+                    updates: int, start: int = 0, set_schedule: Callable[[int], float], images_per_update: int,
+                    print_freq: int = 50, max_skips: int = 50, report: Callable[[Progress], None] | None = None,
+                    after_update: Callable[[int], bool] | None = None) -> dict[str, float]:
+    """Trains the updates `start` .. `updates - 1` of an epoch.
+
+    Args:
+        step: the training step; its sums hold what an interrupted epoch had before `start`.
+        batches: this rank's micro-batches from update `start` on.
+        set_schedule: sets the optimizer for an update of the run and returns the learning rate.
+        images_per_update: over all ranks.
+        print_freq: updates between reports, at which alone the device is waited for.
+        max_skips: updates that the scaler may skip in a row.
+        report: receives the figures every `print_freq` updates and at the end.
+        after_update: receives the updates of this epoch that are done; returns True to stop here.
+
+    Returns:
+        'train_loss', 'lr' of the last update, 'images_per_second', 'data_wait' (share of the time), 'skipped', and
+        'updates' done in the epoch, fewer than `updates` where `after_update` stopped it.
+
+    Raises:
+        NonFiniteError: on all ranks alike.
+    """
+    step.model.train()
+    timed = _Timed(batches)
+    begin = time.perf_counter()
+    figures: dict[str, float] = {}
+    done, lr = start, 0.0
+    for done in range(start + 1, updates + 1):
+        update = epoch * updates + done - 1
+        lr = set_schedule(update)
+        step(timed, update)
+        stop = after_update(done) if after_update is not None else False
+        if done % print_freq == 0 or done == updates or stop:
+            figures = step.check()
+            if figures['skips_in_row'] >= max_skips:
+                raise NonFiniteError(f'fp16 overflowed in {max_skips} updates in a row')
+            seconds = time.perf_counter() - begin
+            rate, wait = (done - start) * images_per_update / seconds, timed.seconds / seconds
+            if report is not None:
+                report(Progress(done, updates, figures['loss'], lr, rate, seconds / (done - start), wait,
+                                figures['skipped']))
+        if stop:
+            break
+    return {'train_loss': figures['loss'], 'lr': lr, 'images_per_second': rate, 'data_wait': wait,
+            'skipped': figures['skipped'], 'updates': done}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, count: int,
+             precision: str = 'fp32') -> dict[str, float]:
+    """Accuracy and cross-entropy over a data set that the ranks share out, each image once.
+
+    Args:
+        model: unwrapped; a rank may have fewer batches than another, so that nothing in it may communicate.
+        batches: this rank's images [B, 3, H, W] and class indices [B].
+        count: images of the whole data set.
+
+    Returns:
+        'acc1' and 'acc5' in % (top-5 is top-k where there are k < 5 classes), 'loss' per image, 'count'.
+
+    Raises:
+        RuntimeError: where the images seen by all ranks are not `count`.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    sums = torch.zeros(4, device=device, dtype=sum_dtype(device))
+    for images, targets in batches:
+        images, targets = images.to(device), targets.to(device)
+        with autocast(device, precision):
+            logits = model(images)
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        loss = F.cross_entropy(logits, targets, reduction='sum')
+        sums[:3] += torch.stack([best[:, 0].sum(), best.sum(), loss])
+        sums[3] += len(images)
+    model.train(was_training)
+    if dist.is_initialized():
+        sums = sums.cuda() if dist.get_backend() == 'nccl' else sums  # a moving average may be kept on the CPU
+        dist.all_reduce(sums)
+    correct1, correct5, loss, seen = sums.tolist()
+    if seen != count:
+        raise RuntimeError(f'{seen:.0f} images were evaluated, but the data set has {count}')
+    return {'acc1': 100 * correct1 / seen, 'acc5': 100 * correct5 / seen, 'loss': loss / seen, 'count': int(seen)}
+
+
+def largest_micro_batch(model: nn.Module, criterion: Callable[..., torch.Tensor], sizes: Sequence[int], *,
+                        input_size: int, device: torch.device, precision: str) -> int:
+    """The first of `sizes`, falling, of which a training step fits the memory of a CUDA device; the same on all ranks.
+
+    A tenth of the memory is left free, for the optimizer's state, DDP's buckets and fragmentation.
+
+    Raises:
+        UserError: where not even the last fits.
+    """
+    budget = 0.9 * torch.cuda.mem_get_info(device)[0]
+    # weights, gradients, two moments, the average
+    budget -= 4 * sum(param.numel() * param.element_size() for param in model.parameters())
+    chosen = len(sizes)
+    for i, size in enumerate(sizes):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            images = torch.zeros(size, 3, input_size, input_size, device=device)
+            with autocast(device, precision):
+                loss = criterion(model(images), torch.zeros(size, dtype=torch.int64, device=device))
+            loss.backward()
+            fits = torch.cuda.max_memory_allocated(device) < budget
+        except torch.cuda.OutOfMemoryError:
+            fits = False
+        model.zero_grad()
+        if fits:
+            chosen = i
+            break
+    torch.cuda.empty_cache()
+    if dist.is_initialized():
+        common = torch.tensor(chosen, device=device)
+        dist.all_reduce(common, op=dist.ReduceOp.MAX)
+        chosen = int(common)
+    if chosen == len(sizes):
+        raise UserError(f'not even a micro-batch of {sizes[-1]} fits the memory of {device}; give --grad_checkpointing')
+    return sizes[chosen]

@@ -1,0 +1,490 @@
+"""Trains and evaluates MogaNet, and any other timm model, on ImageNet.
+
+    torchrun --nproc_per_node=8 main.py --model moganet_small --data_path /path/to/imagenet
+    python main.py --eval --checkpoint runs/moganet_small/checkpoint-best-ema.pth --data_path /path/to/imagenet
+
+What a model starts from, the first that applies:
+  1. the newest valid checkpoint in the run's folder (`--auto_resume`, on by default): the same command continues a run;
+  2. `--resume FILE`: weights, optimizer, average and position of another run of the same recipe;
+  3. `--finetune SOURCE` or `--pretrained`: weights alone;
+  4. the model's own initialisation, from the recipe's seed.
+"""
+import csv
+import dataclasses
+import itertools
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import recipes
+import utils
+from recipes import Recipe, Run
+from utils import UserError, log
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    import checkpoint
+    from datasets import Loaders
+
+MAX_ROLLBACKS = 3
+PRECISE_BN_ORDER = -1  # the data order of Precise BN, beside those of the attempts (0, 1, ...)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line.
+
+    Returns:
+        The exit status: 0 where the training or the evaluation is complete, 2 for what the user can put right, 128 plus
+        the signal's number for a run that was told to stop and has saved, 1 for everything else.
+    """
+    rank = int(os.environ.get('RANK', 0))
+    try:
+        recipe, run = recipes.resolve(sys.argv[1:] if argv is None else argv)
+    except SystemExit as done:  # --help, --list_recipes, --print_recipe
+        return done.code or 0
+    except UserError as error:
+        if rank == 0:  # the same on every rank
+            print(f'error: {error}', file=sys.stderr)
+        return 2
+
+    utils.setup_logging(rank)
+    try:
+        processes = utils.init_processes(run.device)
+        status = evaluate(recipe, run, processes) if run.eval else train(recipe, run, processes)
+        utils.leave_processes()
+        return status
+    except UserError as error:
+        if utils.claim_error(rank):
+            print(f'error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        if utils.claim_error(rank):
+            traceback.print_exc()
+        return 1
+
+
+# ---- Building the parts ---------------------------------------------------------------------------------------------
+
+def adapt_to_device(recipe: Recipe, run: Run, device: 'torch.device') -> Recipe:
+    """Sets what torch keeps globally, and falls back to fp32 where the device has no fp16."""
+    import torch
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.tf32
+    torch.backends.cudnn.benchmark = not run.deterministic
+    if run.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # what cuBLAS asks for in order to be so
+        torch.use_deterministic_algorithms(True)
+    if recipe.precision == 'fp16' and device.type != 'cuda':
+        log.info('fp16 needs a CUDA device: training in fp32 on this %s.', device.type)
+        recipe = dataclasses.replace(recipe, precision='fp32')
+    return recipe
+
+
+def build_model(recipe: Recipe, run: Run, *, num_classes: int, device: 'torch.device') -> 'nn.Module':
+    """The recipe's model with its initial weights, on the device. Raises UserError for an unknown one."""
+    import timm
+    import torch
+
+    from models import weights
+    if not timm.is_model(recipe.model):
+        raise UserError(f'unknown model {recipe.model}{utils.nearest(recipe.model, timm.list_models())}')
+    arguments: dict[str, Any] = {'num_classes': num_classes, 'drop_rate': recipe.drop,
+                                 'drop_path_rate': recipe.drop_path, **recipe.model_kwargs}
+    if recipe.model in recipes.MOGANETS:
+        arguments |= {'proj_drop_rate': recipe.proj_drop, 'layer_scale_init_value': recipe.layer_scale_init_value,
+                      'head_init_scale': recipe.head_init_scale, 'gate': recipe.gate, 'gate_fp32': recipe.gate_fp32}
+    utils.seed_everything(recipe.seed, 'model')
+    try:
+        model = timm.create_model(recipe.model, pretrained=run.pretrained, **arguments)
+    except TypeError as error:
+        raise UserError(f'{recipe.model} cannot be built as the recipe says ({error}); see --model_kwargs') from None
+    if run.finetune:
+        source = weights.load_weights(run.finetune, run.weights)
+        report = weights.apply_weights(model, source, drop_classifier=True)
+        log.info('Starting from %s (%s weights): %s', run.finetune, source.which, report)
+    if run.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    if recipe.sync_bn:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    channels_last = device.type == 'cuda' if run.channels_last is None else run.channels_last
+    return model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+class Criterion:
+    """The recipe's loss of (logits [B, classes], targets [B] or [B, classes]), the mean over the images.
+
+    Mixed targets are smoothed where they are mixed; class indices here.
+    """
+
+    def __init__(self, recipe: Recipe):
+        from timm.loss import BinaryCrossEntropy
+        self.smoothing = recipe.smoothing
+        self.binary = None if recipe.loss == 'ce' else BinaryCrossEntropy(
+            recipe.smoothing, target_threshold=recipe.bce_target_thresh, sum_classes=recipe.loss == 'bce_sum')
+
+    def __call__(self, logits: 'torch.Tensor', targets: 'torch.Tensor') -> 'torch.Tensor':
+        from torch.nn import functional as F
+        if self.binary is not None:
+            return self.binary(logits, targets)
+        return F.cross_entropy(logits, targets, label_smoothing=0.0 if targets.is_floating_point() else self.smoothing)
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+def train(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
+    """Trains a recipe to its end, from wherever its folder says. Returns the exit status."""
+    import datasets
+    from checkpoint import CheckpointFolder
+    recipe = adapt_to_device(recipe, run, processes.device)
+    folder = CheckpointFolder(Path(run.output_dir), keep=run.save_ckpt_num)
+    start = find_start(recipe, run, folder, processes)
+    if start is not None and start['epoch'] >= recipe.epochs:
+        log.info('%s is complete: %d epochs. Nothing to do; train anew in another --output_dir.', run.output_dir,
+                 recipe.epochs)
+        return 0
+    if run.batch_size == 'auto':
+        run = recipes.fit_batch(recipe, dataclasses.replace(run, batch_size=find_micro_batch(recipe, run, processes)))
+    loaders = datasets.build_loaders(recipe, run, rank=processes.rank, device=processes.device)
+    recipe = dataclasses.replace(recipe, num_classes=loaders.num_classes)
+    try:
+        with utils.StopRequest(processes) as stop:
+            return Training(recipe, run, processes, loaders, folder, start).fit(stop)
+    finally:
+        folder.wait()
+        loaders.close()
+
+
+def find_start(recipe: Recipe, run: Run, folder: 'checkpoint.CheckpointFolder',
+               processes: utils.Processes) -> dict[str, Any] | None:
+    """The state to start from: the newest of the run's folder, else that of --resume, else None. The same on all ranks.
+
+    Raises:
+        UserError: where the folder holds a run that would be overwritten or mixed with another.
+    """
+    import checkpoint
+    found, named = None, Path(run.resume) if run.resume else None
+    with utils.rank_zero_first('start'):
+        # All ranks look, so that each holds the state; rank 0 goes first and its warnings are the ones shown
+        found = folder.newest()
+    if found is not None and not run.auto_resume and named is None:
+        raise UserError(f'{run.output_dir} holds a run already; continue it with --auto_resume true, or give another '
+                        '--output_dir')
+    if named is not None:
+        if found is None or named.resolve() == found[0].resolve():
+            try:
+                found = named, checkpoint.load(named)
+            except checkpoint.CheckpointError as error:
+                raise UserError(f'--resume {error}; give a checkpoint-*.pth of a training run') from None
+        elif named.resolve().parent == folder.folder.resolve() and checkpoint.load(named)['step'] < found[1]['step']:
+            raise UserError(f'--resume {named} is older than {found[0].name} beside it, which would be lost; to branch '
+                            'off there give another --output_dir')
+    if found is None:
+        return None
+    path, state = found
+    checkpoint.check_recipe(state, dataclasses.replace(
+        recipe, num_classes=recipe.num_classes or state['recipe']['num_classes']), path=path, anyway=run.resume_anyway)
+    log.info('Continuing from %s: epoch %d, update %d.', path, state['epoch'], state['step'])
+    return state
+
+
+def find_micro_batch(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
+    """The largest micro-batch that divides the recipe's batch and fits the GPU's memory (`--batch_size auto`)."""
+    import engine
+    if processes.device.type != 'cuda':
+        raise UserError('--batch_size auto measures the memory of a CUDA device; give a number here')
+    model = build_model(recipe, run, num_classes=recipe.num_classes or 1000, device=processes.device)
+    share, rest = divmod(recipe.total_batch_size, run.world_size * (run.update_freq or 1))
+    if rest:
+        raise UserError(f'a batch of {recipe.total_batch_size} cannot be divided among {run.world_size} processes; '
+                        'give --total_batch_size')
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    size = engine.largest_micro_batch(model, Criterion(recipe), sizes, input_size=recipe.input_size,
+                                      device=processes.device, precision=recipe.precision)
+    log.info('--batch_size auto: %d', size)
+    return size
+
+
+class Training:
+    """A run between its first and its last epoch: the parts, and what happens between the epochs."""
+
+    def __init__(self, recipe: Recipe, run: Run, processes: utils.Processes, loaders: 'Loaders',
+                 folder: 'checkpoint.CheckpointFolder', start: dict[str, Any] | None):
+        import torch
+
+        import engine
+        import optim_factory
+        from checkpoint import TrainState
+        self.recipe, self.run, self.processes, self.loaders, self.folder = recipe, run, processes, loaders, folder
+        device = processes.device
+        model = build_model(recipe, run, num_classes=loaders.num_classes, device=device)
+        self.n_parameters = sum(param.numel() for param in model.parameters() if param.requires_grad)
+        ema = optim_factory.ModelEma(
+            model, decay=recipe.model_ema_decay, warmup=recipe.model_ema_warmup,
+            device=torch.device('cpu') if run.model_ema_force_cpu else None) if recipe.model_ema else None
+        optimizer = optim_factory.create_optimizer(model, recipe)
+        if run.print_param_groups:
+            log.info(optim_factory.describe_param_groups(optimizer.param_groups))
+        if run.compile:
+            model.compile()  # in place: the state dict keeps its names
+        self.step = engine.TrainStep(
+            engine.wrap_distributed(model, device), Criterion(recipe), optimizer, device=device,
+            precision=recipe.precision, scaler=engine.create_scaler(device, recipe.precision), ema=ema,
+            clip_grad=recipe.clip_grad, clip_mode=recipe.clip_mode, update_freq=run.update_freq, seed=recipe.seed,
+            rank=processes.rank)
+        self.state = TrainState(
+            model=model, optimizer=optimizer, scaler=self.step.scaler, ema=ema, sums=self.step.sums,
+            skips=self.step.skips, recipe=recipe, classes=loaders.classes,
+            updates_per_epoch=loaders.train.updates_per_epoch)
+        if start is not None:
+            self.state.load_state_dict(start, optimizer=not run.no_resume_opt)
+        self.step.warm_up(torch.zeros(run.batch_size, 3, recipe.input_size, recipe.input_size, device=device),
+                          torch.zeros(run.batch_size, dtype=torch.int64, device=device))
+        self._set_attempt(self.state.attempt)
+
+    def _set_attempt(self, attempt: int) -> None:
+        """After a NaN, other random numbers; the data order takes the attempt by itself."""
+        self.state.attempt = attempt
+        if attempt:
+            self.step.seed = utils.derive_seed(self.recipe.seed, 'attempt', attempt)
+
+    def fit(self, stop: utils.StopRequest) -> int:
+        """Trains the epochs that are left. Returns the exit status."""
+        import engine
+        self._begin()
+        try:
+            while self.state.epoch < self.recipe.epochs:
+                try:
+                    signal = self._epoch(stop)
+                except engine.NonFiniteError as error:
+                    if not self._roll_back(error):
+                        return 1
+                    continue
+                if signal and self.state.epoch < self.recipe.epochs:
+                    saved = self.folder.wait()
+                    log.info('Stopped at epoch %d, update %d. %s', self.state.epoch, self.state.step,
+                             'The same command continues.' if saved else 'It could not be saved.')
+                    return 128 + signal if saved else 1
+        finally:
+            self.notes.close()
+        if not self.folder.wait():
+            log.error('The last checkpoint could not be saved: free space in %s and start the same command again.',
+                      self.run.output_dir)
+            return 1
+        best = ', '.join(f'{name.removeprefix("test_")} {value:.2f} %' for name, value in self.state.best.items())
+        log.info('Training is complete: %d epochs%s.', self.recipe.epochs, f'; best {best}' if best else '')
+        return 0
+
+    def _begin(self) -> None:
+        """Writes what the run is into its folder, before the first step, and opens its log."""
+        recipe, run, state = self.recipe, self.run, self.state
+        updates = state.updates_per_epoch
+        log.info('%s: %s, %.2f M parameters, %d classes; %d epochs of %d updates of %d images (%d process%s x %d x %d '
+                 'micro-step%s), %s, on %s', recipe.name, recipe.model, self.n_parameters / 1e6, recipe.num_classes,
+                 recipe.epochs, updates, recipe.total_batch_size, run.world_size, 'es' if run.world_size > 1 else '',
+                 run.batch_size, run.update_freq, 's' if run.update_freq > 1 else '', recipe.precision,
+                 self.processes.device)
+        horizon = 1 / (1 - recipe.model_ema_decay)
+        if recipe.model_ema and horizon > recipe.epochs * updates:
+            log.warning('The moving average looks back %.0f updates, but the run has %d: it will still hold initial '
+                        'weights. Give --model_ema_decay %.4g.', horizon, recipe.epochs * updates,
+                        1 - 10 / max(recipe.epochs * updates, 20))
+        self.notes = utils.Notes(run, first=self.processes.first, epochs_done=state.epoch, step=state.step)
+        self.notes.begin(dataclasses.asdict(recipe), {'run': dataclasses.asdict(run), 'device': str(
+            self.processes.device), **utils.environment()})
+
+    def _epoch(self, stop: utils.StopRequest) -> int:
+        """Trains what is left of the epoch, evaluates and saves. Returns the signal to stop on, or 0."""
+        import engine
+        import optim_factory
+        state, run, updates = self.state, self.run, self.state.updates_per_epoch
+        epoch, begin = state.epoch, state.step % state.updates_per_epoch
+        if begin == 0:
+            self.step.reset()
+        signal = 0
+
+        def after_update(done: int) -> bool:
+            nonlocal signal
+            state.step = epoch * updates + done
+            signal = signal or stop.agreed()
+            if done == updates:  # the epoch's end evaluates and saves
+                return False
+            if signal or (run.save_ckpt_steps and state.step % run.save_ckpt_steps == 0):
+                self.step.check()
+                with state.buffers.agreed(self.recipe.dist_bn):
+                    self._save()
+            return bool(signal)
+
+        metrics = engine.train_one_epoch(
+            self.step, self.loaders.train.epoch(epoch, begin, state.attempt), epoch=epoch, updates=updates, start=begin,
+            set_schedule=lambda update: optim_factory.set_schedule(
+                self.step.optimizer, self.recipe, update=update, updates_per_epoch=updates),
+            images_per_update=self.recipe.total_batch_size, print_freq=run.print_freq, max_skips=run.max_skips,
+            report=lambda progress: self.notes.progress(progress, epoch=epoch, epochs=self.recipe.epochs),
+            after_update=after_update)
+        if metrics.pop('updates') < updates:
+            return signal
+        entry = {'epoch': epoch, 'step': state.step, **metrics, 'n_parameters': self.n_parameters}
+        last = state.epoch == self.recipe.epochs
+        evaluating = self.loaders.val is not None and (state.epoch % run.val_interval == 0 or last)
+        with state.buffers.agreed(self.recipe.dist_bn, first=self._precise_bn if evaluating else None):
+            improved = self._evaluate(entry) if evaluating else set()
+            self.notes.epoch(entry, epochs=self.recipe.epochs)  # before the checkpoint that counts the epoch
+            if state.epoch % run.save_ckpt_freq == 0 or last or improved or signal:
+                self._save(improved)
+        return signal
+
+    def _models(self) -> dict[str, 'nn.Module']:
+        """The models to evaluate, by the suffix of their columns in the log."""
+        models = {'': self.state.model}
+        if self.state.ema is not None and self.run.model_ema_eval:
+            models['_ema'] = self.state.ema.module
+        return models
+
+    def _precise_bn(self) -> None:
+        """Re-estimates the BN statistics on `precise_bn` training images (at least, in whole updates)."""
+        import engine
+        if not self.recipe.precise_bn:
+            return
+        micro_batches = -(-self.recipe.precise_bn // self.recipe.total_batch_size) * self.run.update_freq
+        for model in self._models().values():
+            batches = self.loaders.train.epoch(self.state.epoch, 0, PRECISE_BN_ORDER)
+            engine.precise_bn(model, itertools.islice(batches, micro_batches), precision=self.recipe.precision)
+
+    def _evaluate(self, entry: dict[str, Any]) -> set[str]:
+        """Evaluates the weights and their average into the epoch's entry. Returns which of the two are the best yet."""
+        import engine
+        improved = set()
+        for suffix, model in self._models().items():
+            result = engine.evaluate(model, self.loaders.val, count=self.loaders.val.count,
+                                     precision=self.recipe.precision)
+            entry |= {f'test_{name}{suffix}': result[name] for name in ('acc1', 'acc5', 'loss')}
+            if result['acc1'] > self.state.best.get(f'test_acc1{suffix}', -1.0):
+                self.state.best[f'test_acc1{suffix}'] = result['acc1']
+                improved.add(suffix)
+        return improved
+
+    def _save(self, improved: set[str] = frozenset()) -> None:
+        """Hands the state to the writer. All ranks call it; rank 0 writes."""
+        state = self.state.state_dict()
+        if self.processes.first and self.run.save_ckpt:
+            self.folder.save(state, best='' in improved, best_ema='_ema' in improved)
+
+    def _roll_back(self, error: Exception) -> bool:
+        """After a NaN: back to the newest checkpoint with another data order, where the user wants it and may still."""
+        self.folder.wait()
+        found = self.folder.newest()
+        where = f'the last good checkpoint is {found[0]}' if found else 'there is no checkpoint yet'
+        log.error('Update %d: %s; %s.', self.state.step, error, where)
+        attempt = self.state.attempt + 1
+        if self.run.on_nan == 'stop' or found is None or attempt > MAX_ROLLBACKS:
+            log.error('Stopped. Lower --lr, or clip by --clip_grad 1, or use --precision bf16 or --gate_fp32; '
+                      '--on_nan rollback tries again by itself.')
+            return False
+        self.state.load_state_dict(found[1])
+        self._set_attempt(attempt)
+        self.notes.rewind(self.state.epoch)
+        log.warning('Going back to update %d with another data order (attempt %d of %d).', self.state.step, attempt,
+                    MAX_ROLLBACKS)
+        return True
+
+
+# ---- Evaluating -----------------------------------------------------------------------------------------------------
+
+def evaluate(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
+    """Evaluates checkpoints, each with its own test size, crop, interpolation and gate unless a flag says otherwise.
+
+    Prints a line each, a table for several, and writes `eval.json` (of the last), and `--results_file`. Returns 0.
+    """
+    results = [evaluate_one(source, recipe, run, processes) for source in run.checkpoint or (None,)]
+    if processes.first:
+        if len(results) > 1:
+            log.info('\n%s', results_table(results))
+        if run.results_file:
+            append_results(Path(run.results_file), results)
+    return 0
+
+
+def evaluate_one(source: str | None, recipe: Recipe, run: Run, processes: utils.Processes) -> dict[str, Any]:
+    """Evaluates one checkpoint, or timm's pretrained weights where `source` is None. Returns what eval.json holds."""
+    import time
+
+    import datasets
+    import engine
+    from models import weights as weights_module
+    weights = None
+    if source is not None:
+        with utils.rank_zero_first(f'download {source}'):
+            weights = weights_module.load_weights(source, run.weights)
+        recipe = recipes.of_weights(weights.meta, weights.gate, recipe, run.given)
+        if recipe.num_classes is None:
+            recipe = dataclasses.replace(recipe, num_classes=weights_module.classes_of(weights, recipe.model))
+    recipe = adapt_to_device(recipe, run, processes.device)
+    loaders = datasets.build_loaders(recipe, run, rank=processes.rank, device=processes.device)
+    model = build_model(recipe, run, num_classes=recipe.num_classes or loaders.num_classes, device=processes.device)
+    which = 'pretrained'
+    if weights is not None:
+        report = weights_module.apply_weights(model, weights)
+        which = weights.which
+        log.info('%s: %s', weights, report)
+    gate = f', {recipe.gate} gate' if recipe.model in recipes.MOGANETS else ''
+    log.info('Evaluating the %s weights of %s%s at %d, crop %g, %s, on %d images', which, recipe.model, gate,
+             recipe.test_size, recipe.crop_pct, recipe.interpolation, loaders.val.count)
+    if run.compile:
+        model.compile()
+    begin = time.perf_counter()
+    result = engine.evaluate(model, loaders.val, count=loaders.val.count, precision=recipe.precision)
+    seconds = time.perf_counter() - begin
+    loaders.close()
+    published = weights.meta.get('acc1') if weights is not None else None
+    result |= {'checkpoint': source, 'weights': which, 'model': recipe.model, 'gate': recipe.gate,
+               'test_size': recipe.test_size, 'crop_pct': recipe.crop_pct, 'interpolation': recipe.interpolation,
+               'precision': recipe.precision, 'seconds': seconds, 'images_per_second': result['count'] / seconds}
+    if published is not None:
+        result |= {'published_acc1': published, 'published_acc5': weights.meta.get('acc5'),
+                   'difference_acc1': result['acc1'] - published}
+    log.info('top-1 %.3f %%  top-5 %.3f %%  loss %.4f  (%s weights, %d images)%s', result['acc1'], result['acc5'],
+             result['loss'], which, result['count'],
+             '' if published is None else f'; published {published} %, difference {result["acc1"] - published:+.3f}')
+    if processes.first:
+        folder = Path(run.output_dir) if run.output_dir else evaluation_folder(source, recipe)
+        folder.mkdir(parents=True, exist_ok=True)
+        utils.write_json(folder / 'eval.json', result)
+    return result
+
+
+def evaluation_folder(source: str | None, recipe: Recipe) -> Path:
+    """Where eval.json goes without --output_dir: beside a checkpoint file, else runs/<model>."""
+    beside = Path(source) if source else None
+    return beside.parent if beside is not None and beside.is_file() else Path('runs') / recipe.model
+
+
+def results_table(results: list[dict[str, Any]]) -> str:
+    """Several evaluations as a table of text."""
+    lines = [f'{"top-1":>7}  {"top-5":>7}  {"published":>9}  {"weights":>10}  {"size":>4}  checkpoint']
+    for row in results:
+        published = f'{row["published_acc1"]:.1f}' if row.get('published_acc1') else '-'
+        lines.append(f'{row["acc1"]:7.3f}  {row["acc5"]:7.3f}  {published:>9}  {row["weights"]:>10}  '
+                     f'{row["test_size"]:4d}  {row["checkpoint"] or row["model"]}')
+    return '\n'.join(lines)
+
+
+def append_results(path: Path, results: list[dict[str, Any]]) -> None:
+    """Appends evaluations to a CSV file, with a header where it is new."""
+    columns = ('checkpoint', 'model', 'weights', 'gate', 'test_size', 'crop_pct', 'interpolation', 'acc1', 'acc5',
+               'loss', 'count', 'published_acc1', 'difference_acc1', 'images_per_second')
+    new = not path.exists() or path.stat().st_size == 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a', newline='') as file:
+        writer = csv.DictWriter(file, columns, extrasaction='ignore')
+        if new:
+            writer.writeheader()
+        writer.writerows(results)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
