@@ -8,11 +8,15 @@ uint8 pixels come from the workers and cross the bus; normalisation, random eras
 device, on CUDA in a stream of their own, ahead of the step.
 """
 import atexit
+import importlib
+import importlib.machinery
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +31,35 @@ from utils import UserError, derive_seed, rank_zero_first
 
 log = logging.getLogger('moganet')
 Pair = tuple[torch.Tensor, torch.Tensor]  # images and targets
+
+
+def __getattr__(name: str) -> Any:
+    """Lets the Hugging Face package `datasets` be found through this module, which bears its name.
+
+    Its users (timm's `hfds/` readers) write `import datasets` and get us: they find its submodules on `__path__`, and
+    all its other names here.
+    """
+    if name.startswith('__') and name != '__path__':
+        raise AttributeError(name)
+    here = os.path.dirname(os.path.abspath(__file__))
+    elsewhere = [path for path in sys.path if os.path.abspath(path or '.') != here]
+    if name == '__path__':
+        spec = importlib.machinery.PathFinder.find_spec(__name__, elsewhere)
+        if spec is None or spec.submodule_search_locations is None:
+            raise AttributeError(name)
+        return list(spec.submodule_search_locations)
+    package = globals().get('_hugging_face')
+    if package is None:
+        ours, path = sys.modules.pop(__name__), sys.path[:]
+        sys.path[:] = elsewhere
+        try:
+            package = importlib.import_module(__name__)
+        except ModuleNotFoundError as error:
+            raise AttributeError(f'module {__name__} has no attribute {name}') from error
+        finally:
+            sys.modules[__name__], sys.path[:] = ours, path
+        globals()['_hugging_face'] = package
+    return getattr(package, name)
 
 
 class Batch(NamedTuple):
@@ -85,47 +118,127 @@ def build_loaders(recipe: Recipe, run: Run, *, rank: int = 0, device: torch.devi
 
 # ---- In the worker processes ----------------------------------------------------------------------------------------
 
-class BatchSource(torch.utils.data.Dataset):
-    """Makes whole micro-batches: the index is an array of keys [B, 3] = (epoch, index, repeat).
+class BadLabel(Exception):
+    """A label that the model has no class for: on a GPU it would become an assertion that names nothing."""
+
+
+class _Builder:
+    """Fills one micro-batch, image by image."""
+
+    def __init__(self, recipe: Recipe, transform: TrainTransform | TestTransform, num_classes: int, *, size: int,
+                 training: bool):
+        self._recipe, self._transform, self._num_classes, self._training = recipe, transform, num_classes, training
+        self._images = _shared(size, transform.size, transform.size, 3)
+        self._targets, self._seeds = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
+        self._boxes = torch.zeros(size, recipe.recount, 4, dtype=torch.int32)
+        self.filled = self.bad = 0
+
+    def add(self, image: Any, label: Any, seed: int) -> None:
+        """Decodes and augments one image. Raises `UNREADABLE` and BadLabel."""
+        if not 0 <= label < self._num_classes:
+            raise BadLabel(f'has label {label}, but the model has {self._num_classes} classes: give --num_classes, or '
+                           'check --class_map')
+        seed_image(seed)
+        self._images[self.filled] = torch.from_numpy(self._transform(image))
+        self._targets[self.filled], self._seeds[self.filled] = int(label), seed
+        if self._training:
+            self._boxes[self.filled] = torch.from_numpy(erasing_boxes(self._recipe))
+        self.filled += 1
+
+    def batch(self) -> Batch:
+        """What was added so far."""
+        parts = (part[:self.filled] for part in (self._images, self._targets, self._boxes, self._seeds))
+        return Batch(*parts, self.bad)
+
+
+UNREADABLE = (OSError, ValueError, SyntaxError)  # what Pillow raises on damaged files
+
+
+class MapBatches(torch.utils.data.Dataset):
+    """Micro-batches of a map-style source: the index is an array of keys [B, 3] = (epoch, index, repeat).
 
     An error is returned as its message and not raised: torch would wrap it into a worker's traceback.
     """
 
-    def __init__(self, source: Any, recipe: Recipe, *, training: bool, num_classes: int):
-        self._source, self._recipe, self._training, self._num_classes = source, recipe, training, num_classes
+    def __init__(self, source: Any, recipe: Recipe, num_classes: int, *, training: bool):
+        self._source, self._recipe, self._num_classes, self._training = source, recipe, num_classes, training
         self._transform = (TrainTransform if training else TestTransform)(recipe)
 
     def __getitem__(self, keys: np.ndarray) -> 'Batch | str':
-        size = self._transform.size
-        images, seeds = _shared(len(keys), size, size, 3), torch.zeros(len(keys), dtype=torch.int64)
-        targets = torch.zeros(len(keys), dtype=torch.int64)
-        boxes = torch.zeros(len(keys), self._recipe.recount, 4, dtype=torch.int32)
-        filled, bad = 0, 0
+        builder = _Builder(self._recipe, self._transform, self._num_classes, size=len(keys), training=self._training)
         for epoch, index, repeat in keys.tolist():
             for attempt in range(100):
-                seed = derive_seed(self._recipe.seed, epoch, index, repeat)
-                seed_image(seed)
                 try:
-                    image, label = self._source.read(index)
-                    images[filled] = torch.from_numpy(self._transform(image))
-                except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises on damaged files
+                    builder.add(*self._source.read(index), derive_seed(self._recipe.seed, epoch, index, repeat))
+                    break
+                except BadLabel as error:
+                    return f'image {index}, {self._source.name(index)}, {error}'
+                except UNREADABLE as error:
                     if self._recipe.on_bad_image == 'stop' or attempt == 99:
                         return (f'image {index}, {self._source.name(index)}, cannot be read ({error}); '
                                 'tools/check_dataset.py finds all such files, --on_bad_image skip trains without them')
-                    bad += 1
+                    builder.bad += 1
                     if not self._training:
                         break  # left out, and so not counted
                     index = derive_seed(self._recipe.seed, 'instead of', index) % len(self._source)
-                    continue
-                if not 0 <= label < self._num_classes:
-                    return (f'image {index}, {self._source.name(index)}, has label {label}, but the model has '
-                            f'{self._num_classes} classes: give --num_classes, or check --class_map')
-                targets[filled], seeds[filled] = int(label), seed
-                if self._training:
-                    boxes[filled] = torch.from_numpy(erasing_boxes(self._recipe))
-                filled += 1
-                break
-        return Batch(images[:filled], targets[:filled], boxes[:filled], seeds[:filled], bad)
+        return builder.batch()
+
+
+class StreamBatches(IterableDataset):
+    """Micro-batches of a stream, in the order in which its reader gives the images to each worker.
+
+    An image's augmentation comes from (seed, epoch, rank, worker, its position): repeatable for the same number of
+    workers, and not resumable in the middle of an epoch. Errors are passed on as their messages.
+    """
+
+    def __init__(self, data: Any, recipe: Recipe, num_classes: int, *, training: bool, batch_size: int, rank: int,
+                 world_size: int):
+        self._data, self._recipe, self._num_classes, self._training = data, recipe, num_classes, training
+        self._batch_size, self._rank = batch_size, rank
+        self._transform = (TrainTransform if training else TestTransform)(recipe)
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._share_out(rank, world_size)
+
+    def _share_out(self, rank: int, world_size: int) -> None:
+        """Gives each rank its part of the stream; timm's readers ask the process group, which may not exist."""
+        reader, shards = self._data.reader, getattr(self._data.reader, 'split_info', None)
+        self._empty = False
+        if not self._training and hasattr(shards, 'shard_lengths'):
+            # Whole shards, so that each test image is seen once; timm would pad and cut to equal lengths
+            shards.filenames = tuple(shards.filenames)[rank::world_size]
+            self._empty, rank, world_size = not shards.filenames, 0, 1
+        if hasattr(reader, 'dist_rank'):
+            reader.dist_rank, reader.dist_num_replicas = rank, world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order and the augmentation of the next pass, in running workers too."""
+        self._epoch[0] = epoch
+        self._data.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator['Batch | str']:
+        worker = get_worker_info()
+        key = (self._recipe.seed, 'stream', int(self._epoch), self._rank, worker.id if worker else 0)
+
+        def start() -> _Builder:
+            return _Builder(self._recipe, self._transform, self._num_classes, size=self._batch_size,
+                            training=self._training)
+
+        builder = start()
+        try:
+            for position, (image, label) in enumerate(() if self._empty else self._data):
+                try:
+                    builder.add(image, label, derive_seed(*key, position))
+                except UNREADABLE:
+                    if self._recipe.on_bad_image == 'stop':
+                        raise
+                    builder.bad += 1
+                if builder.filled == self._batch_size:
+                    yield builder.batch()
+                    builder = start()
+            if builder.filled and not self._training:
+                yield builder.batch()
+        except Exception as error:  # anything that a foreign reader raises
+            yield f'--data_set {self._recipe.data_set}: {" ".join(str(error).split()) or type(error).__name__}'
 
 
 def _shared(*shape: int) -> torch.Tensor:
@@ -150,8 +263,10 @@ def count_workers(run: Run, source: Any) -> int:
         return run.num_workers
     if getattr(source, 'in_memory', False):
         return 0
+    shards = getattr(getattr(getattr(source, 'reader', None), 'split_info', None), 'filenames', None)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return max(1, min(10, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    workers = max(1, min(10, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    return min(workers, len(shards) // run.world_size or 1) if shards else workers  # one without a shard has no work
 
 
 class _Keys:
@@ -207,25 +322,50 @@ def epoch_order(count: int, *, seed: int, epoch: int, attempt: int = 0, repeats:
     return np.stack([order[slots // repeats], slots % repeats], axis=1)
 
 
-class TrainLoader:
+class _Loader:
+    """What training and evaluation share: the source, its workers and the device's part."""
+
+    def __init__(self, source: Any, recipe: Recipe, run: Run, *, rank: int, device: torch.device, num_classes: int,
+                 training: bool, batch_size: int):
+        self._recipe, self._run, self._rank = recipe, run, rank
+        self._finish = Finish(recipe, device, num_classes)
+        workers = count_workers(run, source)
+        self._stream = None
+        if isinstance(source, IterableDataset):
+            self.count = int(getattr(source.reader, 'num_samples', 0) or len(source))
+            source.set_loader_cfg(num_workers=workers)
+            batches = self._stream = StreamBatches(
+                source, recipe, num_classes, training=training, batch_size=batch_size, rank=rank,
+                world_size=run.world_size)
+        else:
+            self.count = len(source)
+            batches = MapBatches(source, recipe, num_classes, training=training)
+        self._workers = _Workers(batches, workers=workers, persistent=training,
+                                 pin_memory=run.pin_mem and device.type == 'cuda')
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._workers.close()
+
+
+class TrainLoader(_Loader):
     """Micro-batches of training, for one rank.
 
     Attributes:
+        count: images in the whole set.
         updates_per_epoch: whole batches in the data; what is left of an epoch is dropped.
         bad_images: unreadable images replaced so far (`--on_bad_image skip`), on this rank.
     """
 
-    def __init__(self, source: Any, recipe: Recipe, run: Run, *, rank: int, device: torch.device, num_classes: int):
-        self._source, self._recipe, self._run, self._rank = source, recipe, run, rank
+    def __init__(self, source: Any, recipe: Recipe, run: Run, **others: Any):
+        super().__init__(source, recipe, run, training=True, batch_size=run.batch_size, **others)
         self.bad_images = 0
-        self.updates_per_epoch = len(source) // recipe.total_batch_size
+        self.updates_per_epoch = self.count // recipe.total_batch_size
         if not self.updates_per_epoch:
-            raise UserError(f'{len(source):,} training images are fewer than one batch of {recipe.total_batch_size:,}; '
-                            f'give --total_batch_size {2 ** (max(len(source), 1).bit_length() - 1)} or less')
-        self._finish = Finish(recipe, device, num_classes)
-        self._workers = _Workers(
-            BatchSource(source, recipe, training=True, num_classes=num_classes), workers=count_workers(run, source),
-            persistent=True, pin_memory=run.pin_mem and device.type == 'cuda')
+            raise UserError(f'{self.count:,} training images are fewer than one batch of {recipe.total_batch_size:,}; '
+                            f'give --total_batch_size {2 ** (max(self.count, 1).bit_length() - 1)} or less')
+        if self._stream and recipe.repeated_aug > 1:
+            raise UserError('--repeated_aug needs images in any order, which a stream does not give; use a folder')
 
     def epoch(self, epoch: int, start_update: int = 0, attempt: int = 0) -> Iterator[Pair]:
         """This rank's micro-batches of an epoch from an update on, `update_freq` of them an update.
@@ -246,7 +386,7 @@ class TrainLoader:
         first = epoch * self.updates_per_epoch + start_update
 
         def finished() -> Iterator[Pair]:
-            for number, batch in enumerate(self._workers.batches(self._keys(epoch, start_update, attempt))):
+            for number, batch in enumerate(self._batches(epoch, start_update, attempt)):
                 self.bad_images += int(batch.bad)
                 update, micro_step = divmod(number, self._run.update_freq)
                 key = ('mixup', first + update, micro_step, self._rank) if mixing else None
@@ -254,11 +394,33 @@ class TrainLoader:
 
         return self._finish.ahead(finished())
 
+    def _batches(self, epoch: int, start_update: int, attempt: int) -> Iterator[Batch]:
+        if self._stream is None:
+            yield from self._workers.batches(self._keys(epoch, start_update, attempt))
+            return
+        if start_update:
+            log.warning('%s is a stream: the rest of epoch %d begins with a fresh pass over it, so some of its images '
+                        'are seen twice and others not; runs resumed between epochs are exact', self._recipe.data_set,
+                        epoch)
+        left, passes = (self.updates_per_epoch - start_update) * self._run.update_freq, 0
+        while left:  # the ranks' parts may be unequal: a short one begins again
+            # Another attempt, and what follows an interruption, takes another order
+            self._stream.set_epoch(derive_seed(epoch, start_update, attempt, passes) % 2**31 if start_update or attempt
+                                   or passes else epoch)
+            before = left
+            for batch in islice(self._workers.batches(), left):
+                left -= 1
+                yield batch
+            if left == before:
+                raise UserError(f'--data_set {self._recipe.data_set} gives this process no whole micro-batch of '
+                                f'{self._run.batch_size}: each worker of each process needs a shard; take fewer '
+                                '--num_workers or processes, or a smaller --batch_size')
+            passes += 1
+
     def _keys(self, epoch: int, start_update: int, attempt: int) -> Iterator[np.ndarray]:
         """The keys of this rank's micro-batches: of update k, chunk a * world size + rank in micro-step a."""
         recipe, run = self._recipe, self._run
-        order = epoch_order(len(self._source), seed=recipe.seed, epoch=epoch, attempt=attempt,
-                            repeats=recipe.repeated_aug)
+        order = epoch_order(self.count, seed=recipe.seed, epoch=epoch, attempt=attempt, repeats=recipe.repeated_aug)
         for update in range(start_update, self.updates_per_epoch):
             batch = order[update * recipe.total_batch_size:(update + 1) * recipe.total_batch_size]
             # Copies of an image go to different micro-batches where there are several, as in DeiT
@@ -268,28 +430,21 @@ class TrainLoader:
                 chunk = batch[start:start + run.batch_size]
                 yield np.concatenate([np.full((len(chunk), 1), epoch), chunk], axis=1)
 
-    def close(self) -> None:
-        """Ends the worker processes."""
-        self._workers.close()
 
-
-class ValLoader:
+class ValLoader(_Loader):
     """Batches of this rank's share of the test images: every world-size-th, none twice.
 
     Attributes:
         count: images in the whole set.
     """
 
-    def __init__(self, source: Any, recipe: Recipe, run: Run, *, rank: int, device: torch.device, num_classes: int):
-        self.count = len(source)
-        self._share = np.arange(rank, self.count, run.world_size)
+    def __init__(self, source: Any, recipe: Recipe, run: Run, *, rank: int, **others: Any):
         self._batch_size = run.val_batch_size or int(1.5 * (run.batch_size or recipe.micro_batch_size))
-        self._finish = Finish(recipe, device, num_classes)
-        self._workers = _Workers(
-            BatchSource(source, recipe, training=False, num_classes=num_classes), workers=count_workers(run, source),
-            persistent=False, pin_memory=run.pin_mem and device.type == 'cuda')
+        super().__init__(source, recipe, run, training=False, batch_size=self._batch_size, rank=rank, **others)
+        self._share = np.arange(rank, self.count, run.world_size)
 
     def __len__(self) -> int:
+        """Number of batches; of a stream, about."""
         return -(-len(self._share) // self._batch_size)
 
     def __iter__(self) -> Iterator[Pair]:
@@ -299,12 +454,8 @@ class ValLoader:
                 share = self._share[start:start + self._batch_size]
                 yield np.stack([np.zeros_like(share), share, np.zeros_like(share)], axis=1)
 
-        batches = (batch for batch in self._workers.batches(keys()) if len(batch.targets))
-        return self._finish.ahead(self._finish(batch) for batch in batches)
-
-    def close(self) -> None:
-        """Ends the worker processes."""
-        self._workers.close()
+        batches = self._workers.batches() if self._stream else self._workers.batches(keys())
+        return self._finish.ahead(self._finish(batch) for batch in batches if len(batch.targets))
 
 
 # ---- On the device --------------------------------------------------------------------------------------------------
