@@ -16,9 +16,12 @@ from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
+    resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
 from torch import nn
+
+from models.weights import load_weights, pretrained_cfgs
 
 Gate = Literal['single', 'double']
 
@@ -430,21 +433,26 @@ def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({
-    'moganet_xtiny.in1k': _cfg(),
-    'moganet_tiny.in1k': _cfg(),
-    'moganet_small.in1k': _cfg(),
-    'moganet_base.in1k': _cfg(),
-    'moganet_large.in1k': _cfg(),
-    'moganet_xlarge.in1k': _cfg(),
-})
+default_cfgs = generate_default_cfgs({name: _cfg(**row) for name, row in pretrained_cfgs().items()})
 
 
 def _create_moganet(
     variant: str, pretrained: bool, kwargs: dict[str, Any], *, dims: tuple[int, ...], depths: tuple[int, ...]
 ) -> MogaNet:
     kwargs = {'dims': dims, 'depths': depths, **kwargs}
-    return build_model_with_cfg(MogaNet, variant, pretrained, feature_cfg={'out_indices': (0, 1, 2, 3)}, **kwargs)
+    if pretrained:
+        overlay = kwargs.get('pretrained_cfg_overlay') or {}
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+        source = cfg.file or cfg.url
+        if source and not (cfg.state_dict or cfg.hf_hub_id or cfg.source == 'local-dir'):
+            # timm would neither open the released files, which carry more than tensors, nor know their gate
+            weights = load_weights(source)
+            kwargs['pretrained_cfg_overlay'] = {**overlay, 'state_dict': weights.state_dict}
+            kwargs.setdefault('gate', weights.gate or 'single')
+    model = build_model_with_cfg(MogaNet, variant, pretrained, feature_cfg={'out_indices': (0, 1, 2, 3)}, **kwargs)
+    for module in model.modules():  # with features_only, a wrapper has a cfg of its own
+        getattr(module, 'pretrained_cfg', {}).pop('state_dict', None)  # would keep the weights twice
+    return model
 
 
 @register_model

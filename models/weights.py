@@ -118,7 +118,8 @@ def pretrained_cfgs() -> dict[str, dict[str, Any]]:
     The tag is what a file's name adds to its model's; a model's first is timm's default.
     """
     return {f'{row.model}.in1k{name.removeprefix(row.model)}': {
-        'url': row.url, 'input_size': (3, row.test_size, row.test_size), 'crop_pct': row.crop_pct,
+        'url': row.url, 'crop_pct': row.crop_pct, 'input_size': (3, row.test_size, row.test_size),
+        'pool_size': (row.test_size // 32, row.test_size // 32),
     } for name, row in RELEASED.items()}
 
 
@@ -419,8 +420,8 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
         is_of = f' of {weights.meta["model"]}' if weights.meta.get('model') else ''
         into = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', type(model).__name__)
         raise UserError(f'{weights.source}: weights{is_of} do not fit {into}: of its {backbone(ours)} tensors '
-                        f'{backbone(matched)} match, {len(missing)} are missing, {len(wrong_shape)} of another shape, and '
-                        f'{len(unexpected)} of the file have no place; give the --model that the file was made with')
+                        f'{backbone(matched)} match, {len(missing)} are missing, {len(wrong_shape)} of another shape, '
+                        f'and {len(unexpected)} of the file have no place; give the --model the file was made with')
     lacking = [name for name in (*wrong_shape, *missing) if name in of_head]
     if lacking and not drop_classifier:
         has = ' x '.join(map(str, given[lacking[0]].shape)) if lacking[0] in given else 'none'

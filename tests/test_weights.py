@@ -515,6 +515,47 @@ def test_released_mmcv_file_stripped_of_its_twins_still_holds_the_average(cache:
         load_weights('released:moganet_small_openmixup', 'raw')
 
 
+def test_timm_creates_pretrained_models_from_the_table(cache: Path) -> None:
+    put(cache, 'moganet_xtiny', timm_file_of_numpy_1, seeded(0), None)
+    put(cache, 'moganet_xtiny_3aug_256', mmcv_file, seeded(0), None, config='')
+    images = reference.seeded_images(2, 3, 224, 224)
+    with torch.inference_mode():
+        single = timm.create_model(XT, pretrained=True).eval()
+        assert reference.relative_error(single(images), reference.LOGITS[f'{XT}/224']) <= 1e-5
+        double = timm.create_model(f'{XT}.in1k_3aug_256', pretrained=True).eval()
+        assert reference.relative_error(double(images), reference.LOGITS[f'{XT}/224/double_gate']) <= 1e-5
+        own = timm.create_model(f'{XT}.in1k_3aug_256', pretrained=True, gate='single').eval()
+        assert torch.equal(own(images), single(images))
+    assert double.pretrained_cfg['input_size'] == (3, 256, 256) and 'state_dict' not in double.pretrained_cfg
+    headless = timm.create_model(XT, pretrained=True, num_classes=7)
+    assert headless.head.weight.shape[0] == 7
+    assert torch.equal(headless.patch_embed1.projection[0].weight, single.patch_embed1.projection[0].weight)
+    gray = timm.create_model(XT, pretrained=True, in_chans=1)
+    torch.testing.assert_close(gray.patch_embed1.projection[0].weight,
+                               single.patch_embed1.projection[0].weight.sum(1, keepdim=True))
+    features = timm.create_model(XT, pretrained=True, features_only=True).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(features(images)[-1], single.forward_features(images))
+
+
+def test_timm_takes_any_format_from_a_file(tmp_path: Path) -> None:
+    training_file(tmp_path / 'file', seeded(0), seeded(1))
+    model = timm.create_model(XT, pretrained=True, pretrained_cfg_overlay={'file': str(tmp_path / 'file')})
+    assert torch.equal(model.head.weight, seeded(1)['head.weight']) and model.blocks1[0].attn.double_gate
+
+
+def test_timm_says_clearly_when_the_network_cannot_be_reached(cache: Path) -> None:
+    with pytest.raises(UserError, match=r'/127\.0\.0\.1:9/x\.pth: cannot be reached .*put it at .*x\.pth'):
+        timm.create_model(XT, pretrained=True, pretrained_cfg_overlay={'url': 'https://127.0.0.1:9/x.pth'})
+
+
+def test_every_released_file_is_a_pretrained_cfg() -> None:
+    for name, row in RELEASED.items():
+        cfg = timm.get_pretrained_cfg(f'{row.model}.in1k{name.removeprefix(row.model)}')
+        assert (cfg.url, cfg.input_size[1], cfg.crop_pct) == (row.url, row.test_size, row.crop_pct)
+    assert timm.get_pretrained_cfg('moganet_base').url == RELEASED['moganet_base'].url  # the default
+
+
 # ---- Downloads ------------------------------------------------------------------------------------------------------
 
 class Server(http.server.ThreadingHTTPServer):
