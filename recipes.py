@@ -17,6 +17,7 @@ from typing import Any, Literal
 from utils import UserError, nearest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Interpolation = Literal['bicubic', 'bilinear', 'nearest', 'lanczos', 'box', 'hamming']
 
 
 def doc(default: Any, text: str, *, flag: bool = True) -> Any:
@@ -57,8 +58,9 @@ class Recipe:
     test_size: int = doc(224, 'side of the test crop, pixels; follows --input_size unless given')
     crop_pct: float = doc(0.9, 'test crop: the shorter side is resized to test_size / crop_pct')
     crop_mode: Literal['center', 'squash', 'border'] = doc('center', 'how the test image is made square')
-    interpolation: str = doc('bicubic', 'interpolation of the test resize: nearest, bilinear or bicubic')
-    train_interpolation: str = doc('bicubic', 'interpolation of the training crop; also random')
+    interpolation: Interpolation = doc('bicubic', 'interpolation of the test resize')
+    train_interpolation: Literal[Interpolation, 'random'] = doc('bicubic', 'interpolation of the training crop; random '
+                                                                           'is bilinear or bicubic')
     scale: tuple[float, float] = doc((0.08, 1.0), 'area of the random crop as a share of the image')
     ratio: tuple[float, float] = doc((3 / 4, 4 / 3), 'aspect ratio of the random crop')
     hflip: float = doc(0.5, 'probability of a horizontal flip')
@@ -472,12 +474,31 @@ def _resolve_recipe(given: dict[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
-    """A recipe from the dict that `dataclasses.asdict` and JSON make of one. Unknown fields raise UserError."""
+    """A recipe from the dict that `dataclasses.asdict` and JSON make of one. Raises UserError for others."""
     known = {field.name for field in fields(Recipe)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise UserError(f'not a recipe: unknown field {unknown[0]}{nearest(unknown[0], known)}')
-    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    hints = typing.get_type_hints(Recipe)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise UserError(f'not a recipe: {value!r} cannot be the value of {name}')
+    return Recipe(**values)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in UNIONS:
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
 
 
 def of_weights(meta: dict[str, Any], gate: str | None, asked: Recipe, given: tuple[str, ...]) -> Recipe:
@@ -542,7 +563,8 @@ def _validate(recipe: Recipe, run: Run) -> None:
     for name in ('drop', 'proj_drop', 'drop_path', 'smoothing', 'momentum', 'model_ema_decay'):
         check(getattr(recipe, name) < 1, f'--{name} 1 leaves nothing: give a value below 1')
     for name in ('lr', 'min_lr', 'weight_decay', 'weight_decay_end', 'warmup_epochs', 'warmup_steps', 'mixup', 'cutmix',
-                 'color_jitter', 'opt_eps', 'precise_bn', 'layer_scale_init_value', 'mixup_off_epochs'):
+                 'color_jitter', 'opt_eps', 'precise_bn', 'layer_scale_init_value', 'head_init_scale',
+                 'mixup_off_epochs'):
         value = getattr(recipe, name)
         check(value is None or value >= 0, f'--{name} {value} is negative')
     for name in ('epochs', 'total_batch_size', 'input_size', 'test_size', 'recount', 'repeated_aug', 'num_classes',
@@ -561,13 +583,15 @@ def _validate(recipe: Recipe, run: Run) -> None:
     check(recipe.warmup_steps is not None or recipe.warmup_epochs <= recipe.epochs,
           f'--warmup_epochs {recipe.warmup_epochs} is longer than the run of {recipe.epochs} epochs')
     check(0 < recipe.scale[0] <= recipe.scale[1] <= 1, f'--scale {recipe.scale}: give two shares of the image, rising')
+    bounds = recipe.cutmix_minmax
+    check(bounds is None or 0 <= int(bounds[0] * recipe.input_size) < int(bounds[1] * recipe.input_size)
+          <= recipe.input_size, f'--cutmix_minmax {bounds}: give two shares of the side, rising, a pixel apart or more')
     check(0 < recipe.ratio[0] <= recipe.ratio[1], f'--ratio {recipe.ratio}: give two aspect ratios, rising')
     check(all(value > 0 for value in recipe.std), f'--std {recipe.std}: give values above 0')
     check(all(0 <= beta < 1 for beta in recipe.opt_betas), f'--opt_betas {recipe.opt_betas}: give values in [0, 1)')
     check(recipe.bce_target_thresh is None or recipe.loss != 'ce',
           '--bce_target_thresh needs --loss bce or bce_sum; cross-entropy has no threshold')
     check(recipe.clip_grad is not None or recipe.clip_mode == 'norm', '--clip_mode needs --clip_grad')
-    check(recipe.interpolation != 'random', "--interpolation random: a test resize has one; give e.g. 'bicubic'")
     check(not (run.eval and not run.checkpoint and not run.pretrained), 'evaluate what? say --checkpoint FILE')
     check(run.eval or not run.checkpoint, '--checkpoint goes with --eval; to continue a run say --resume, '
                                           'to start from its weights --finetune')
