@@ -396,6 +396,13 @@ def classifier_names(model: nn.Module | str) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names or ())
 
 
+def classes_of(weights: Weights, name: str) -> int:
+    """The classes that a checkpoint of the timm model `name` tells apart; 0 where it has no classifier."""
+    sizes = [len(weights.state_dict[f'{head}.weight']) for head in classifier_names(name)
+             if f'{head}.weight' in weights.state_dict]
+    return sizes[0] if sizes else 0
+
+
 def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool = False) -> Report:
     """Loads a checkpoint into a model of the same architecture, any of timm's, in place.
 
@@ -448,13 +455,11 @@ def build_model(weights: Weights, name: str | None = None, *, gate: Gate | None 
         raise UserError(f'{weights.source}: the file does not say which model it is of: give --model')
     if not timm.is_model(name):
         raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
-    sizes = [len(weights.state_dict[f'{head}.weight']) for head in classifier_names(name)
-             if f'{head}.weight' in weights.state_dict]
     kwargs = dict((weights.meta.get('recipe') or {}).get('model_kwargs') or {})
     gate = gate or weights.gate
     if gate and name.startswith('moganet'):
         kwargs['gate'] = gate
-    model = timm.create_model(name, num_classes=sizes[0] if sizes else 0, **kwargs)
+    model = timm.create_model(name, num_classes=classes_of(weights, name), **kwargs)
     apply_weights(model, weights)
     return model.eval()
 

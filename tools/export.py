@@ -1,0 +1,226 @@
+"""Turns a checkpoint of any format into a file for use elsewhere, and checks that it computes the same.
+
+    python tools/export.py --checkpoint released:moganet_small --format onnx --output moganet_small.onnx
+
+Formats: `safetensors`, weights that `load_weights` and timm read; `huggingface`, a model folder (config.json,
+model.safetensors, README.md) that `timm.create_model('local-dir:...')` opens; `onnx` and `torch_export`, programs with
+a dynamic batch that need nothing of this repository.
+"""
+import argparse
+import dataclasses
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import safetensors.torch
+import timm
+import torch
+from timm.data import ImageNetInfo
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from models.moganet import MogaNet, fuse
+from models.weights import Weights, build_model, load_weights, sha256_of
+from utils import UserError, run_cli, write_atomically
+
+# Relative, on logits. Another runtime adds up in another order, which comes to 1e-6 (onnxruntime, MogaNet-XT); a wrong
+# operator or a dropped layer shows in the second digit.
+TOLERANCE = 1e-4
+
+Exported = tuple[bytes, Callable[[Tensor], Tensor]]  # a file's content, and what it computes when read back
+
+
+class Normalized(nn.Module):
+    """A model that takes RGB images in 0..1 and normalises them itself."""
+
+    def __init__(self, model: nn.Module, *, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer('mean', torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer('std', torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> logits [B, classes]."""
+        return self.model((images - self.mean) / self.std)
+
+
+def describe(weights: Weights, model: nn.Module, size: int | None) -> dict[str, Any]:
+    """All that the user of a file must know, in JSON's types: the checkpoint's word before timm's defaults."""
+    cfg = model.pretrained_cfg
+    about = {'model': cfg['architecture'], 'test_size': cfg['input_size'][-1], 'weights': weights.which}
+    about |= {key: cfg[key] for key in ('crop_pct', 'interpolation', 'mean', 'std')}
+    if isinstance(model, MogaNet):
+        about['gate'] = weights.gate or 'single'
+    if 'released' in weights.meta:
+        names = ImageNetInfo('imagenet-1k')
+        about['classes'] = [names.index_to_description(index) for index in range(names.num_classes())]
+    # what describes the source file rather than the model stays behind
+    about |= {key: value for key, value in weights.meta.items() if key not in ('args', 'metric', 'sha256', 'bytes')}
+    if size:
+        about['test_size'] = size
+    return json.loads(json.dumps(about, default=str))
+
+
+def check(run: Callable[[Tensor], Tensor], model: nn.Module, shape: tuple[int, int, int]) -> float:
+    """The largest relative error of `run` against the model, on one and on three random images of a shape [C, H, W].
+
+    Raises:
+        UserError: it exceeds `TOLERANCE`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    with torch.inference_mode():
+        for batch in (1, 3):
+            images = torch.rand(batch, *shape, generator=generator)
+            expected = model(images)
+            errors.append(((run(images) - expected).norm() / expected.norm()).item())
+    if not all(error <= TOLERANCE for error in errors):  # NaN too
+        raise UserError(f'the exported logits differ from the checkpoint\'s by {max(errors):.1e}, more than '
+                        f'{TOLERANCE:g}, so nothing was written: try without --fuse, or another version of torch')
+    return max(errors)
+
+
+# ---- The formats ----------------------------------------------------------------------------------------------------
+
+def to_safetensors(model: nn.Module, weights: Weights, about: dict[str, Any]) -> Exported:
+    """Weights from which `load_weights` reads back the gate, which weights they are, and `about` as `meta`."""
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    note = {'which': weights.which, 'gate': weights.gate, 'meta': about}
+    data = safetensors.torch.save(tensors, {'format': 'pt', 'moganet': json.dumps(note)})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'model.safetensors'
+        path.write_bytes(data)
+        return data, build_model(load_weights(path))
+
+
+def to_onnx(program: nn.Module, images: Tensor, about: dict[str, Any]) -> Exported:
+    """An ONNX model from `images` to `logits` with a dynamic batch, and `about` as its metadata."""
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401  used by torch.onnx.export
+    except ImportError as error:
+        raise UserError(f'--format onnx needs {error.name}: pip install onnx onnxruntime onnxscript') from None
+    exported = torch.onnx.export(program, (images,), dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},),
+                                 input_names=['images'], output_names=['logits'], verbose=False)
+    proto = exported.model_proto
+    onnx.helper.set_model_props(proto, {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()})
+    data = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=['CPUExecutionProvider'])
+    return data, lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+
+
+def to_torch_export(program: nn.Module, images: Tensor, about: dict[str, Any]) -> Exported:
+    """A `torch.export` program with a dynamic batch, with `about.json` inside."""
+    exported = torch.export.export(program, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer, extra_files={'about.json': json.dumps(about)})
+    return buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
+
+
+def fill_folder(folder: Path, model: nn.Module, weights: Weights, about: dict[str, Any]) -> nn.Module:
+    """Lays out a Hugging Face model folder; returns the model that timm makes of it."""
+    arguments = dict(about.get('recipe', {}).get('model_kwargs', {}))
+    if 'gate' in about:
+        arguments['gate'] = about['gate']
+    size = about['test_size']
+    model.pretrained_cfg.update({key: about[key] for key in ('crop_pct', 'interpolation', 'mean', 'std')},
+                                input_size=(model.pretrained_cfg['input_size'][0], size, size), pool_size=None)
+    labels = {'label_names': about['classes']} if about.get('classes') else {}
+    folder.mkdir()
+    save_config_for_hf(model, folder / 'config.json', model_config=labels, model_args=arguments)
+    (folder / 'model.safetensors').write_bytes(to_safetensors(model, weights, about)[0])
+    (folder / 'README.md').write_text(model_card(about))
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+
+
+def model_card(about: dict[str, Any]) -> str:
+    """README.md of a Hugging Face model folder."""
+    is_moganet = 'gate' in about
+    facts = [f'{about["weights"]} weights' + (f', {about["gate"]} gate' if is_moganet else ''),
+             f'tested at {about["test_size"]} x {about["test_size"]} pixels, crop {about["crop_pct"]:g}, '
+             f'{about["interpolation"]} interpolation', f'normalised by mean {about["mean"]} and std {about["std"]}']
+    if about.get('acc1'):
+        facts.append(f'ImageNet-1k top-1 as published: {about["acc1"]} %')
+    if is_moganet:
+        facts.append('paper: [MogaNet](https://arxiv.org/abs/2211.03295)')
+    front = ['library_name: timm', 'pipeline_tag: image-classification', 'license: apache-2.0', 'tags:',
+             '- image-classification', '- timm']
+    code = ['import timm', *(['import models  # of the MogaNet repository: tells timm the architecture'] * is_moganet),
+            "model = timm.create_model('local-dir:PATH_OF_THIS_FOLDER', pretrained=True).eval()"]
+    return '\n'.join(['---', *front, '---', f'# {about["model"]}', '', *(f'- {fact}' for fact in facts), '',
+                      '```python', *code, '```', ''])
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags. Exits with status 2 on a wrong one, as argparse does."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--checkpoint', required=True, help='a path, an https URL or released:NAME')
+    parser.add_argument('--format', required=True, choices=('safetensors', 'huggingface', 'onnx', 'torch_export'))
+    parser.add_argument('--output', required=True, type=Path, help='the file to write; a folder for huggingface')
+    parser.add_argument('--weights', choices=('auto', 'raw', 'ema'), default='auto')
+    parser.add_argument('--model', help='timm model, where the checkpoint does not say')
+    parser.add_argument('--gate', choices=('single', 'double'), help="instead of the checkpoint's word")
+    parser.add_argument('--input_size', '--input-size', type=int, help='pixels, instead of the checkpoint\'s test size')
+    parser.add_argument('--fuse', action='store_true', help='fold BN into its neighbours (MogaNet; onnx, torch_export)')
+    parser.add_argument('--normalize', action='store_true',
+                        help='mean and std become part of the program, which takes RGB in 0..1 (onnx, torch_export)')
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exports as the flags say. Raises UserError; a file is then left as it was."""
+    args = parse(argv)
+    is_program = args.format in ('onnx', 'torch_export')
+    if (args.fuse or args.normalize) and not is_program:
+        raise UserError(f'--fuse and --normalize change the program, and {args.format} holds weights alone: leave them '
+                        'out, or choose onnx or torch_export')
+    if args.output.is_dir():
+        raise UserError(f'{args.output} is a folder already: give another --output')
+    weights = load_weights(args.checkpoint, args.weights)
+    weights = dataclasses.replace(weights, gate=args.gate or weights.gate)
+    model = program = build_model(weights, args.model)
+    about = describe(weights, model, args.input_size)
+    channels = next(value.shape[1] for value in model.parameters() if value.ndim == 4)  # of the first convolution
+    shape = (channels, about['test_size'], about['test_size'])
+    if args.fuse:
+        if not isinstance(model, MogaNet):
+            raise UserError(f'--fuse knows MogaNet alone, not {about["model"]}: leave it out')
+        program = fuse(model)
+    if is_program:
+        about['normalized'] = args.normalize
+    if args.normalize:
+        model, program = (Normalized(part, mean=about['mean'], std=about['std']).eval() for part in (model, program))
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        if args.format == 'huggingface':
+            with tempfile.TemporaryDirectory(dir=args.output.parent) as beside:
+                folder = Path(beside) / args.output.name
+                error = check(fill_folder(folder, model, weights, about), model, shape)
+                os.rename(folder, args.output)
+        else:
+            images = torch.zeros(2, *shape)
+            data, run = (to_safetensors(model, weights, about) if args.format == 'safetensors' else
+                         to_onnx(program, images, about) if args.format == 'onnx' else
+                         to_torch_export(program, images, about))
+            error = check(run, model, shape)
+            write_atomically(args.output, lambda file: file.write(data))
+    except OSError as failure:
+        raise UserError(f'cannot write {args.output}: {failure.strerror or failure}') from None
+    file = args.output / 'model.safetensors' if args.format == 'huggingface' else args.output
+    print(f'{weights}\n{file}: {file.stat().st_size:,} bytes, sha256 {sha256_of(file)}\n'
+          f'logits within {error:.1e} of the checkpoint\'s at batch sizes 1 and 3')
+
+
+if __name__ == '__main__':
+    run_cli(main)
