@@ -4,7 +4,9 @@ Nothing in a step waits for the device: losses, overflow flags and norms stay on
 """
 import contextlib
 import dataclasses
+import inspect
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -49,8 +51,12 @@ def wrap_distributed(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if not dist.is_initialized():
         return model
+    # A depthwise weight [C, 1, k, k] has two equal layouts in memory, of which DDP expects the other one
+    warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    no_broadcast = 'forward_sync_buffers' if 'forward_sync_buffers' in parameters else 'broadcast_buffers'
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
-                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+                                   gradient_as_bucket_view=True, **{no_broadcast: False})
 
 
 @torch.no_grad()
@@ -87,7 +93,8 @@ class TrainStep:
     switches of that one line.
 
     Attributes:
-        sums: [2] on the device: this rank's summed loss and images since `reset`.
+        sums: [3] on the device, since `reset`: this rank's summed loss, its images, and the unreadable ones among them
+            that were replaced, which the caller adds.
         skips: [2] on the device: updates that the scaler skipped, since `reset` and in a row.
     """
 
@@ -111,7 +118,7 @@ class TrainStep:
         self.unwrapped: nn.Module = getattr(model, 'module', model)
         self.buffers = Buffers(self.unwrapped)
         self._counts = [buffer for buffer in self.unwrapped.buffers() if not buffer.is_floating_point()]
-        self.sums = torch.zeros(2, device=device, dtype=sum_dtype(device))
+        self.sums = torch.zeros(3, device=device, dtype=sum_dtype(device))
         self.skips = torch.zeros(2, device=device)
 
     def reset(self) -> None:
@@ -201,7 +208,7 @@ class TrainStep:
         """Reads the sums and the health of all ranks: the one place where training waits for the device.
 
         Returns:
-            'loss', the mean over the images since `reset`, 'skipped', the updates the scaler skipped, and
+            'loss', the mean over the images since `reset`; 'bad_images'; 'skipped', the updates that the scaler skipped;
             'skips_in_row'.
 
         Raises:
@@ -214,11 +221,11 @@ class TrainStep:
         broken = ~(norms.isfinite().all() & self.sums.isfinite().all())
         values = torch.cat([self.sums, broken.to(self.sums)[None], self.skips.to(self.sums)])
         if dist.is_initialized():
-            dist.all_reduce(values[:3])
-        loss, seen, broken_ranks, skipped, skips_in_row = values.tolist()
+            dist.all_reduce(values[:4])
+        loss, seen, bad_images, broken_ranks, skipped, skips_in_row = values.tolist()
         if broken_ranks:
             raise NonFiniteError('the loss, the weights, the BN statistics or their average are NaN or infinite')
-        return {'loss': loss / max(seen, 1), 'skipped': skipped, 'skips_in_row': skips_in_row}
+        return {'loss': loss / max(seen, 1), 'bad_images': bad_images, 'skipped': skipped, 'skips_in_row': skips_in_row}
 
 
 class _Timed:
@@ -269,8 +276,8 @@ def train_one_epoch(step: TrainStep, batches: Iterable[tuple[torch.Tensor, torch
         after_update: receives the updates of this epoch that are done; returns True to stop here.
 
     Returns:
-        'train_loss', 'lr' of the last update, 'images_per_second', 'data_wait' (share of the time), 'skipped', and
-        'updates' done in the epoch, fewer than `updates` where `after_update` stopped it.
+        'train_loss', 'lr' of the last update, 'images_per_second', 'data_wait' (share of the time), 'skipped',
+        'bad_images', and 'updates' done in the epoch, fewer than `updates` where `after_update` stopped it.
 
     Raises:
         NonFiniteError: on all ranks alike.
@@ -297,7 +304,7 @@ def train_one_epoch(step: TrainStep, batches: Iterable[tuple[torch.Tensor, torch
         if stop:
             break
     return {'train_loss': figures['loss'], 'lr': lr, 'images_per_second': rate, 'data_wait': wait,
-            'skipped': figures['skipped'], 'updates': done}
+            'skipped': figures['skipped'], 'bad_images': figures['bad_images'], 'updates': done}
 
 
 @torch.no_grad()

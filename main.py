@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         the signal's number for a run that was told to stop and has saved, 1 for everything else.
     """
     rank = int(os.environ.get('RANK', 0))
+    # When a rank fails, torch's C++ side prints a page a rank about its lost connections, over the error itself
+    os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
     try:
         recipe, run = recipes.resolve(sys.argv[1:] if argv is None else argv)
     except SystemExit as done:  # --help, --list_recipes, --print_recipe
@@ -82,6 +84,8 @@ def adapt_to_device(recipe: Recipe, run: Run, device: 'torch.device') -> Recipe:
     if recipe.precision == 'fp16' and device.type != 'cuda':
         log.info('fp16 needs a CUDA device: training in fp32 on this %s.', device.type)
         recipe = dataclasses.replace(recipe, precision='fp32')
+    if recipe.sync_bn and device.type != 'cuda':
+        raise UserError(f'--sync_bn needs CUDA devices, and this is a {device.type}; leave it out')
     return recipe
 
 
@@ -89,6 +93,7 @@ def build_model(recipe: Recipe, run: Run, *, num_classes: int, device: 'torch.de
     """The recipe's model with its initial weights, on the device. Raises UserError for an unknown one."""
     import timm
     import torch
+    from timm.layers import convert_sync_batchnorm  # torch's drops the activation of timm's BatchNormAct2d
 
     from models import weights
     if not timm.is_model(recipe.model):
@@ -110,7 +115,7 @@ def build_model(recipe: Recipe, run: Run, *, num_classes: int, device: 'torch.de
     if run.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if recipe.sync_bn:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)
     channels_last = device.type == 'cuda' if run.channels_last is None else run.channels_last
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -151,6 +156,9 @@ def train(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
         run = recipes.fit_batch(recipe, dataclasses.replace(run, batch_size=find_micro_batch(recipe, run, processes)))
     loaders = datasets.build_loaders(recipe, run, rank=processes.rank, device=processes.device)
     recipe = dataclasses.replace(recipe, num_classes=loaders.num_classes)
+    updates = recipe.epochs * loaders.train.updates_per_epoch
+    if (recipe.warmup_steps or 0) > updates:
+        raise UserError(f'--warmup_steps {recipe.warmup_steps} is longer than the run of {updates} updates')
     try:
         with utils.StopRequest(processes) as stop:
             return Training(recipe, run, processes, loaders, folder, start).fit(stop)
@@ -188,7 +196,8 @@ def find_start(recipe: Recipe, run: Run, folder: 'checkpoint.CheckpointFolder',
     path, state = found
     checkpoint.check_recipe(state, dataclasses.replace(
         recipe, num_classes=recipe.num_classes or state['recipe']['num_classes']), path=path, anyway=run.resume_anyway)
-    log.info('Continuing from %s: epoch %d, update %d.', path, state['epoch'], state['step'])
+    if state['epoch'] < recipe.epochs:
+        log.info('Continuing from %s: epoch %d, update %d.', path, state['epoch'], state['step'])
     return state
 
 
@@ -305,7 +314,7 @@ class Training:
         epoch, begin = state.epoch, state.step % state.updates_per_epoch
         if begin == 0:
             self.step.reset()
-        signal = 0
+        signal, bad_images = 0, self.loaders.train.bad_images
 
         def after_update(done: int) -> bool:
             nonlocal signal
@@ -329,6 +338,8 @@ class Training:
         if metrics.pop('updates') < updates:
             return signal
         entry = {'epoch': epoch, 'step': state.step, **metrics, 'n_parameters': self.n_parameters}
+        if self.recipe.on_bad_image == 'skip':
+            entry['bad_images'] = self._total(self.loaders.train.bad_images - bad_images)
         last = state.epoch == self.recipe.epochs
         evaluating = self.loaders.val is not None and (state.epoch % run.val_interval == 0 or last)
         with state.buffers.agreed(self.recipe.dist_bn, first=self._precise_bn if evaluating else None):
@@ -337,6 +348,16 @@ class Training:
             if state.epoch % run.save_ckpt_freq == 0 or last or improved or signal:
                 self._save(improved)
         return signal
+
+    def _total(self, number: int) -> int:
+        """The sum of a number on the host over all ranks, each of which must call it."""
+        if self.processes.host_group is None:
+            return number
+        import torch
+        import torch.distributed as dist
+        total = torch.tensor(number)
+        dist.all_reduce(total, group=self.processes.host_group)
+        return int(total)
 
     def _models(self) -> dict[str, 'nn.Module']:
         """The models to evaluate, by the suffix of their columns in the log."""

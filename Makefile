@@ -1,0 +1,28 @@
+# make demo       train moganet_xtiny on handwritten digits, and evaluate it in a fresh process
+# make test       the tests that need neither GPU nor Slurm, but for the slow ones; make test-all adds those
+# make lint       ruff
+
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+
+.PHONY: demo test test-all lint
+
+# Made anew when the dependencies change; a broken installation leaves no stamp
+$(VENV)/installed: pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	rm -rf runs/demo
+	$(PYTHON) main.py --recipe moganet_xtiny_digits --output_dir runs/demo
+	$(PYTHON) main.py --eval --checkpoint runs/demo/checkpoint-best-ema.pth --output_dir runs/demo
+
+test: $(VENV)/installed
+	$(PYTHON) -m pytest
+
+test-all: $(VENV)/installed
+	$(PYTHON) -m pytest -m 'not gpu and not slurm'
+
+lint: $(VENV)/installed
+	$(PYTHON) -m ruff check .

@@ -1,0 +1,378 @@
+"""A run that is stopped, killed, or starved of disk goes on as if nothing had happened: real processes, real files."""
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import TINY, make_image_folder, run, start
+
+# 48 images: 4 updates of 12, in an epoch; mixup, drop path, average, erasing and accumulation are all on
+COMMAND = (*TINY, '--total_batch_size', '12', '--batch_size', '2', '--epochs', '3', '--warmup_epochs', '1',
+           '--drop_path', '0.3', '--num_workers', '1')
+TIMINGS = {'images_per_second', 'data_wait'}
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp('images'))
+
+
+@pytest.fixture(scope='session')
+def command(data):
+    def of(folder: Path, *words: str) -> tuple[str, ...]:
+        return (*COMMAND, '--data_path', str(data), '--output_dir', str(folder), *words)
+    return of
+
+
+@pytest.fixture(scope='session')
+def uninterrupted(command, tmp_path_factory):
+    """The folder of a whole run with 1, 2 or 3 processes."""
+    folders: dict[int, Path] = {}
+
+    def of(world_size: int) -> Path:
+        if world_size not in folders:
+            folders[world_size] = tmp_path_factory.mktemp(f'whole{world_size}') / 'run'
+            run(command(folders[world_size]), folders[world_size].with_suffix('.txt'), world_size=world_size)
+        return folders[world_size]
+    return of
+
+
+def differences(a: object, b: object, path: str = '') -> list[str]:
+    """Where two nested states differ, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) and a.dtype == b.dtype else [path]
+    if isinstance(a, dict):
+        return [path] if a.keys() != b.keys() else [
+            found for key in a for found in differences(a[key], b[key], f'{path}/{key}')]
+    if isinstance(a, (list, tuple)):
+        return [path] if len(a) != len(b) else [
+            found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f'{path}/{i}')]
+    return [] if a == b else [path]
+
+
+def state_of(folder: Path, name: str = 'last') -> dict:
+    return torch.load(folder / f'checkpoint-{name}.pth', weights_only=True)
+
+
+def log_of(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Weights, average, optimizer, scaler, position, best, and log (but for timings) are equal bit for bit."""
+    for name in ('last', 'best', 'best-ema'):
+        assert differences(state_of(folder, name), state_of(other, name)) == []
+    assert log_of(folder) == log_of(other)
+    assert not list(folder.glob('.*.part'))
+
+
+@pytest.mark.parametrize('world_size', [1, 2, 3])
+def test_resumed_run_equals_uninterrupted_run(world_size, command, uninterrupted, tmp_path):
+    """Stopped by a signal to the last rank alone, inside an epoch and at its end, with another number of workers."""
+    folder = tmp_path / 'run'
+    stop_at = {6: signal.SIGTERM, 8: signal.SIGUSR1}
+    for update, number in stop_at.items():
+        job = start(command(folder, '--num_workers', '0'), tmp_path / f'{update}.txt', world_size=world_size,
+                    before=stop_after(update - (world_size > 1), number))
+        assert job.wait() == [128 + number] * world_size, job.text()
+        assert 'The same command continues' in job.text()
+        assert state_of(folder)['step'] == update
+    run(command(folder), tmp_path / 'rest.txt', world_size=world_size)
+    assert_same_run(folder, uninterrupted(world_size))
+    assert [line['epoch'] for line in log_of(folder)] == [0, 1, 2]
+
+
+def stop_after(update: int, number: int) -> str:
+    """A signal that the last rank sends itself after an update of the run (counted from the start of the run)."""
+    return f'''
+import os, main
+after = main.utils.StopRequest.agreed
+def agreed(self):
+    import gc
+    state = next(o for o in gc.get_objects() if type(o).__name__ == 'TrainState')
+    if state.step == {update} and rank == int(os.environ.get('WORLD_SIZE', 1)) - 1:
+        os.kill(os.getpid(), {int(number)})
+    return after(self)
+main.utils.StopRequest.agreed = agreed
+'''
+
+
+def test_the_same_command_twice_gives_the_same_bits_however_it_saves_and_loads(command, uninterrupted, tmp_path):
+    folder = tmp_path / 'run'
+    run(command(folder, '--num_workers', '4', '--save_ckpt_steps', '1', '--print_freq', '1'), tmp_path / 'out.txt')
+    assert_same_run(folder, uninterrupted(1))
+
+
+def test_only_the_newest_checkpoints_are_kept_and_all_open_safely(command, tmp_path):
+    folder = tmp_path / 'run'
+    run(command(folder, '--save_ckpt_steps', '1', '--save_ckpt_num', '2'), tmp_path / 'out.txt')
+    assert sorted(path.name for path in folder.glob('*.pth')) == [
+        'checkpoint-11.pth', 'checkpoint-12.pth', 'checkpoint-best-ema.pth', 'checkpoint-best.pth',
+        'checkpoint-last.pth']
+    for path in folder.glob('*.pth'):
+        state = torch.load(path, weights_only=True)
+        assert {'version', 'model', 'model_ema', 'optimizer', 'scaler', 'epoch', 'step', 'best', 'recipe',
+                'classes'} <= state.keys()
+        assert state['classes'] == ['class0', 'class1', 'class2']
+    best = state_of(folder, 'best-ema')
+    same_step = next(path for path in (folder / f'checkpoint-{best["step"]}.pth', folder / 'checkpoint-best.pth')
+                     if path.exists())
+    assert best['which'] == 'ema' and best['model_ema'] is None
+    if (state := torch.load(same_step, weights_only=True))['step'] == best['step']:
+        assert differences(best['model'], state['model_ema']) == []
+
+
+def kill_and_resume(command, folder: Path, updates: list[int], *, world_size: int, tmp_path: Path) -> None:
+    """Kills all ranks by SIGKILL right after these updates of each start, then lets the run end."""
+    for i, update in enumerate(updates):
+        output = tmp_path / f'kill{i}.txt'
+        job = start(command(folder, '--save_ckpt_steps', '1', '--print_freq', '1'), output, world_size=world_size)
+        count, end = 0, time.monotonic() + 120
+        while count < update and any(rank.is_alive() for rank in job.ranks) and time.monotonic() < end:
+            count = job.text().count('images/s  ')
+            time.sleep(0.002)
+        job.kill()
+        job.wait()
+    run(command(folder, '--save_ckpt_steps', '1', '--print_freq', '1'), tmp_path / 'rest.txt', world_size=world_size)
+
+
+def test_a_run_killed_twice_by_sigkill_equals_an_uninterrupted_one(command, uninterrupted, tmp_path):
+    folder = tmp_path / 'run'
+    kill_and_resume(command, folder, [3, 4], world_size=1, tmp_path=tmp_path)
+    assert_same_run(folder, uninterrupted(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('world_size', [1, 2, 3])
+def test_a_run_killed_at_five_random_updates_in_a_row_equals_an_uninterrupted_one(
+        world_size, command, uninterrupted, tmp_path):
+    folder = tmp_path / 'run'
+    seed = random.randrange(2 ** 32)
+    print('seed', seed)
+    updates = [random.Random(seed + i).randint(1, 4) for i in range(5)]
+    kill_and_resume(command, folder, updates, world_size=world_size, tmp_path=tmp_path)
+    assert_same_run(folder, uninterrupted(world_size))
+
+
+def test_a_kill_in_the_middle_of_a_save_loses_nothing(command, uninterrupted, tmp_path):
+    folder = tmp_path / 'run'
+    job = start(command(folder, '--save_ckpt_steps', '1'), tmp_path / 'out.txt', before='''
+import os, time, utils
+flush = os.fsync
+def slow(descriptor):
+    name = os.readlink(f'/proc/self/fd/{descriptor}')
+    if 'checkpoint-6.pth' in name:
+        print('half written', flush=True)
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+        time.sleep(60)
+    flush(descriptor)
+os.fsync = slow
+''')
+    job.wait_for('half written')
+    job.kill()
+    job.wait()
+    assert list(folder.glob('.checkpoint-6.pth.*.part'))
+    text = run(command(folder), tmp_path / 'rest.txt')
+    assert 'checkpoint-5.pth' in text
+    assert_same_run(folder, uninterrupted(1))
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_no_litter(command, uninterrupted, tmp_path):
+    folder = tmp_path / 'run'
+    start(command(folder), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()
+    before = state_of(folder)
+    job = start(command(folder), tmp_path / 'full.txt',
+                before='import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))')
+    assert job.wait() == [1]
+    assert 'could not be saved' in job.text() and 'free space in' in job.text()
+    assert job.text().count('Traceback') == 0
+    assert differences(state_of(folder), before) == []
+    assert not list(folder.glob('.*.part'))
+    run(command(folder), tmp_path / 'rest.txt')
+    assert_same_run(folder, uninterrupted(1))
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'empty', 'garbage', 'flipped', 'foreign'])
+def test_a_damaged_newest_checkpoint_is_passed_over_loudly(damage, command, uninterrupted, tmp_path):
+    folder = tmp_path / 'run'
+    start(command(folder), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()
+    newest = folder / 'checkpoint-6.pth'
+    content = newest.read_bytes()
+    middle = len(content) // 2
+    newest.unlink()  # the link checkpoint-last keeps the content
+    newest.write_bytes({
+        'truncated': content[:-1000], 'empty': b'', 'garbage': os.urandom(5000),
+        'flipped': content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:],
+        'foreign': b''}[damage])
+    if damage == 'foreign':
+        torch.save({'state_dict': {}}, newest)
+    (folder / 'checkpoint-last.pth').unlink()
+    text = run(command(folder), tmp_path / 'rest.txt')
+    assert f'{newest}' in text and 'passing over it for the one before' in text
+    assert 'Continuing from' in text and 'checkpoint-4.pth' in text
+    assert_same_run(folder, uninterrupted(1))
+
+
+def test_a_folder_of_damaged_checkpoints_is_not_begun_anew(command, tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'checkpoint-4.pth').write_bytes(b'nothing')
+    job = start(command(folder), tmp_path / 'out.txt')
+    assert job.wait() == [2]
+    assert 'error: none of the 1 checkpoints' in job.text()
+    assert (folder / 'checkpoint-4.pth').read_bytes() == b'nothing'
+
+
+def test_another_world_size_goes_on_with_the_same_batches_and_says_so(command, uninterrupted, tmp_path):
+    folder = tmp_path / 'run'
+    start(command(folder), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()
+    text = run(command(folder), tmp_path / 'rest.txt', world_size=2)
+    assert 'written by 1 processes and goes on with 2: on the same batches, but not bit for bit' in text
+    here, there = log_of(folder), log_of(uninterrupted(1))
+    assert here[0] == there[0] and [line['epoch'] for line in here] == [0, 1, 2]
+    # mixup and drop path are drawn for each rank, so the loss differs, but not by more than they do
+    assert here[2]['train_loss'] == pytest.approx(there[2]['train_loss'], abs=0.2)
+
+
+def test_another_recipe_is_refused_with_the_fields_that_differ(command, tmp_path):
+    folder = tmp_path / 'run'
+    start(command(folder), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()
+    job = start(command(folder, '--lr', '0.5', '--smoothing', '0'), tmp_path / 'refused.txt')
+    assert job.wait() == [2]
+    assert 'smoothing: 0.1 -> 0.0; lr: 0.001 -> 0.5' in job.text() and '--resume_anyway' in job.text()
+    text = run(command(folder, '--lr', '0.5', '--smoothing', '0', '--resume_anyway'), tmp_path / 'anyway.txt')
+    assert 'Resuming' in text and 'under another recipe' in text
+    assert log_of(folder)[-1]['epoch'] == 2
+
+
+def test_resume_takes_another_runs_state_and_leaves_that_run_alone(command, uninterrupted, tmp_path):
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    start(command(first), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()
+    kept = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    resume = command(second, '--resume', str(first / 'checkpoint-last.pth'))
+    start(resume, tmp_path / 'second.txt', before=stop_after(9, signal.SIGTERM)).wait()
+    text = run(resume, tmp_path / 'rest.txt')  # the same command: the run's own folder comes first
+    assert 'second/checkpoint-9.pth' in text
+    assert differences(state_of(second), state_of(uninterrupted(1))) == []
+    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == kept
+    older = start(command(second, '--resume', str(second / 'checkpoint-9.pth')), tmp_path / 'older.txt')
+    assert older.wait() == [2] and 'would be lost' in older.text()
+
+
+def test_tensorboard_shows_every_step_once_after_a_resume(command, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    folder = tmp_path / 'run'
+    kill_and_resume(command, folder, [3, 4], world_size=1, tmp_path=tmp_path)
+    events = EventAccumulator(str(folder / 'tensorboard'))
+    events.Reload()
+    assert [event.step for event in events.Scalars('test/acc1')] == [4, 8, 12]
+    assert [event.step for event in events.Scalars('train/loss')] == list(range(1, 13))
+
+
+# ---- Several processes ----------------------------------------------------------------------------------------------
+
+NAN_ON_ONE_RANK = '''
+import datasets
+epoch = datasets.TrainLoader.epoch
+def poisoned(self, number, start=0, attempt=0):
+    for i, (images, targets) in enumerate(epoch(self, number, start, attempt)):
+        if rank == 1 and (number, attempt) == (1, 0) and i == 2:
+            images = images * float('nan')
+        yield images, targets
+datasets.TrainLoader.epoch = poisoned
+'''
+
+
+def test_a_nan_on_one_rank_stops_all_and_names_the_last_good_checkpoint(command, tmp_path):
+    folder = tmp_path / 'run'
+    job = start(command(folder, '--print_freq', '1'), tmp_path / 'out.txt', world_size=2, before=NAN_ON_ONE_RANK)
+    assert job.wait() == [1, 1], job.text()
+    assert f'the last good checkpoint is {folder}/checkpoint-4.pth' in job.text()
+    assert job.text().count('NaN or infinite') == 1 and 'Traceback' not in job.text()
+    assert sorted(path.name for path in folder.glob('checkpoint-[0-9]*')) == ['checkpoint-4.pth']
+
+
+def test_after_a_nan_the_run_can_go_back_and_take_another_order(command, uninterrupted, tmp_path):
+    folder = tmp_path / 'run'
+    text = run(command(folder, '--print_freq', '1', '--on_nan', 'rollback'), tmp_path / 'out.txt', world_size=2,
+               before=NAN_ON_ONE_RANK)
+    assert 'Going back to update 4 with another data order (attempt 1 of 3)' in text
+    assert [line['epoch'] for line in log_of(folder)] == [0, 1, 2]
+    assert log_of(folder)[0] == log_of(uninterrupted(2))[0] and log_of(folder)[1] != log_of(uninterrupted(2))[1]
+    assert state_of(folder)['attempt'] == 1
+
+
+def test_a_rank_that_dies_makes_the_others_stop_soon_with_its_error_shown_once(command, tmp_path):
+    dying = '''
+import datasets
+epoch = datasets.TrainLoader.epoch
+def broken(self, *args):
+    for i, item in enumerate(epoch(self, *args)):
+        if rank == 1 and i == 5:
+            raise RuntimeError('the disk of rank 1 is on fire')
+        yield item
+datasets.TrainLoader.epoch = broken
+'''
+    begin = time.monotonic()
+    job = start(command(tmp_path / 'run'), tmp_path / 'out.txt', world_size=3, before=dying)
+    statuses = job.wait(timeout=60)
+    assert all(status == 1 for status in statuses), job.text()
+    assert job.text().count('Traceback') == job.text().count('RuntimeError: the disk of rank 1 is on fire') == 1
+    assert time.monotonic() - begin < 60
+
+
+def test_a_killed_rank_makes_the_others_stop_soon(command, tmp_path):
+    job = start(command(tmp_path / 'run', '--epochs', '50'), tmp_path / 'out.txt', world_size=3)
+    job.wait_for('epoch 1 of 50')
+    begin = time.monotonic()
+    job.kill(rank=1)
+    statuses = job.wait(timeout=60)
+    assert statuses[1] == -signal.SIGKILL and statuses[0] == statuses[2] == 1, job.text()
+    assert time.monotonic() - begin < 60
+
+
+PRINT_BUFFERS = '''
+import engine, hashlib
+evaluate = engine.evaluate
+def shown(model, *args, **kwargs):
+    flat = engine.Buffers(model).get()
+    print(f'buffers {hashlib.md5(flat.numpy().tobytes()).hexdigest()}', flush=True)
+    return evaluate(model, *args, **kwargs)
+engine.evaluate = shown
+'''
+
+
+@pytest.mark.parametrize('mode', ['reduce', 'broadcast', 'none'])
+def test_buffers_are_equal_on_all_ranks_when_they_are_used(mode, command, tmp_path):
+    folder = tmp_path / 'run'
+    text = run(command(folder, '--dist_bn', mode, '--epochs', '1', '--model_ema', 'false'), tmp_path / 'out.txt',
+               world_size=2, before=PRINT_BUFFERS)
+    hashes = [line for line in text.splitlines() if line.startswith('buffers')]
+    assert len(hashes) == 2 and len(set(hashes)) == (2 if mode == 'none' else 1)
+    state = state_of(folder)
+    own = state['local']['buffers']
+    saved = torch.cat([value.reshape(-1) for name, value in state['model'].items() if 'running' in name])
+    expected = own.mean(0) if mode == 'reduce' else own[0]
+    assert not torch.equal(own[0], own[1])
+    assert torch.allclose(saved, expected, rtol=1e-6, atol=1e-7)  # float32 mean of two
+
+
+def test_an_odd_test_set_gives_the_same_accuracy_with_1_2_and_3_processes(data, uninterrupted, tmp_path):
+    checkpoint = uninterrupted(1) / 'checkpoint-best.pth'
+    results = []
+    for world_size in (1, 2, 3):
+        folder = tmp_path / str(world_size)
+        text = run(('--eval', '--checkpoint', str(checkpoint), '--weights', 'raw', '--data_path', str(data),
+                    '--output_dir', str(folder), '--val_batch_size', '4'), tmp_path / 'out.txt', world_size=world_size)
+        assert '15 images' in text and 'raw weights' in text
+        results.append(json.loads((folder / 'eval.json').read_text()))
+    assert {result['count'] for result in results} == {15}
+    assert len({(result['acc1'], result['acc5']) for result in results}) == 1
+    # the loss is summed in float64 from batches of other compositions
+    assert [result['loss'] for result in results] == pytest.approx([results[0]['loss']] * 3, rel=1e-5)
+    assert results[0]['acc1'] == pytest.approx(torch.load(checkpoint)['best']['test_acc1'])
