@@ -1,29 +1,49 @@
 """From an image file to augmented pixels: decoding, random crop, RandAugment, test crop, random erasing's boxes.
 
-Everything random is drawn by timm's and torchvision's own code, in their order, from one seed an image.
+Everything random is drawn by timm's and torchvision's own code, in their order, so that from one seed the fast path
+here and timm's `create_transform` make the same image, to within the pixel differences that the tests state. Where
+simplejpeg or numba is missing, Pillow does its part of the work: the same pixels, later.
 """
+import functools
 import io
+import logging
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
 
 from recipes import Recipe
 
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+try:
+    import image_kernels as kernels
+except ImportError:
+    kernels = None
 
-def decode(image: Any) -> Image.Image:
-    """An undecoded file, an array [H, W, 3] or a PIL image as an RGB image. Raises OSError and ValueError."""
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
-    if isinstance(image, bytes):
-        image = Image.open(io.BytesIO(image))
-    if image.mode.startswith('I'):  # 16 bits a pixel, which convert would clip at 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    return image.convert('RGB')
+log = logging.getLogger('moganet')
+TINY = np.zeros((8, 8, 3), np.uint8)
+
+
+@functools.cache
+def warn_if_slow() -> None:
+    """Says once that a fast package is missing."""
+    missing = [name for name, module in (('simplejpeg', simplejpeg), ('numba', kernels)) if module is None]
+    if missing:
+        log.warning('%s is not installed: the same images are made, but up to three times slower; pip install %s',
+                    ' and '.join(missing), ' '.join(missing))
 
 
 def seed_image(seed: int) -> None:
@@ -33,19 +53,196 @@ def seed_image(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
+def decode(image: Any) -> np.ndarray:
+    """RGB pixels of an image, uint8 [H, W, 3], as Pillow's `convert('RGB')` gives them; EXIF's rotation is not applied.
+
+    Args:
+        image: the undecoded file as bytes, pixels as an array, or a PIL image.
+
+    Raises:
+        OSError, ValueError, SyntaxError: as Pillow, for what cannot be decoded.
+    """
+    if isinstance(image, np.ndarray):
+        return image
+    if isinstance(image, bytes):
+        if simplejpeg is not None and image.startswith(b'\xff\xd8'):
+            try:
+                if simplejpeg.decode_jpeg_header(image)[2] in ('YCbCr', 'Gray'):
+                    return simplejpeg.decode_jpeg(image)  # libjpeg-turbo with the settings Pillow takes: the same bits
+            except ValueError:
+                pass  # damaged; Pillow forgives what can be forgiven and says what is wrong with the rest
+        image = Image.open(io.BytesIO(image))
+    if image.mode.startswith('I'):  # 16 bits a pixel, which convert would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    return np.array(image.convert('RGB'))
+
+
+# ---- Operations of RandAugment, on arrays ---------------------------------------------------------------------------
+
+def _through_pillow(operation: Callable[..., Image.Image]) -> Callable[..., np.ndarray]:
+    """An operation on PIL images as one on arrays."""
+    def apply(image: np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
+        return np.array(operation(Image.fromarray(image), *args, **kwargs))
+    return apply
+
+
+def _bicubic(pillow: Callable[..., Image.Image], fast: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """A geometric operation: fast where the interpolation is bicubic, as in the recipes, else Pillow's."""
+    def apply(image: np.ndarray, value: float, *, resample: Any, fillcolor: tuple[int, int, int]) -> np.ndarray:
+        if isinstance(resample, (list, tuple)):
+            resample = random.choice(resample)
+        if resample != Image.Resampling.BICUBIC:
+            return np.array(pillow(Image.fromarray(image), value, resample=resample, fillcolor=fillcolor))
+        return fast(image, value, np.array(fillcolor, np.uint8))
+    return apply
+
+
+def _rotate(image: np.ndarray, degrees: float, fill: np.ndarray) -> np.ndarray:
+    """Pillow's Image.rotate about the centre, with its rounding of the matrix."""
+    if degrees % 360 == 0:
+        return image
+    height, width, _ = image.shape
+    angle = -math.radians(degrees % 360)
+    cos, sin, x, y = round(math.cos(angle), 15), round(math.sin(angle), 15), width / 2, height / 2
+    return kernels.affine(image, cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y, fill)
+
+
+def _vertical(image: np.ndarray, slope: float, offset: float, fill: np.ndarray) -> np.ndarray:
+    return kernels.transpose(kernels.shift_rows(kernels.transpose(image), slope, offset, fill))
+
+
+def _table(values: list[int]) -> np.ndarray:
+    return np.broadcast_to(np.array(values, np.uint8), (3, 256)).copy()
+
+
+@functools.lru_cache(1024)
+def _point_table(kind: str, level: int) -> np.ndarray:
+    """Lookup table, uint8 [3, 256], of solarize (threshold), solarize_add (added below 128) or posterize (bits)."""
+    if kind == 'solarize':
+        return _table([value if value < level else 255 - value for value in range(256)])
+    if kind == 'solarize_add':
+        return _table([min(255, value + level) if value < 128 else value for value in range(256)])
+    return _table([value >> 8 - level << 8 - level for value in range(256)])
+
+
+def _fast_operations() -> dict[str, Callable[..., np.ndarray]]:
+    """timm's operations by the name of its functions, as numba does them. Operations not here go through Pillow."""
+    def plain(kernel: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        return lambda image, *args, **_: kernel(image, *(float(arg) for arg in args))
+
+    def point(kind: str) -> Callable[..., np.ndarray]:
+        return lambda image, level, **_: kernels.lookup(image, _point_table(kind, level))
+
+    return {
+        'auto_contrast': plain(kernels.auto_contrast), 'equalize': plain(kernels.equalize),
+        'brightness': plain(kernels.brightness), 'contrast': plain(kernels.contrast), 'color': plain(kernels.color),
+        'sharpness': plain(kernels.sharpness),
+        'desaturate': lambda image, factor, **_: kernels.color(image, min(1.0, max(0.0, 1.0 - factor))),
+        'invert': lambda image, **_: kernels.lookup(image, _point_table('solarize', 0)),
+        'solarize': point('solarize'), 'solarize_add': point('solarize_add'),
+        'posterize': lambda image, bits, **_: image if bits >= 8 else kernels.lookup(image, _point_table('bits', bits)),
+    }
+
+
+GEOMETRY: dict[str, Callable[[np.ndarray, float, np.ndarray], np.ndarray]] = {
+    'shear_x': lambda image, factor, fill: kernels.shift_rows(image, factor, 0.0, fill),
+    'shear_y': lambda image, factor, fill: _vertical(image, factor, 0.0, fill),
+    'translate_x_rel': lambda image, share, fill: kernels.shift_rows(image, 0.0, share * image.shape[1], fill),
+    'translate_y_rel': lambda image, share, fill: _vertical(image, 0.0, share * image.shape[0], fill),
+    'translate_x_abs': lambda image, pixels, fill: kernels.shift_rows(image, 0.0, float(pixels), fill),
+    'translate_y_abs': lambda image, pixels, fill: _vertical(image, 0.0, float(pixels), fill),
+    'rotate': _rotate,
+}
+
+
+def array_operation(operation: Callable[..., Image.Image]) -> Callable[..., np.ndarray]:
+    """One of timm's operations (`timm.data.auto_augment.NAME_TO_OP`) on uint8 [H, W, 3] instead of a PIL image."""
+    if kernels is not None and operation.__name__ in GEOMETRY:
+        return _bicubic(operation, GEOMETRY[operation.__name__])
+    fast = _fast_operations() if kernels is not None else {}
+    return fast.get(operation.__name__) or _through_pillow(operation)
+
+
+def on_arrays(augment: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """An augmentation that timm made, with its operations replaced by ours; which and how strong, timm says."""
+    if isinstance(augment, RandAugment):
+        operations: list[AugmentOp] = list(augment.ops)
+    elif isinstance(augment, AutoAugment):
+        operations = [operation for policy in augment.policy for operation in policy]
+    else:  # AugMix blends PIL images
+        return _through_pillow(augment)
+    for operation in operations:
+        operation.aug_fn = array_operation(operation.aug_fn)
+        level = operation.level_fn(5, operation.hparams) if operation.level_fn else ()
+        operation.aug_fn(TINY, *level, **operation.kwargs)  # compiles it, before the workers start
+    return augment
+
+
+def jitter_on_arrays(jitter: transforms.ColorJitter) -> Callable[[np.ndarray], np.ndarray]:
+    """torchvision's colour jitter; hue, which no recipe uses, through Pillow."""
+    def apply(image: np.ndarray) -> np.ndarray:
+        order, *factors = jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        for number in order.tolist():
+            if factors[number] is not None:
+                image = (kernels.brightness, kernels.contrast, kernels.color)[number](image, factors[number])
+        return image
+    if kernels is None or jitter.hue is not None:
+        return _through_pillow(jitter)
+    apply(TINY)
+    return apply
+
+
+# ---- Transforms -----------------------------------------------------------------------------------------------------
+
 class TrainTransform:
-    """The recipe's augmentation up to uint8 pixels."""
+    """The recipe's augmentation up to uint8 pixels: timm's `create_transform`, step by step on arrays."""
 
     def __init__(self, recipe: Recipe):
+        warn_if_slow()
         self.size = recipe.input_size
-        self._transform = create_transform(
+        composed = create_transform(
             recipe.input_size, is_training=True, scale=recipe.scale, ratio=recipe.ratio, hflip=recipe.hflip,
             vflip=recipe.vflip, color_jitter=recipe.color_jitter, auto_augment=recipe.aa,
             interpolation=recipe.train_interpolation, mean=recipe.mean, std=recipe.std, use_prefetcher=True)
+        self._crop: RandomResizedCropAndInterpolation = composed.transforms[0]
+        self._steps = [self._on_arrays(step) for step in composed.transforms[1:-1]]  # the last makes a tensor
+
+    @staticmethod
+    def _on_arrays(step: Any) -> Callable[[np.ndarray], np.ndarray]:
+        if isinstance(step, transforms.RandomHorizontalFlip) and kernels is not None:
+            kernels.mirror(TINY)
+            return lambda image: kernels.mirror(image) if torch.rand(1).item() < step.p else image
+        if isinstance(step, transforms.RandomVerticalFlip):
+            return lambda image: np.ascontiguousarray(image[::-1]) if torch.rand(1).item() < step.p else image
+        if isinstance(step, transforms.ColorJitter):
+            return jitter_on_arrays(step)
+        if isinstance(step, (RandAugment, AutoAugment)):
+            return on_arrays(step)
+        return _through_pillow(step)
 
     def __call__(self, image: Any) -> np.ndarray:
         """uint8 [H, W, 3] of an image that `decode` takes. Draws from the generators that `seed_image` seeds."""
-        return self._transform(decode(image)).permute(1, 2, 0).numpy()
+        pixels = self._resized_crop(decode(image))
+        for step in self._steps:
+            pixels = step(pixels)
+        return pixels
+
+    def _resized_crop(self, pixels: np.ndarray) -> np.ndarray:
+        crop, (height, width, _) = self._crop, pixels.shape
+        size_only = torch.empty((3, height, width), device='meta')
+        top, left, rows, columns = crop.get_params(size_only, crop.scale, crop.ratio)
+        mode = crop.interpolation
+        if isinstance(mode, (list, tuple)):
+            mode = random.choice(mode)
+        # A copy, since torch resizes a strided view at half the speed
+        part = np.ascontiguousarray(pixels[top:top + rows, left:left + columns])
+        if mode not in (InterpolationMode.BICUBIC, InterpolationMode.BILINEAR):
+            return np.array(TF.resize(Image.fromarray(part), list(crop.size), mode))
+        resize = (torch._C._nn._upsample_bicubic2d_aa if mode is InterpolationMode.BICUBIC
+                  else torch._C._nn._upsample_bilinear2d_aa)
+        # Pillow's filter and fixed point in vector instructions; in this layout, which torch knows as channels last
+        resized = resize(torch.from_numpy(part)[None].permute(0, 3, 1, 2), crop.size, False, None, None)
+        return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()
 
 
 class TestTransform:
@@ -59,7 +256,7 @@ class TestTransform:
 
     def __call__(self, image: Any) -> np.ndarray:
         """uint8 [H, W, 3] of an image that `decode` takes."""
-        return self._transform(decode(image)).permute(1, 2, 0).numpy()
+        return self._transform(Image.fromarray(decode(image))).permute(1, 2, 0).numpy()
 
 
 def erasing_boxes(recipe: Recipe) -> np.ndarray:
