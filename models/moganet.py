@@ -4,7 +4,10 @@ Read bottom-up: a `MogaBlock` is a spatial mixer (`MultiOrderGatedAggregation`) 
 (`ChannelAggregation`), four stages of blocks make a `MogaNet`, and the functions at the end register its six variants.
 State-dict names are those of the released checkpoints, whence the mixed capitals.
 """
+import contextlib
+import copy
 import math
+from collections.abc import Iterator
 from typing import Any, Final, Literal
 
 import torch
@@ -13,13 +16,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from timm.models import (
     build_model_with_cfg,
-    checkpoint_seq,
     generate_default_cfgs,
     register_model,
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 from models.weights import load_weights, pretrained_cfgs
 
@@ -104,10 +109,8 @@ class MultiOrderGatedAggregation(nn.Module):
         if self.double_gate:
             gate, value = F.silu(gate), F.silu(value)
         if self.gate_fp32:
-            y = gated_projection_fp32(gate, value, self.proj_2.weight, self.proj_2.bias)
-        else:
-            y = self.proj_2(F.silu(gate) * F.silu(value))
-        return y + x
+            return gated_projection_fp32(gate, value, self.proj_2.weight, self.proj_2.bias)
+        return self.proj_2(F.silu(gate) * F.silu(value))
 
 
 class ChannelAggregation(nn.Module):
@@ -136,7 +139,10 @@ class ChannelAggregation(nn.Module):
 
 
 class MogaBlock(nn.Module):
-    """One block: `x + drop_path(layer_scale * branch(norm(x)))` for the spatial, then for the channel mixer."""
+    """One block: `x + drop_path(layer_scale * branch(norm(x)))` for the spatial, then for the channel mixer.
+
+    The spatial branch has a shortcut of its own, around `attn`.
+    """
 
     def __init__(
         self,
@@ -163,9 +169,35 @@ class MogaBlock(nn.Module):
         """[B, C, H, W] -> [B, C, H, W]; under autocast the result, the residual stream, is float32."""
         # Drop path acts on the scale [B, C, 1, 1] and not on the branch [B, C, H, W]: the same product, one pass less.
         scale = self.drop_path(self.layer_scale_1.expand(x.shape[0], -1, -1, -1))
-        x = torch.addcmul(x, scale, self.attn(self.norm1(x)))
+        u = self.norm1(x)
+        x = torch.addcmul(x, scale, self.attn(u) + u)
         scale = self.drop_path(self.layer_scale_2.expand(x.shape[0], -1, -1, -1))
         return torch.addcmul(x, scale, self.mlp(self.norm2(x)))
+
+
+@contextlib.contextmanager
+def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    settings = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, setting in zip(norms, settings, strict=True):
+            norm.momentum, norm.num_batches_tracked = setting
+
+
+def checkpoint_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`block(x)`, recomputed in the backward pass without counting the batch twice in BN's running statistics.
+
+    A compiler recomputes operators and not the block, so that there the statistics are safe, and contexts not allowed.
+    """
+    if torch.compiler.is_compiling():
+        return checkpoint(block, x, use_reentrant=False)
+    return checkpoint(
+        block, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _running_statistics_kept(block))
+    )
 
 
 class Blocks(nn.Sequential):
@@ -178,7 +210,9 @@ class Blocks(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self, x)
+            for block in self:
+                x = checkpoint_block(block, x)
+            return x
         for block in self:
             x = block(x)
         return x
@@ -404,6 +438,92 @@ class MogaNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B, in_chans, H, W] -> logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
+
+
+class FusedBlock(nn.Module):
+    """A `MogaBlock` for inference without its norms and layer scales: `attn(x) + skip * x`, then `mlp(x) + skip * x`.
+
+    Args:
+        block: the block, in evaluation mode; its modules are taken over and changed.
+        closing: the stage's norm, if the block is the last of its stage.
+
+    With norm(x) = a*x + b, s the layer scale and (c, d) the closing norm's scale and shift, the branches become
+
+        x + s*(proj_2(f(proj_1(a*x + b))) + a*x + b) = [s*proj_2 + s*b](f([proj_1 of a*x + b](x))) + (1 + s*a)*x
+        c*(x + s*fc2(f(fc1(a*x + b)))) + d           = [c*s*fc2 + d](f([fc1 of a*x + b](x))) + c*x
+
+    where each bracket is one 1x1 convolution, so that nothing is padded and every fold is exact.
+    """
+
+    def __init__(self, block: MogaBlock, closing: _BatchNorm | None) -> None:
+        super().__init__()
+        self.attn, self.mlp = block.attn, block.mlp
+        dtype = block.layer_scale_1.dtype
+        scale, shift = _affine(block.norm1)
+        layer_scale = block.layer_scale_1.double().flatten()
+        _fold_input(self.attn.proj_1, scale, shift)
+        _fold_output(self.attn.proj_2, layer_scale, layer_scale * shift)
+        self.register_buffer('skip_1', (1 + layer_scale * scale).to(dtype).view(1, -1, 1, 1))
+        _fold_input(self.mlp.fc1, *_affine(block.norm2))
+        layer_scale = block.layer_scale_2.double().flatten()
+        scale, shift = (torch.ones_like(layer_scale), 0.0) if closing is None else _affine(closing)
+        _fold_output(self.mlp.fc2, scale * layer_scale, shift)
+        self.register_buffer('skip_2', scale.to(dtype).view(1, -1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        x = torch.addcmul(self.attn(x), x, self.skip_1)
+        return torch.addcmul(self.mlp(x), x, self.skip_2)
+
+
+def _affine(norm: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, shift), each [C] in float64, such that `norm(x) == scale * x + shift` in evaluation mode."""
+    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+def _fold_input(conv: nn.Conv2d, scale: torch.Tensor, shift: torch.Tensor) -> None:
+    """Makes a 1x1 convolution take x where it took `scale * x + shift`."""
+    weight = conv.weight.double()
+    conv.bias.copy_(conv.bias.double() + weight.flatten(1) @ shift)
+    conv.weight.copy_(weight * scale.view(1, -1, 1, 1))
+
+
+def _fold_output(conv: nn.Conv2d, scale: torch.Tensor, shift: torch.Tensor | float) -> None:
+    """Makes a convolution return `scale * y + shift` where it returned y."""
+    conv.weight.copy_(conv.weight.double() * scale.view(-1, 1, 1, 1))
+    conv.bias.copy_(conv.bias.double() * scale + shift)
+
+
+@torch.no_grad()
+def fuse(model: MogaNet) -> MogaNet:
+    """An equal copy for inference in which every BN is folded into its neighbours; a fused model gives a plain copy.
+
+    An embedding's norms go into the convolutions before them, a block's into those around them (`FusedBlock`), and a
+    stage's into its last block: it cannot go into the embedding after it, whose zero padding stands for a normalised
+    zero, nor into the head, as stage outputs would no longer be the same. Relative to the original 1e-5, in float32.
+
+    Raises:
+        TypeError: the model is not a MogaNet.
+    """
+    if not isinstance(model, MogaNet):
+        raise TypeError(f'only a MogaNet can be fused, not a {type(model).__name__}')
+    model = copy.deepcopy(model).eval()
+    for i in range(model.num_stages):
+        embed, blocks = (model.get_submodule(f'{part}{i + 1}') for part in ('patch_embed', 'blocks'))
+        closing = model.get_submodule(f'norm{i + 1}')
+        if not isinstance(closing, _BatchNorm):
+            continue
+        if isinstance(embed, Stem):
+            for conv, norm in ((0, 1), (3, 4)):
+                embed.projection[conv] = fuse_conv_bn_eval(embed.projection[conv], embed.projection[norm])
+                embed.projection[norm] = nn.Identity()
+        else:
+            embed.projection, embed.norm = fuse_conv_bn_eval(embed.projection, embed.norm), nn.Identity()
+        for j, block in enumerate(blocks):
+            blocks[j] = FusedBlock(block, closing if j == len(blocks) - 1 else None)
+        setattr(model, f'norm{i + 1}', nn.Identity())
+    return model
 
 
 def _init_convolution(module: nn.Module) -> None:
