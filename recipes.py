@@ -435,6 +435,8 @@ def _resolve_recipe(given: dict[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
     """The row that the flags choose with the flags that override its fields, and these fields' names."""
     name, config = given.pop('recipe', None), given.pop('config', None)
     model = given.get('model')
+    if config is not None and name is not None:
+        raise UserError('--config and --recipe both name the recipe; give one')
     if config is not None:
         row = load_recipe(config)
     elif name is not None:
@@ -581,7 +583,7 @@ def _validate(recipe: Recipe, run: Run) -> None:
     check(recipe.crop_pct <= 1, f'--crop_pct {recipe.crop_pct}: the crop cannot exceed the image; give at most 1')
     check(recipe.min_lr <= recipe.lr, f'--min_lr {recipe.min_lr} is above --lr {recipe.lr}')
     check(recipe.warmup_steps is not None or recipe.warmup_epochs <= recipe.epochs,
-          f'--warmup_epochs {recipe.warmup_epochs} is longer than the run of {recipe.epochs} epochs')
+          f'--warmup_epochs {recipe.warmup_epochs:g} is longer than the run of {recipe.epochs} epochs: give less')
     check(0 < recipe.scale[0] <= recipe.scale[1] <= 1, f'--scale {recipe.scale}: give two shares of the image, rising')
     bounds = recipe.cutmix_minmax
     check(bounds is None or 0 <= int(bounds[0] * recipe.input_size) < int(bounds[1] * recipe.input_size)
@@ -593,6 +595,7 @@ def _validate(recipe: Recipe, run: Run) -> None:
           '--bce_target_thresh needs --loss bce or bce_sum; cross-entropy has no threshold')
     check(recipe.clip_grad is not None or recipe.clip_mode == 'norm', '--clip_mode needs --clip_grad')
     check(not (run.eval and not run.checkpoint and not run.pretrained), 'evaluate what? say --checkpoint FILE')
+    check(not (run.eval and run.batch_size == 'auto'), '--batch_size auto is for training; give --val_batch_size')
     check(run.eval or not run.checkpoint, '--checkpoint goes with --eval; to continue a run say --resume, '
                                           'to start from its weights --finetune')
     check(not (run.finetune and run.pretrained), '--finetune and --pretrained both name the initial weights; give one')

@@ -46,8 +46,8 @@ COMMON = dict(opt_betas=(0.9, 0.999), opt_eps=1e-8, cutmix=1.0, mixup_prob=1.0, 
 
 @pytest.mark.parametrize('name', ROWS_300)
 def test_row_of_300_epochs_holds_the_published_values(name):
-    (size, test_size, lr, min_lr, warmup, decay, drop_path, magnitude, mixup, ema, precision, per_gpu, steps, acc1, acc5,
-     gate) = ROWS_300[name]
+    (size, test_size, lr, min_lr, warmup, decay, drop_path, magnitude, mixup, ema, precision, per_gpu, steps, acc1,
+     acc5, gate) = ROWS_300[name]
     expected = COMMON | dict(
         model=name.removesuffix('_256').removesuffix('_3aug'), epochs=300, opt='adamw', loss='ce', smoothing=0.1,
         clip_grad=None, crop_pct=0.9, crop_mode='center', input_size=size, test_size=test_size, lr=lr, min_lr=min_lr,
@@ -120,7 +120,7 @@ def test_recipe_picks_a_row_and_flags_override_single_fields():
 
 
 def test_model_without_a_row_takes_the_default_row():
-    recipe, run = resolve(['--model', 'resnet50'])
+    recipe, _ = resolve(['--model', 'resnet50'])
     assert recipe == dataclasses.replace(RECIPES['default'], model='resnet50')
     assert recipe.name == 'default' and 'without a row' in recipe.source
 
@@ -201,6 +201,11 @@ def test_config_that_is_no_recipe_is_refused(tmp_path, content, reason):
     (tmp_path / 'recipe.json').write_text(content)
     with pytest.raises(UserError, match=reason):
         resolve(['--config', str(tmp_path / 'recipe.json')])
+
+
+def test_config_and_recipe_do_not_go_together():
+    with pytest.raises(UserError, match='--config and --recipe'):
+        resolve(['--config', 'recipe.json', '--recipe', 'moganet_small'])
 
 
 def test_config_that_is_missing_is_refused(tmp_path):
@@ -297,7 +302,8 @@ IMPOSSIBLE = [
     '--opt_betas 0.9 1', '--opt_betas 0.9', '--bce_target_thresh 0.2', '--clip_mode agc', '--interpolation random',
     '--interpolation cubic', '--train_interpolation cubic', '--cutmix_minmax 0.8 0.2', '--cutmix_minmax 0.5 2',
     '--model_ema maybe', '--model_kwargs dims', '--eval', '--checkpoint some.pth', '--no_resume_opt',
-    '--finetune some.pth --pretrained', '--precision fp8', '--gate triple']
+    '--finetune some.pth --pretrained', '--precision fp8', '--gate triple',
+    '--eval --checkpoint some.pth --batch_size auto']
 
 
 @pytest.mark.parametrize('words', IMPOSSIBLE)
@@ -305,7 +311,8 @@ def test_impossible_value_is_refused_and_named(words):
     with pytest.raises(UserError) as refused:
         resolve(['--model', 'moganet_small', *words.split()])
     message = str(refused.value)
-    assert '\n' not in message and (words.split()[0] in message or '--checkpoint' in message)
+    flags = [word for word in words.split() if word.startswith('--')]
+    assert '\n' not in message and any(flag in message for flag in [*flags, '--checkpoint'])
 
 
 def test_numbers_stand_for_every_rate_and_count_of_the_recipe():

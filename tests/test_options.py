@@ -1,0 +1,642 @@
+"""Every option changes a result: weights, batches, files, log, or what is printed. An option without a case fails.
+
+Most cases run `main.main` for two updates of a MogaNet of four blocks, twice: without the option and with it. On the
+CPU the same command gives the same bits, so that any difference is the option's doing.
+"""
+import argparse
+import csv
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import torch
+from PIL import Image
+
+import datasets
+import engine
+import main
+import recipes
+
+MODEL = ('--model', 'moganet_xtiny', '--model_kwargs', 'dims=[8,8,16,16]', 'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]',
+         '--input_size', '32')
+BASE = (*MODEL, '--precision', 'fp32', '--gate_fp32', 'false', '--batch_size', '8', '--total_batch_size', '8',
+        '--num_workers', '0', '--epochs', '1', '--warmup_epochs', '0', '--lr', '1e-2', '--min_lr', '1e-3')
+
+PROVEN: set[str] = set()
+
+
+def proves(*options: str) -> Callable[[Any], Any]:
+    """Marks a test as the case of these options."""
+    PROVEN.update(options)
+    return lambda test: test
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _one_thread(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        yield
+    torch.set_num_threads(threads)
+
+
+def make_images(root: Path, *, train: int, val: int, seed: int = 0) -> Path:
+    """Smooth colour pictures, wider than high, in three classes."""
+    rng = np.random.default_rng(seed)
+    for split, count in (('train', train), ('val', val)):
+        for label in range(3):
+            (root / split / f'class{label}').mkdir(parents=True)
+            for i in range(count):
+                coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+                coarse.resize((64, 48), Image.Resampling.BICUBIC).save(root / split / f'class{label}' / f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    """18 images to train, two updates of 8; 9 to test."""
+    return make_images(tmp_path_factory.mktemp('data'), train=6, val=3)
+
+
+@pytest.fixture(scope='module')
+def train(data, tmp_path_factory):
+    """Trains by `main.main` and returns the run's folder; the same flags train once."""
+    done: dict[tuple[str, ...], Path] = {}
+
+    def start(*flags: str, status: int = 0, base: tuple[str, ...] = (*BASE, '--model_ema', 'false', '--disable_eval'),
+              folder: Path | None = None) -> Path:
+        key = (*base, *flags)
+        if folder is None and key in done:
+            return done[key]
+        folder = folder or tmp_path_factory.mktemp('run')
+        assert main.main([*base, '--data_path', str(data), '--output_dir', str(folder), *flags]) == status
+        done[key] = folder
+        return folder
+
+    return start
+
+
+def state_of(folder: Path, name: str = 'last') -> dict[str, Any]:
+    return torch.load(folder / f'checkpoint-{name}.pth', weights_only=True)
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts are bit for bit the same."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_same_command_twice_gives_the_same_bits(train, tmp_path):
+    again = train(folder=tmp_path)
+    assert same(state_of(train())['model'], state_of(again)['model'])
+
+
+# ---- What changes the weights ---------------------------------------------------------------------------------------
+
+# option: the flags with it, and the flags of the run it is compared with
+WEIGHTS: dict[str, tuple[str, str]] = {
+    'drop': ('--drop 0.5', ''),
+    'proj_drop': ('--proj_drop 0.5', ''),
+    'drop_path': ('--drop_path 0.6', ''),
+    'layer_scale_init_value': ('--layer_scale_init_value 0.1', ''),
+    'head_init_scale': ('--head_init_scale 0.1', ''),
+    'gate': ('--gate double', ''),
+    'gate_fp32': ('--precision bf16 --gate_fp32 --layer_scale_init_value 1',
+                  '--precision bf16 --layer_scale_init_value 1'),
+    'num_classes': ('--num_classes 7', ''),
+    'loss': ('--loss bce', ''),
+    'loss=bce_sum': ('--loss bce_sum --opt sgd', '--loss bce --opt sgd'),
+    'smoothing': ('--smoothing 0.3', ''),
+    'smoothing without mixup': ('--smoothing 0.3 --mixup 0 --cutmix 0', '--mixup 0 --cutmix 0'),
+    'smoothing of bce': ('--smoothing 0.3 --mixup 0 --cutmix 0 --loss bce', '--mixup 0 --cutmix 0 --loss bce'),
+    'bce_target_thresh': ('--loss bce --bce_target_thresh 0.2', '--loss bce'),
+    'total_batch_size': ('--total_batch_size 4 --batch_size 4', ''),
+    'opt': ('--opt lamb', ''),
+    'opt=sgd': ('--opt sgd', '--opt lamb'),
+    'opt_eps': ('--opt_eps 1e-2', ''),
+    'opt_eps of lamb': ('--opt_eps 1e-2 --opt lamb', '--opt lamb'),
+    'opt_betas': ('--opt_betas 0.5 0.9', ''),
+    'opt_betas of lamb': ('--opt_betas 0.5 0.9 --opt lamb', '--opt lamb'),
+    'momentum': ('--opt sgd --momentum 0.5', '--opt sgd'),
+    'lr': ('--lr 2e-2', ''),
+    'min_lr': ('--min_lr 1e-4', ''),
+    'scale_lr': ('--total_batch_size 16 --batch_size 16 --scale_lr', '--total_batch_size 16 --batch_size 16'),
+    'warmup_epochs': ('--warmup_epochs 1', ''),
+    'warmup_steps': ('--warmup_steps 2', ''),
+    'weight_decay': ('--weight_decay 0.5', ''),
+    'weight_decay_end': ('--weight_decay_end 0.5', ''),
+    'weight_decay_end of sgd': ('--opt sgd --weight_decay_end 0.5', '--opt sgd'),
+    'layer_decay': ('--layer_decay 0.7', ''),
+    'clip_grad': ('--opt sgd --clip_grad 0.01', '--opt sgd'),
+    'clip_mode': ('--opt sgd --clip_grad 0.01 --clip_mode value', '--opt sgd --clip_grad 0.01'),
+    'clip_mode=agc': ('--opt sgd --clip_grad 0.01 --clip_mode agc', '--opt sgd --clip_grad 0.01'),
+    'precision': ('--precision bf16', ''),
+    'seed': ('--seed 1', ''),
+    'batch_size': ('--batch_size 4', ''),  # BN sees smaller batches
+    'update_freq': ('--batch_size none --update_freq 4', '--batch_size none --update_freq 2'),
+}
+PROVEN |= {name.partition('=')[0].partition(' ')[0] for name in WEIGHTS}
+
+
+@pytest.mark.parametrize('case', WEIGHTS)
+def test_option_changes_the_trained_weights(case, train):
+    with_it, without = (state_of(train(*flags.split()))['model'] for flags in WEIGHTS[case])
+    assert not same(with_it, without)
+    assert all(value.isfinite().all() for value in with_it.values())
+
+
+@proves('model')
+def test_model_chooses_the_architecture():
+    sizes = {}
+    for name in ('moganet_xtiny', 'moganet_tiny', 'resnet10t'):
+        recipe, run = recipes.resolve(['--model', name])
+        model = main.build_model(recipe, run, num_classes=1000, device=torch.device('cpu'))
+        sizes[name] = sum(param.numel() for param in model.parameters())
+    assert sizes == {'moganet_xtiny': 2_956_066, 'moganet_tiny': 5_197_332, 'resnet10t': 5_435_488}
+
+
+@proves('model_kwargs')
+def test_model_kwargs_reach_the_model_and_a_misspelt_one_is_refused(train, capsys):
+    shape = state_of(train())['model']['blocks1.0.mlp.fc1.weight'].shape
+    assert shape == (16, 8, 1, 1)
+    wider = (*BASE, '--model_kwargs', 'dims=[16,8,16,16]', 'depths=[1,1,1,1]', 'ffn_ratios=[3,2,2,2]')
+    assert state_of(train(base=wider))['model']['blocks1.0.mlp.fc1.weight'].shape == (48, 16, 1, 1)
+    train(base=(*BASE, '--model_kwargs', 'dimms=[16,8,16,16]'), status=2)
+    assert 'dimms' in capsys.readouterr().err
+
+
+@proves('epochs')
+def test_epochs_are_the_lines_of_the_log(train):
+    assert [entry['epoch'] for entry in log_of(train('--epochs', '2'))] == [0, 1]
+    assert len(log_of(train())) == 1
+
+
+@proves('model_ema', 'model_ema_decay', 'model_ema_warmup', 'model_ema_eval')
+def test_moving_average_follows_its_options(train):
+    def average(*flags: str) -> dict[str, torch.Tensor]:
+        return state_of(train('--model_ema', *flags))['model_ema']
+
+    assert state_of(train())['model_ema'] is None
+    plain = average('--model_ema_decay', '0.9')
+    assert not same(plain, state_of(train('--model_ema', '--model_ema_decay', '0.9'))['model'])
+    assert not same(plain, average('--model_ema_decay', '0.5'))
+    assert not same(plain, average('--model_ema_decay', '0.9', '--model_ema_warmup'))
+    evaluated = train('--model_ema', '--disable_eval', 'false')
+    assert 'test_acc1_ema' in log_of(evaluated)[0] and (evaluated / 'checkpoint-best-ema.pth').exists()
+    not_evaluated = train('--model_ema', '--disable_eval', 'false', '--model_ema_eval', 'false')
+    assert 'test_acc1_ema' not in log_of(not_evaluated)[0] and 'test_acc1' in log_of(not_evaluated)[0]
+    assert not (not_evaluated / 'checkpoint-best-ema.pth').exists()
+
+
+@proves('precise_bn')
+def test_precise_bn_changes_the_saved_statistics_and_not_the_training(train):
+    with_it, without = (state_of(train('--disable_eval', 'false', *flags)) for flags in (['--precise_bn', '16'], []))
+    changed = {name for name, value in with_it['model'].items() if not torch.equal(value, without['model'][name])}
+    assert changed and all('running_' in name for name in changed)
+    assert torch.equal(with_it['local']['buffers'], without['local']['buffers'])
+
+
+@proves('dist_bn')
+def test_dist_bn_chooses_whose_statistics_are_saved(data, tmp_path):
+    """Of two ranks: `reduce` takes the mean, `broadcast` rank 0's; with `none` each evaluates by its own."""
+    jobs = [runs.start((*BASE, '--batch_size', '4', '--model_ema', 'false', '--dist_bn', mode,
+                        '--data_path', str(data), '--output_dir', str(tmp_path / mode)),
+                       tmp_path / f'{mode}.txt', world_size=2) for mode in ('reduce', 'broadcast', 'none')]
+    for job in jobs:
+        assert job.wait() == [0, 0], job.text()
+    saved = {mode: state_of(tmp_path / mode) for mode in ('reduce', 'broadcast', 'none')}
+    own = saved['none']['local']['buffers']
+    assert not torch.equal(own[0], own[1])
+    for mode, expected in (('reduce', own.sum(0) / 2), ('broadcast', own[0]), ('none', own[0])):
+        statistics = [value.flatten() for name, value in saved[mode]['model'].items() if 'running_' in name]
+        assert torch.equal(torch.cat(statistics), expected), mode
+        assert torch.equal(saved[mode]['local']['buffers'], own), mode  # the course of training is the same
+    assert len({log_of(tmp_path / mode)[0]['test_loss'] for mode in saved}) == 3
+
+
+@proves('sync_bn')
+def test_sync_bn_converts_every_norm_and_is_refused_without_cuda(train, capsys):
+    for name in ('moganet_xtiny', 'resnetv2_50'):
+        recipe, run = recipes.resolve(['--model', name, '--sync_bn'])
+        norms = {type(module).__name__ for module in main.build_model(
+            recipe, run, num_classes=3, device=torch.device('cpu')).modules() if 'Norm' in type(module).__name__}
+        assert norms and all('Sync' in norm for norm in norms)
+    if not torch.cuda.is_available():
+        train('--sync_bn', status=2)
+        assert '--sync_bn needs CUDA' in capsys.readouterr().err
+
+
+# ---- What changes the batches ---------------------------------------------------------------------------------------
+
+def first_batch(data: Path, flags: str, *, split: str = 'train') -> tuple[torch.Tensor, torch.Tensor]:
+    """The first batch that the flags of a command line bring."""
+    recipe, run = recipes.resolve([*BASE, '--data_path', str(data), *flags.split()])
+    loaders = datasets.build_loaders(recipe, run)
+    return next(iter(loaders.train.epoch(0) if split == 'train' else loaders.val))
+
+
+TRAIN_BATCHES: dict[str, tuple[str, str]] = {
+    'data_set': ('--data_set fake --num_classes 3', '--num_classes 3'),
+    'input_size': ('--input_size 64', ''),
+    'train_interpolation': ('--train_interpolation nearest --aa none', '--aa none'),
+    'scale': ('--scale 0.5 0.6', ''),
+    'ratio': ('--ratio 2 3', ''),
+    'hflip': ('--hflip 1', '--hflip 0'),
+    'vflip': ('--vflip 1', ''),
+    'color_jitter': ('--color_jitter 0.9 --aa none', '--color_jitter none --aa none'),
+    'aa': ('--aa none', ''),
+    'aa=3a': ('--aa 3a', '--aa none'),
+    'aa in strength': ('--aa rand-m9-mstd0.5-inc1', ''),
+    'reprob': ('--reprob 1', '--reprob 0'),
+    'remode': ('--reprob 1 --remode const', '--reprob 1'),
+    'remode=rand': ('--reprob 1 --remode rand', '--reprob 1'),
+    'recount': ('--reprob 1 --recount 4', '--reprob 1'),
+    'repeated_aug': ('--repeated_aug 2 --mixup 0 --cutmix 0', '--mixup 0 --cutmix 0'),
+    'mean': ('--mean 0.1 0.2 0.3', ''),
+    'std': ('--std 0.1 0.2 0.3', ''),
+    'mixup': ('--mixup 0', ''),
+    'mixup in strength': ('--mixup 5 --cutmix 0', '--cutmix 0'),
+    'cutmix': ('--cutmix 0 --mixup_switch_prob 1', '--mixup_switch_prob 1'),
+    'cutmix_minmax': ('--cutmix_minmax 0.2 0.9', ''),
+    'mixup_prob': ('--mixup_prob 0', ''),
+    'mixup_switch_prob': ('--mixup_switch_prob 0', '--mixup_switch_prob 1'),
+    'mixup_mode': ('--mixup_mode pair', ''),
+    'mixup_mode=elem': ('--mixup_mode elem', '--mixup_mode pair'),
+    'mixup_off_epochs': ('--mixup_off_epochs 1', ''),
+}
+VAL_BATCHES: dict[str, tuple[str, str]] = {
+    'test_size': ('--test_size 48', ''),
+    'crop_pct': ('--crop_pct 0.6', ''),
+    'crop_mode': ('--crop_mode squash', ''),
+    'crop_mode=border': ('--crop_mode border', '--crop_mode squash'),
+    'interpolation': ('--interpolation nearest', ''),
+    'val_batch_size': ('--val_batch_size 2', ''),
+}
+PROVEN |= {name.partition('=')[0].partition(' ')[0] for name in (*TRAIN_BATCHES, *VAL_BATCHES)}
+
+
+@pytest.mark.parametrize('split, case', [*(('train', case) for case in TRAIN_BATCHES),
+                                         *(('val', case) for case in VAL_BATCHES)])
+def test_option_changes_the_batches(split, case, data):
+    cases = TRAIN_BATCHES if split == 'train' else VAL_BATCHES
+    with_it, without = (first_batch(data, flags, split=split) for flags in cases[case])
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
+
+
+def test_sizes_and_counts_are_those_asked_for(data):
+    assert first_batch(data, '--input_size 64')[0].shape == (8, 3, 64, 64)
+    assert first_batch(data, '--test_size 48', split='val')[0].shape[1:] == (3, 48, 48)
+    assert len(first_batch(data, '--val_batch_size 2', split='val')[0]) == 2
+    labels = first_batch(data, '--repeated_aug 2 --mixup 0 --cutmix 0 --num_classes 3')[1]
+    assert labels.dtype == torch.int64
+
+
+@proves('data_path', 'eval_data_path')
+def test_images_come_from_the_folders_named(data, tmp_path):
+    other = make_images(tmp_path / 'other', train=6, val=3, seed=1)
+    for split, flags in (('train', f'--data_path {other}'), ('val', f'--data_path {other}'),
+                         ('val', f'--eval_data_path {other}'), ('val', f'--eval_data_path {other}/val')):
+        assert not torch.equal(first_batch(data, flags, split=split)[0], first_batch(data, '', split=split)[0])
+    assert torch.equal(first_batch(data, f'--eval_data_path {other}')[0], first_batch(data, '')[0])
+
+
+@proves('class_map')
+def test_class_map_numbers_the_classes(data, tmp_path):
+    (tmp_path / 'map.txt').write_text('class2\nclass1\nclass0\n')
+    unmixed = '--mixup 0 --cutmix 0'
+    labels = first_batch(data, unmixed)[1]
+    assert torch.equal(first_batch(data, f'{unmixed} --class_map {tmp_path / "map.txt"}')[1], 2 - labels)
+
+
+@proves('on_bad_image')
+def test_bad_image_stops_the_run_or_is_replaced_and_counted(train, tmp_path, capsys):
+    broken = make_images(tmp_path / 'data', train=6, val=1)
+    for path in (broken / 'train/class0').iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    train('--data_path', str(broken), status=2)
+    message = capsys.readouterr().err
+    assert str(broken / 'train/class0') in message and '--on_bad_image skip' in message
+    folder = train('--data_path', str(broken), '--on_bad_image', 'skip')
+    assert log_of(folder)[0]['bad_images'] >= 4  # 16 of 18 images, 6 of them broken
+
+
+@proves('num_workers', 'pin_mem')
+def test_workers_are_as_many_as_asked_and_change_no_weight(train, monkeypatch):
+    asked = []
+    loader = torch.utils.data.DataLoader
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs['num_workers'])
+        return loader(*args, **kwargs)
+
+    monkeypatch.setattr(datasets, 'DataLoader', spy)
+    with_two = train('--num_workers', '2')
+    assert asked == [2]
+    assert same(state_of(with_two)['model'], state_of(train())['model'])
+
+
+@pytest.mark.gpu
+def test_pin_mem_pins_what_crosses_the_bus(data):
+    pinned = {}
+    for value in ('true', 'false'):
+        recipe, run = recipes.resolve([*BASE, '--data_path', str(data), '--pin_mem', value])
+        loaders = datasets.build_loaders(recipe, run, device='cuda')
+        pinned[value] = next(loaders.train._batches(0, 0, 0)).images.is_pinned()
+    assert pinned == {'true': True, 'false': False}
+
+
+# ---- Device and speed -----------------------------------------------------------------------------------------------
+
+@proves('device')
+def test_device_is_the_one_named_or_refused(train, capsys, tmp_path):
+    train('--device', 'cpu', folder=tmp_path)
+    assert json.loads((tmp_path / 'environment.json').read_text())[0]['device'] == 'cpu'
+    there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
+    for name in ('cuda', 'mps', 'toaster'):
+        if there.get(name):
+            continue
+        train('--device', name, status=2)
+        assert f'--device {name}' in capsys.readouterr().err
+
+
+def test_batch_size_auto_is_refused_without_cuda(train, capsys):
+    train('--device', 'cpu', '--batch_size', 'auto', status=2)
+    assert '--batch_size auto' in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_batch_size_auto_finds_one_that_divides_the_batch(train, tmp_path, capsys):
+    train('--device', 'cuda', '--batch_size', 'auto', '--total_batch_size', '16', folder=tmp_path)
+    assert '--batch_size auto: 16' in capsys.readouterr().out
+
+
+@proves('compile')
+def test_compile_compiles_the_model_and_keeps_its_names(train, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    compiled = []
+    compile_module = torch.nn.Module.compile
+    # inductor takes half a minute for a kernel that the tests of the models look at; here only that it is asked for
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compile_module(self, backend=backend))
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        compiled.append(len(graph.graph.nodes))
+        return graph.forward
+
+    train('--compile', folder=tmp_path)
+    assert max(compiled) > 100  # the whole model
+    assert state_of(tmp_path)['model'].keys() == state_of(train())['model'].keys()
+
+
+@proves('channels_last')
+def test_channels_last_is_the_layout_of_the_weights(train):
+    for flags, expected in ((['--channels_last'], True), (['--channels_last', 'false'], False)):
+        weight = state_of(train(*flags))['model']['patch_embed2.projection.weight']
+        assert weight.is_contiguous(memory_format=torch.channels_last) is expected
+
+
+@proves('grad_checkpointing')
+def test_grad_checkpointing_recomputes_and_changes_no_bit(train, monkeypatch, tmp_path):
+    from models import moganet
+    calls = []
+    forward = moganet.MogaBlock.forward
+    monkeypatch.setattr(moganet.MogaBlock, 'forward', lambda self, x: calls.append(1) or forward(self, x))
+    train(folder=tmp_path / 'plain')
+    plain = len(calls)
+    train('--grad_checkpointing', folder=tmp_path / 'checkpointed')
+    assert len(calls) - plain == 2 * plain
+    assert same(state_of(tmp_path / 'plain')['model'], state_of(tmp_path / 'checkpointed')['model'])
+
+
+@proves('tf32', 'deterministic')
+def test_backend_switches_are_set_before_training(train, monkeypatch):
+    monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+
+    def switches() -> tuple[bool, ...]:
+        return (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
+                torch.are_deterministic_algorithms_enabled(), not torch.backends.cudnn.benchmark)
+
+    train('--tf32', 'false')
+    assert switches() == (False, False, False, False)
+    train('--tf32')
+    assert switches() == (True, True, False, False)
+    try:
+        train('--deterministic')
+        assert switches() == (False, False, True, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = False
+
+
+@proves('model_ema_force_cpu')
+@pytest.mark.gpu
+def test_moving_average_is_kept_on_the_cpu(train, monkeypatch, tmp_path):
+    devices = {}
+    for value in ('true', 'false'):
+        with monkeypatch.context() as patch:
+            fit = main.Training.fit
+
+            def spy(self: Any, stop: Any, value: str = value, fit: Any = fit) -> int:
+                devices[value] = next(self.state.ema.module.parameters()).device.type
+                return fit(self, stop)
+
+            patch.setattr(main.Training, 'fit', spy)
+            train('--device', 'cuda', '--model_ema', '--model_ema_force_cpu', value, folder=tmp_path / value)
+    assert devices == {'true': 'cpu', 'false': 'cuda'}
+
+
+# ---- Where a run starts ---------------------------------------------------------------------------------------------
+
+STILL = ('--lr', '0', '--min_lr', '0')  # the weights stay what they were
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in state_of(folder)['model'].items()
+            if 'running_' not in name and 'num_batches' not in name}
+
+
+@proves('finetune')
+def test_finetune_starts_from_the_weights_of_a_file(train, capsys, tmp_path):
+    source = train()
+    folder = train(*STILL, '--finetune', str(source / 'checkpoint-last.pth'), folder=tmp_path / 'tuned')
+    assert same(parameters(folder), parameters(source))
+    assert not same(parameters(folder), parameters(train(*STILL)))
+    assert 'Starting from' in capsys.readouterr().out
+    train('--finetune', str(tmp_path / 'none.pth'), status=2)
+
+
+@proves('pretrained')
+def test_pretrained_starts_from_the_weights_that_timm_knows(train, tmp_path):
+    source = train()
+    overlay = json.dumps({'file': str(source / 'checkpoint-last.pth'), 'num_classes': 3})
+    base = (*BASE, '--model_ema', 'false', '--disable_eval', '--model_kwargs', *BASE[3:6],
+            f'pretrained_cfg_overlay={overlay}')
+    assert same(parameters(train(*STILL, '--pretrained', base=base)), parameters(source))
+    assert not same(parameters(train(*STILL, base=base)), parameters(source))
+
+
+@proves('auto_resume')
+def test_folder_of_a_run_is_continued_or_refused(train, tmp_path, capsys):
+    train('--save_ckpt_steps', '1', '--save_ckpt_num', '9', folder=tmp_path)
+    expected = state_of(tmp_path)['model']
+    for name in ('checkpoint-2.pth', 'checkpoint-last.pth'):  # as if it had been killed after one update
+        (tmp_path / name).unlink()
+    train('--auto_resume', 'false', folder=tmp_path, status=2)
+    assert 'holds a run already' in capsys.readouterr().err
+    train(folder=tmp_path)
+    assert 'epoch 0, update 1' in capsys.readouterr().out
+    assert same(state_of(tmp_path)['model'], expected)
+
+
+@proves('resume', 'no_resume_opt')
+def test_resume_continues_the_run_of_another_folder(train, tmp_path):
+    source = train('--save_ckpt_steps', '1', '--save_ckpt_num', '9', folder=tmp_path / 'source')
+    middle = str(source / 'checkpoint-1.pth')
+    assert same(state_of(train('--resume', middle))['model'], state_of(source)['model'])
+    without_optimizer = state_of(train('--resume', middle, '--no_resume_opt'))
+    assert without_optimizer['step'] == 2 and not same(without_optimizer['model'], state_of(source)['model'])
+
+
+@proves('resume_anyway')
+def test_another_recipe_is_resumed_only_on_demand(train, tmp_path, capsys):
+    source = train('--save_ckpt_steps', '1', '--save_ckpt_num', '9', folder=tmp_path / 'source')
+    flags = ('--resume', str(source / 'checkpoint-1.pth'), '--weight_decay', '0.5')
+    train(*flags, status=2)
+    message = capsys.readouterr().err
+    assert 'weight_decay: 0.03 -> 0.5' in message and '--resume_anyway' in message
+    assert not same(state_of(train(*flags, '--resume_anyway'))['model'], state_of(source)['model'])
+
+
+# ---- What is saved, and when a run stops ----------------------------------------------------------------------------
+
+def saved_steps(folder: Path) -> list[int]:
+    return sorted(int(path.stem.split('-')[1]) for path in folder.glob('checkpoint-*.pth')
+                  if path.stem.split('-')[1].isdigit())
+
+
+@proves('save_ckpt', 'save_ckpt_freq', 'save_ckpt_steps', 'save_ckpt_num')
+def test_checkpoints_are_saved_as_often_and_kept_as_many_as_asked(train):
+    assert saved_steps(train('--save_ckpt', 'false')) == []
+    assert saved_steps(train('--epochs', '3', '--save_ckpt_num', '9')) == [2, 4, 6]
+    assert saved_steps(train('--epochs', '3', '--save_ckpt_num', '2')) == [4, 6]
+    assert saved_steps(train('--epochs', '3', '--save_ckpt_num', '9', '--save_ckpt_freq', '2')) == [4, 6]
+    assert saved_steps(train('--save_ckpt_steps', '1')) == [1, 2]
+
+
+@proves('output_dir', 'log_dir')
+def test_files_are_where_they_were_asked_for(train, tmp_path):
+    folder = train('--log_dir', str(tmp_path / 'board'), folder=tmp_path / 'run')
+    assert {'recipe.json', 'environment.json', 'log.txt'} <= {path.name for path in folder.iterdir()}
+    assert list((tmp_path / 'board').glob('events.*')) and not (folder / 'tensorboard').exists()
+    assert list((train() / 'tensorboard').glob('events.*'))
+
+
+@proves('on_nan')
+def test_nan_stops_the_run_or_rolls_it_back(train, tmp_path, capsys):
+    diverging = ('--opt', 'sgd', '--lr', '1e30', '--save_ckpt_steps', '1', '--print_freq', '1', '--epochs', '2')
+    train(*diverging, folder=tmp_path / 'stop', status=1)
+    printed = capsys.readouterr().out
+    assert 'Stopped.' in printed and 'Going back' not in printed
+    train(*diverging, '--on_nan', 'rollback', folder=tmp_path / 'rollback', status=1)
+    printed = capsys.readouterr().out
+    assert all(f'attempt {attempt} of 3' in printed for attempt in (1, 2, 3)) and 'Stopped.' in printed
+
+
+@proves('max_skips')
+def test_run_stops_after_so_many_skipped_updates(train, tmp_path, monkeypatch, capsys):
+    """The loss scale is infinite, so that every update overflows, as fp16 does on CUDA."""
+    def overflowing(device: torch.device, precision: str) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(device.type, init_scale=float('inf'))
+
+    monkeypatch.setattr(engine, 'create_scaler', overflowing)
+    flags = ('--print_freq', '1', '--loss', 'bce_sum', '--device', 'cpu')
+    train(*flags, folder=tmp_path / 'patient')
+    assert log_of(tmp_path / 'patient')[0]['skipped'] == 2
+    capsys.readouterr()
+    train(*flags, '--max_skips', '1', folder=tmp_path / 'impatient', status=1)
+    assert 'fp16 overflowed in 1 updates in a row' in capsys.readouterr().out
+
+
+# ---- Evaluating and reporting ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def trained(train) -> Path:
+    """A run with a moving average that differs from the weights."""
+    return train('--model_ema', '--model_ema_decay', '0.5', base=BASE)
+
+
+@proves('eval', 'checkpoint', 'weights')
+def test_eval_evaluates_the_checkpoint_and_the_weights_asked_for(trained, data, tmp_path, capsys):
+    logged = log_of(trained)[0]
+    results = {}
+    for which in ('auto', 'ema', 'raw'):
+        assert main.main(['--eval', '--checkpoint', str(trained / 'checkpoint-last.pth'), '--weights', which,
+                          '--data_path', str(data), '--output_dir', str(tmp_path), '--num_workers', '0']) == 0
+        results[which] = json.loads((tmp_path / 'eval.json').read_text())
+        assert f'{results[which]["weights"]} weights' in capsys.readouterr().out
+    # one forward pass in other batches: to round-off
+    assert results['raw']['loss'] == pytest.approx(logged['test_loss'], rel=1e-5)
+    assert results['ema']['loss'] == pytest.approx(logged['test_loss_ema'], rel=1e-5)
+    assert results['auto']['loss'] == results['ema']['loss'] != results['raw']['loss']
+    assert [results[which]['weights'] for which in ('auto', 'ema', 'raw')] == ['ema', 'ema', 'raw']
+    assert all(result['count'] == 9 for result in results.values())
+
+
+def test_eval_needs_a_checkpoint(capsys):
+    assert main.main([*MODEL, '--eval']) == 2
+    assert '--checkpoint' in capsys.readouterr().err
+
+
+@proves('results_file')
+def test_results_file_takes_a_line_for_every_evaluation(trained, data, tmp_path):
+    command = ['--eval', '--checkpoint', str(trained / 'checkpoint-last.pth'), str(trained / 'checkpoint-best-ema.pth'),
+               '--data_path', str(data), '--output_dir', str(tmp_path), '--num_workers', '0', '--results_file',
+               str(tmp_path / 'results.csv')]
+    for count in (2, 4):
+        assert main.main(command) == 0
+        with open(tmp_path / 'results.csv') as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == count and float(rows[0]['loss']) > 0 and rows[1]['checkpoint'].endswith('best-ema.pth')
+
+
+@proves('val_interval', 'disable_eval')
+def test_evaluation_happens_as_often_as_asked(train):
+    def evaluated(*flags: str) -> list[bool]:
+        return ['test_acc1' in entry for entry in log_of(train('--epochs', '3', '--disable_eval', *flags))]
+
+    assert evaluated('false') == [True, True, True]
+    assert evaluated('false', '--val_interval', '2') == [False, True, True]  # the last epoch always
+    assert evaluated('true') == [False, False, False]
+
+
+@proves('print_freq', 'print_param_groups')
+def test_what_is_printed(train, tmp_path, capsys):
+    lines = {}
+    for frequency in ('1', '2'):
+        train('--print_freq', frequency, folder=tmp_path / frequency)
+        lines[frequency] = capsys.readouterr().out
+    assert lines['1'].count('update 1/2') == 1 and lines['2'].count('update 1/2') == 0
+    assert all(text.count('update 2/2') == 1 for text in lines.values())
+    train('--print_param_groups', '--layer_decay', '0.7', folder=tmp_path / 'groups')
+    printed = capsys.readouterr().out
+    assert 'lr scale' in printed and 'patch_embed1' in printed and '0.7000' in printed and 'lr scale' not in lines['1']
+
+
+# ---- All of them ----------------------------------------------------------------------------------------------------
+
+def test_every_option_has_a_case():
+    options = {field.name for cls in (recipes.Recipe, recipes.Run) for field in dataclasses.fields(cls)
+               if field.metadata['flag']}
+    assert options == PROVEN, f'no case: {options - PROVEN}; no option: {PROVEN - options}'
+    # beside the fields: what tests/test_recipes.py and tests/test_command_line.py look at
+    flags = {option.lstrip('-') for action in recipes._parser()._actions for option in action.option_strings
+             if action.help != argparse.SUPPRESS}
+    assert flags - options == {'h', 'help', 'recipe', 'config', 'list_recipes', 'print_recipe'}
