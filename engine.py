@@ -208,7 +208,7 @@ class TrainStep:
         """Reads the sums and the health of all ranks: the one place where training waits for the device.
 
         Returns:
-            'loss', the mean over the images since `reset`; 'bad_images'; 'skipped', the updates that the scaler skipped;
+            'loss', the mean over the images since `reset`; 'bad_images'; 'skipped', the updates skipped by the scaler;
             'skips_in_row'.
 
         Raises:

@@ -317,7 +317,10 @@ class Training:
         signal, bad_images = 0, self.loaders.train.bad_images
 
         def after_update(done: int) -> bool:
-            nonlocal signal
+            nonlocal signal, bad_images
+            if self.loaders.train.bad_images > bad_images:
+                self.step.sums[2] += self.loaders.train.bad_images - bad_images
+                bad_images = self.loaders.train.bad_images
             state.step = epoch * updates + done
             signal = signal or stop.agreed()
             if done == updates:  # the epoch's end evaluates and saves

@@ -368,6 +368,9 @@ class Notes:
             tested += f' (average {entry["test_acc1_ema"]:.2f} %)'
         log.info('epoch %d of %d done: train loss %.4f%s, %.0f images/s', entry['epoch'] + 1, epochs,
                  entry['train_loss'], tested, entry['images_per_second'])
+        if entry['bad_images']:
+            log.warning('%d unreadable images were replaced in this epoch; tools/check_dataset.py names them.',
+                        entry['bad_images'])
         if entry['data_wait'] > 0.1:
             log.info('%.0f %% of the time went into waiting for data: raise --num_workers, up to the cores this '
                      'process has', 100 * entry['data_wait'])
