@@ -25,7 +25,10 @@ def seeded(variant: str, **kwargs: object) -> nn.Module:
 
 
 # L and XL are the code of the others once more, at 30 s for these tests on one core; their logits are not slow.
-@pytest.fixture(scope='module', params=[*VARIANTS[:4], *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[4:])])
+DEEP = [pytest.param(variant, marks=pytest.mark.slow) for variant in VARIANTS[4:]]
+
+
+@pytest.fixture(scope='module', params=[*VARIANTS[:4], *DEEP])
 def model(request: pytest.FixtureRequest) -> nn.Module:
     """A variant with seeded weights, shared by the tests that leave it as it is."""
     return seeded(request.param)
