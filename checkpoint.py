@@ -304,7 +304,8 @@ class CheckpointFolder:
             log.error('%s could not be saved (%s). The one before is kept and training goes on; free space in %s '
                       'before the next save.', path, str(error).splitlines()[0], self.folder)
             return
-        for old in self.numbered()[:-self.keep]:  # only after the newer one is safe on disk
+        # Only now that the newer one is safe on disk: the old ones, and what killed processes left half-written
+        for old in [*self.numbered()[:-self.keep], *self.folder.glob('.checkpoint-*.part')]:
             old.unlink(missing_ok=True)
 
     def _link(self, path: Path, name: str) -> None:

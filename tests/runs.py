@@ -116,7 +116,8 @@ def _rank(argv: list[str], output: str, environment: dict[str, str], before: str
     import torch
 
     import main
-    multiprocessing.set_start_method('fork', force=True)  # of data workers: a child of the forkserver would start another
+    # Of data workers: a process from a forkserver would start a forkserver of its own
+    multiprocessing.set_start_method('fork', force=True)
     torch.set_num_threads(1)
     exec(before, {'rank': rank})
     status = main.main(argv)
