@@ -106,7 +106,10 @@ def build_model(recipe: Recipe, run: Run, *, num_classes: int, device: 'torch.de
     utils.seed_everything(recipe.seed, 'model')
     try:
         model = timm.create_model(recipe.model, pretrained=run.pretrained, **arguments)
-    except TypeError as error:
+    except OSError as error:
+        raise UserError(f"timm's weights of {recipe.model} cannot be had ({' '.join(str(error).split())}); download "
+                        'them elsewhere and give the file by --finetune') from None
+    except (TypeError, ValueError, LookupError, AssertionError) as error:
         raise UserError(f'{recipe.model} cannot be built as the recipe says ({error}); see --model_kwargs') from None
     if run.finetune:
         source = weights.load_weights(run.finetune, run.weights)
@@ -145,6 +148,8 @@ def train(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
     """Trains a recipe to its end, from wherever its folder says. Returns the exit status."""
     import datasets
     from checkpoint import CheckpointFolder
+    if recipe.name == 'default':
+        log.info('%s has no recipe of its own: training by the default one, which is %s.', recipe.model, recipe.source)
     recipe = adapt_to_device(recipe, run, processes.device)
     folder = CheckpointFolder(Path(run.output_dir), keep=run.save_ckpt_num)
     start = find_start(recipe, run, folder, processes)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import types
 import typing
 from dataclasses import dataclass, fields, replace
@@ -265,6 +266,10 @@ ALIASES = {'nb_classes': 'num_classes', 'amp': 'use_amp', 'val_path': 'eval_data
 # Values of other repositories' --data_set
 DATA_SETS = {'IMNET': 'image_folder', 'CIFAR': 'torch/cifar100', 'folder': 'image_folder'}
 
+
+# timm's notation, which it reads leniently: a section that it does not know has no effect or is an assertion
+AA = re.compile(r'(3a|original|originalr|v0|v0r)(-mstd\d+(\.\d+)?)?|rand(-(m|n|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-inc[01]|'
+                r'-t\w+)*|augmix(-[mwd]\d+|-(mstd|a)\d+(\.\d+)?|-b[01])*')
 
 UNIONS = (types.UnionType, typing.Union)  # int | None, and what typing makes of int | Literal['auto'] | None
 
@@ -584,6 +589,8 @@ def _validate(recipe: Recipe, run: Run) -> None:
     check(recipe.min_lr <= recipe.lr, f'--min_lr {recipe.min_lr} is above --lr {recipe.lr}')
     check(recipe.warmup_steps is not None or recipe.warmup_epochs <= recipe.epochs,
           f'--warmup_epochs {recipe.warmup_epochs:g} is longer than the run of {recipe.epochs} epochs: give less')
+    check(recipe.aa is None or AA.fullmatch(recipe.aa) is not None,
+          f'--aa {recipe.aa} is not in timm\'s notation: give for example rand-m9-mstd0.5-inc1, 3a, or none')
     check(0 < recipe.scale[0] <= recipe.scale[1] <= 1, f'--scale {recipe.scale}: give two shares of the image, rising')
     bounds = recipe.cutmix_minmax
     check(bounds is None or 0 <= int(bounds[0] * recipe.input_size) < int(bounds[1] * recipe.input_size)

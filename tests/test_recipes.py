@@ -303,7 +303,8 @@ IMPOSSIBLE = [
     '--interpolation cubic', '--train_interpolation cubic', '--cutmix_minmax 0.8 0.2', '--cutmix_minmax 0.5 2',
     '--model_ema maybe', '--model_kwargs dims', '--eval', '--checkpoint some.pth', '--no_resume_opt',
     '--finetune some.pth --pretrained', '--precision fp8', '--gate triple',
-    '--eval --checkpoint some.pth --batch_size auto']
+    '--eval --checkpoint some.pth --batch_size auto', '--aa autopilot', '--aa rand-m9-inc',
+    '--aa rand-m7-mstd0.5-incl1', '--aa rand-m9-q3']
 
 
 @pytest.mark.parametrize('words', IMPOSSIBLE)
@@ -313,6 +314,12 @@ def test_impossible_value_is_refused_and_named(words):
     message = str(refused.value)
     flags = [word for word in words.split() if word.startswith('--')]
     assert '\n' not in message and any(flag in message for flag in [*flags, '--checkpoint'])
+
+
+@pytest.mark.parametrize('policy', ['rand-m9-mstd0.5-inc1', 'rand-m7-n3-mmax10-p0.7', '3a', 'original-mstd0.5', 'v0',
+                                    'augmix-m5-w4-d2', 'rand-m9-t0'])
+def test_policies_of_timm_are_taken(policy):
+    assert resolve(['--model', 'moganet_small', '--aa', policy])[0].aa == policy
 
 
 def test_numbers_stand_for_every_rate_and_count_of_the_recipe():

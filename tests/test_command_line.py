@@ -1,0 +1,388 @@
+"""`main.py` from the command line to the files of a run: training, evaluating, and refusing in one line."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from conftest import ROOT
+
+import main
+import recipes
+
+TINY = (*runs.TINY, '--batch_size', '8', '--total_batch_size', '8', '--num_workers', '0', '--epochs', '2',
+        '--warmup_epochs', '0')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _one_thread(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    return runs.make_image_folder(tmp_path_factory.mktemp('data'), train=6, val=3)
+
+
+@pytest.fixture(scope='module')
+def finished(data, tmp_path_factory) -> Path:
+    """The folder of a run that is complete."""
+    folder = tmp_path_factory.mktemp('finished')
+    assert main.main([*TINY, '--data_path', str(data), '--output_dir', str(folder)]) == 0
+    return folder
+
+
+def model_of(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)['model']
+
+
+def refusal(argv: list[str], capsys) -> str:
+    """The one line with which a command is refused, with exit status 2."""
+    capsys.readouterr()
+    assert main.main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith('error: ') and printed.err.count('\n') == 1, printed.err
+    assert 'Traceback' not in printed.out + printed.err
+    return printed.err
+
+
+# ---- A run and its folder -------------------------------------------------------------------------------------------
+
+def test_run_folder_holds_recipe_versions_log_scalars_and_checkpoints(finished):
+    recipe = recipes.load_recipe(str(finished / 'recipe.json'))
+    assert (recipe.model, recipe.num_classes, recipe.total_batch_size, recipe.epochs) == ('moganet_xtiny', 3, 8, 2)
+    (start,) = json.loads((finished / 'environment.json').read_text())
+    assert start['torch'].split('+')[0] == torch.__version__.split('+')[0]
+    assert start['timm'] and start['python'] and start['run']['batch_size'] == 8
+    head = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert len(start['git'] or '') == len(head)
+    log = [json.loads(line) for line in (finished / 'log.txt').read_text().splitlines()]
+    assert [entry['epoch'] for entry in log] == [0, 1]
+    columns = {'train_loss', 'test_acc1', 'test_acc5', 'test_loss', 'test_acc1_ema', 'test_acc5_ema', 'test_loss_ema',
+               'lr', 'n_parameters', 'images_per_second', 'data_wait'}
+    assert columns <= set(log[0])
+    assert log[1]['lr'] == pytest.approx(recipe.min_lr) and log[0]['n_parameters'] > 1000
+    assert list((finished / 'tensorboard').glob('events.*'))
+    assert {'checkpoint-best.pth', 'checkpoint-last.pth', 'checkpoint-best-ema.pth', 'checkpoint-4.pth'} <= {
+        path.name for path in finished.iterdir()}
+    last = torch.load(finished / 'checkpoint-last.pth', weights_only=True)
+    assert last['epoch'] == 2 and last['step'] == 4
+    best = max((entry['test_acc1_ema'], -entry['epoch']) for entry in log)
+    average = torch.load(finished / f'checkpoint-{2 * (1 - best[1])}.pth', weights_only=True)['model_ema']
+    ema = model_of(finished / 'checkpoint-best-ema.pth')  # whose model is the moving average
+    assert all(torch.equal(ema[name], average[name]) for name in average)
+
+
+def test_finished_run_says_so_and_exits_0_without_touching_anything(finished, data, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob('*') if path.is_file()}
+    assert main.main([*TINY, '--data_path', str(data), '--output_dir', str(finished)]) == 0
+    assert 'is complete: 2 epochs' in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob('*') if path.is_file()} == before
+
+
+def test_recipe_json_of_a_run_runs_it_again(finished, data, tmp_path):
+    assert main.main(['--config', str(finished / 'recipe.json'), '--data_path', str(data), '--output_dir',
+                      str(tmp_path), '--batch_size', '8', '--num_workers', '0']) == 0
+    assert json.loads((tmp_path / 'recipe.json').read_text()) == json.loads((finished / 'recipe.json').read_text())
+    first, second = (model_of(folder / 'checkpoint-last.pth') for folder in (finished, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)  # the same bits
+
+
+def test_checkpoint_alone_says_how_it_is_evaluated(finished, data, capsys):
+    """Model, classes, size and crop come from the file; the result is the last line of the run's log."""
+    assert main.main(['--eval', '--checkpoint', str(finished / 'checkpoint-last.pth'), '--weights', 'raw',
+                      '--data_path', str(data), '--num_workers', '0']) == 0
+    result = json.loads((finished / 'eval.json').read_text())
+    last = json.loads((finished / 'log.txt').read_text().splitlines()[-1])
+    assert result['count'] == 9 and result['test_size'] == 32 and result['model'] == 'moganet_xtiny'
+    assert result['acc1'] == last['test_acc1'] and result['acc5'] == last['test_acc5']
+    assert result['loss'] == pytest.approx(last['test_loss'], rel=1e-5)  # other batches: to round-off
+    assert 'raw weights' in capsys.readouterr().out
+
+
+def test_flags_override_what_a_checkpoint_says(finished, data, tmp_path):
+    assert main.main(['--eval', '--checkpoint', str(finished / 'checkpoint-last.pth'), '--data_path', str(data),
+                      '--test_size', '64', '--crop_pct', '1', '--num_workers', '0', '--output_dir', str(tmp_path)]) == 0
+    result = json.loads((tmp_path / 'eval.json').read_text())
+    assert (result['test_size'], result['crop_pct']) == (64, 1)
+
+
+def test_several_checkpoints_make_a_table(finished, data, tmp_path, capsys):
+    names = [str(finished / f'checkpoint-{name}.pth') for name in ('last', 'best-ema')]
+    assert main.main(['--eval', '--checkpoint', *names, '--data_path', str(data), '--num_workers', '0',
+                      '--output_dir', str(tmp_path)]) == 0
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert table[0].split()[:2] == ['top-1', 'top-5'] and [line.split()[-1] for line in table[1:]] == names
+
+
+def test_fp16_falls_back_to_fp32_without_cuda_and_is_recorded(data, tmp_path, capsys):
+    assert main.main([*TINY, '--epochs', '1', '--precision', 'fp16', '--device', 'cpu', '--data_path', str(data),
+                      '--output_dir', str(tmp_path)]) == 0
+    assert 'fp16 needs a CUDA device: training in fp32' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'recipe.json').read_text())['precision'] == 'fp32'
+
+
+def test_other_timm_model_trains_by_the_default_row_and_says_so(data, tmp_path, capsys):
+    assert main.main(['--model', 'resnet10t', '--input_size', '32', '--epochs', '1', '--warmup_epochs', '0',
+                      '--batch_size', '8', '--total_batch_size', '8', '--num_workers', '0', '--device', 'cpu',
+                      '--data_path', str(data), '--output_dir', str(tmp_path)]) == 0
+    assert 'resnet10t has no recipe of its own' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'recipe.json').read_text())['name'] == 'default'
+    assert main.main(['--eval', '--model', 'resnet10t', '--checkpoint', str(tmp_path / 'checkpoint-last.pth'),
+                      '--data_path', str(data), '--num_workers', '0', '--device', 'cpu']) == 0
+    assert json.loads((tmp_path / 'eval.json').read_text())['count'] == 9
+
+
+def test_digits_are_an_ordinary_recipe(tmp_path):
+    assert main.main(['--recipe', 'moganet_xtiny_digits', *runs.TINY[2:6], '--epochs', '1', '--output_dir',
+                      str(tmp_path), '--device', 'cpu']) == 0
+    assert json.loads((tmp_path / 'recipe.json').read_text())['num_classes'] == 10
+    assert main.main(['--eval', '--checkpoint', str(tmp_path / 'checkpoint-best-ema.pth'), '--device', 'cpu']) == 0
+    assert json.loads((tmp_path / 'eval.json').read_text())['count'] == 360
+
+
+def test_default_output_is_runs_and_the_recipe(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main.main([*TINY, '--epochs', '1', '--data_path', str(data)]) == 0
+    assert (tmp_path / 'runs' / 'moganet_xtiny' / 'checkpoint-last.pth').exists()
+
+
+def test_two_processes_train_on_the_same_batches_and_evaluate_each_image_once(finished, data, tmp_path):
+    folder = tmp_path / 'run'
+    text = runs.run((*TINY, '--batch_size', '4', '--data_path', str(data), '--output_dir', str(folder)),
+                    tmp_path / 'log', world_size=2)
+    assert '2 processes x 4' in text and text.count('Training is complete') == 1  # rank 0 alone speaks
+    one, two = (json.loads((f / 'log.txt').read_text().splitlines()[0]) for f in (finished, folder))
+    # the same images in the same order; batch statistics of 4 instead of 8, and other mixup pairs
+    assert two['train_loss'] == pytest.approx(one['train_loss'], rel=0.2)
+    runs.run(('--eval', '--checkpoint', str(folder / 'checkpoint-last.pth'), '--data_path', str(data), '--num_workers',
+              '0'), tmp_path / 'log', world_size=2)
+    assert json.loads((folder / 'eval.json').read_text())['count'] == 9
+
+
+def test_slurm_variables_of_a_shell_do_not_start_distribution(monkeypatch):
+    monkeypatch.setenv('SLURM_PROCID', '0')
+    monkeypatch.setenv('SLURM_NTASKS', '4')
+    assert recipes.resolve(['--model', 'moganet_small'])[1].world_size == 1
+
+
+# ---- Refused in one line --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('words, said', [
+    ('--recipe moganet_smal', 'moganet_small'), ('--model moganet_smol', 'moganet_small'),
+    ('--model moganet_small --drop_pth 0.1', '--drop_path'), ('--model moganet_small --lr -1', '--lr'),
+    ('--model moganet_small --warmup_epochs 400', '--warmup_epochs'),
+    ('--model moganet_small --batch_size 100', '--total_batch_size 1000'),
+    ('--model moganet_small --data_path no/such/folder', 'no/such/folder'),
+    ('--model moganet_small --config no/such/file.json', 'no/such/file.json'),
+    ('--model moganet_small --data_set imagefolder', 'image_folder'),
+    ('--eval --checkpoint no/such/file.pth', 'no/such/file.pth'),
+    ('--model moganet_small --resume no/such/file.pth', 'no/such/file.pth')])
+def test_mistake_is_one_line_with_the_cure_and_leaves_nothing(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(words.split(), capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_that_only_the_data_shows(data, tmp_path, capsys):
+    base = [*TINY, '--data_path', str(data), '--output_dir', str(tmp_path / 'run')]
+    line = refusal([*base, '--batch_size', '32', '--total_batch_size', '32'], capsys)
+    assert '18 training images are fewer than one batch of 32' in line and '--total_batch_size 16' in line
+    assert '--num_classes 2' in refusal([*base, '--num_classes', '2'], capsys)
+    assert '--warmup_steps 9' in refusal([*base, '--warmup_steps', '9'], capsys)
+    assert 'resnet18' in refusal(['--model', 'resnet81', '--data_path', str(data), '--total_batch_size', '8',
+                                  '--output_dir', str(tmp_path / 'run')], capsys)
+    assert not (tmp_path / 'run' / 'recipe.json').exists()
+
+
+@pytest.mark.parametrize('words', ['--aa rand-m7-mstd0.5-incl1x', '--aa autopilot', '--model_kwargs depths=[1]',
+                                   '--data_set torch/nothing', '--class_map no/such/file.txt',
+                                   '--finetune no/such/file.pth'])
+def test_value_that_a_library_would_reject_is_one_line_too(words, data, tmp_path, capsys):
+    line = refusal([*TINY, '--data_path', str(data), '--output_dir', str(tmp_path / 'run'), *words.split()], capsys)
+    assert words.split()[0] in line or words.split()[1] in line
+
+
+def test_pretrained_weights_out_of_reach_are_one_line(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    assert "timm's weights of resnet10t" in refusal(
+        ['--model', 'resnet10t', '--pretrained', '--input_size', '32', '--total_batch_size', '8', '--num_workers', '0',
+         '--device', 'cpu', '--data_path', str(data), '--output_dir', str(tmp_path / 'run')], capsys)
+
+
+def test_script_prints_no_traceback_and_exits_2():
+    done = subprocess.run([sys.executable, 'main.py', '--modle', 'moganet_small'], cwd=ROOT, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ''
+    assert done.stderr == 'error: unknown flag --modle; did you mean --model?\n' or '--model' in done.stderr
+    assert done.stderr.count('\n') == 1
+
+
+# ---- The first release's command lines ------------------------------------------------------------------------------
+
+def first_release(name: str, *, drop_path: str, weight_decay: str, flags: str) -> list[str]:
+    return (f'--model moganet_{name} --input_size 224 --drop_path {drop_path} --batch_size 128 --lr 1e-3 '
+            f'--weight_decay {weight_decay} --update_freq 1 {flags} --data_path /path/to/imagenet-1k '
+            '--output_dir /path/to/save_results').split()
+
+
+LIGHT = '--aa rand-m7-mstd0.5-inc1 --mixup 0.1 --model_ema false --model_ema_eval false'
+AVERAGED = '--model_ema true --model_ema_eval true'
+COMMANDS = {
+    'xtiny': first_release('xtiny', drop_path='0.05', weight_decay='0.03', flags=LIGHT),
+    'tiny': first_release('tiny', drop_path='0.1', weight_decay='0.04', flags=LIGHT),
+    'small': first_release('small', drop_path='0.1', weight_decay='0.05', flags=AVERAGED),
+    'base': first_release('base', drop_path='0.2', weight_decay='0.05', flags=AVERAGED),
+    'large': first_release('large', drop_path='0.3', weight_decay='0.05', flags=AVERAGED),
+}
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_command_line_of_the_first_release_is_the_row_at_8_processes(name, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    recipe, run = recipes.resolve(COMMANDS[name])
+    assert recipe == recipes.RECIPES[f'moganet_{name}']
+    assert (run.batch_size, run.update_freq, run.world_size) == (128, 1, 8)
+    assert (run.data_path, run.output_dir) == ('/path/to/imagenet-1k', '/path/to/save_results')
+
+
+def shrunk(name: str, data: Path, folder: Path) -> tuple[str, ...]:
+    """The first release's command for one update on two processes."""
+    return (*COMMANDS[name], '--input_size', '64', '--batch_size', '4', '--total_batch_size', '8', '--epochs', '1',
+            '--warmup_epochs', '0', '--num_workers', '0', '--data_path', str(data), '--output_dir', str(folder),
+            '--device', 'cpu')
+
+
+@pytest.fixture(scope='module')
+def few(tmp_path_factory) -> Path:
+    """One update of 8 images."""
+    return runs.make_image_folder(tmp_path_factory.mktemp('few'), classes=2, train=4, val=2, size=64)
+
+
+def check_first_release_run(name: str, folder: Path) -> None:
+    (entry,) = [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
+    assert entry['step'] == 1 and entry['train_loss'] > 0 and 'test_acc1' in entry
+    assert ('test_acc1_ema' in entry) == (name in ('small', 'base', 'large'))
+    recipe = json.loads((folder / 'recipe.json').read_text())
+    assert (recipe['model'], recipe['input_size'], recipe['test_size']) == (f'moganet_{name}', 64, 64)
+    assert (folder / 'checkpoint-last.pth').exists()
+
+
+@pytest.mark.parametrize('name', ['tiny', *(pytest.param(name, marks=pytest.mark.slow)
+                                            for name in ('small', 'base', 'large'))])
+def test_command_line_of_the_first_release_runs_on_two_processes(name, few, tmp_path):
+    runs.run(shrunk(name, few, tmp_path / 'run'), tmp_path / 'log', world_size=2)
+    check_first_release_run(name, tmp_path / 'run')
+
+
+def test_command_line_of_the_first_release_runs_under_torchrun(few, tmp_path):
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'main.py',
+         *shrunk('xtiny', few, tmp_path / 'run')], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count('Training is complete') == 1
+    check_first_release_run('xtiny', tmp_path / 'run')
+
+
+FIRST_RELEASE_FLAGS = [
+    'batch_size', 'epochs', 'update_freq', 'model', 'drop_path', 'input_size', 'layer_scale_init_value', 'model_ema',
+    'model_ema_decay', 'model_ema_force_cpu', 'model_ema_eval', 'opt', 'opt_eps', 'opt_betas', 'clip_grad', 'momentum',
+    'weight_decay', 'weight_decay_end', 'lr', 'layer_decay', 'min_lr', 'warmup_epochs', 'warmup_steps', 'color_jitter',
+    'aa', 'smoothing', 'train_interpolation', 'crop_pct', 'reprob', 'remode', 'recount', 'resplit', 'mixup', 'cutmix',
+    'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'finetune', 'head_init_scale', 'model_key',
+    'model_prefix', 'data_path', 'eval_data_path', 'nb_classes', 'imagenet_default_mean_and_std', 'data_set',
+    'output_dir', 'log_dir', 'device', 'seed', 'resume', 'auto_resume', 'save_ckpt', 'save_ckpt_freq', 'save_ckpt_num',
+    'start_epoch', 'eval', 'dist_eval', 'disable_eval', 'num_workers', 'pin_mem', 'world_size', 'local_rank',
+    'dist_on_itp', 'dist_url', 'use_amp', 'enable_wandb', 'project', 'wandb_ckpt']
+
+# flag: its words, and what they must come to in the recipe or the run (at 8 processes)
+WORKING = {
+    'batch_size': ('64', {'batch_size': 64, 'update_freq': 2}), 'update_freq': ('4', {'update_freq': 4}),
+    'epochs': ('100', {'epochs': 100}), 'model': ('moganet_base', {'model': 'moganet_base', 'drop_path': 0.2}),
+    'drop_path': ('0.3', {'drop_path': 0.3}), 'input_size': ('192', {'input_size': 192, 'test_size': 192}),
+    'layer_scale_init_value': ('1e-6', {'layer_scale_init_value': 1e-6}), 'model_ema': ('false', {'model_ema': False}),
+    'model_ema_decay': ('0.999', {'model_ema_decay': 0.999}),
+    'model_ema_force_cpu': ('true', {'model_ema_force_cpu': True}),
+    'model_ema_eval': ('false', {'model_ema_eval': False}), 'opt': ('sgd', {'opt': 'sgd'}),
+    'opt_eps': ('1e-6', {'opt_eps': 1e-6}), 'opt_betas': ('0.9 0.98', {'opt_betas': (0.9, 0.98)}),
+    'clip_grad': ('5', {'clip_grad': 5.0}), 'momentum': ('0.8', {'momentum': 0.8}),
+    'weight_decay': ('0.1', {'weight_decay': 0.1}), 'weight_decay_end': ('0.2', {'weight_decay_end': 0.2}),
+    'lr': ('2e-3', {'lr': 2e-3}), 'layer_decay': ('0.7', {'layer_decay': 0.7}), 'min_lr': ('1e-6', {'min_lr': 1e-6}),
+    'warmup_epochs': ('20', {'warmup_epochs': 20}), 'warmup_steps': ('100', {'warmup_steps': 100}),
+    'color_jitter': ('0.3', {'color_jitter': 0.3}), 'aa': ('rand-m7-mstd0.5-inc1', {'aa': 'rand-m7-mstd0.5-inc1'}),
+    'smoothing': ('0.2', {'smoothing': 0.2}), 'train_interpolation': ('random', {'train_interpolation': 'random'}),
+    'crop_pct': ('0.95', {'crop_pct': 0.95}), 'reprob': ('0.1', {'reprob': 0.1}),
+    'remode': ('const', {'remode': 'const'}), 'recount': ('2', {'recount': 2}),
+    'mixup': ('0.2', {'mixup': 0.2}), 'cutmix': ('0.5', {'cutmix': 0.5}),
+    'cutmix_minmax': ('0.2 0.8', {'cutmix_minmax': (0.2, 0.8)}), 'mixup_prob': ('0.5', {'mixup_prob': 0.5}),
+    'mixup_switch_prob': ('0.3', {'mixup_switch_prob': 0.3}), 'mixup_mode': ('elem', {'mixup_mode': 'elem'}),
+    'finetune': ('weights.pth', {'finetune': 'weights.pth'}), 'head_init_scale': ('0.001', {'head_init_scale': 0.001}),
+    'data_path': ('/d', {'data_path': '/d'}), 'eval_data_path': ('/v', {'eval_data_path': '/v'}),
+    'nb_classes': ('100', {'num_classes': 100}),
+    'imagenet_default_mean_and_std': ('false', {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}),
+    'data_set': ('IMNET', {'data_set': 'image_folder'}), 'output_dir': ('/o', {'output_dir': '/o'}),
+    'log_dir': ('/l', {'log_dir': '/l'}), 'device': ('cuda', {'device': 'cuda'}), 'seed': ('7', {'seed': 7}),
+    'resume': ('c.pth', {'resume': 'c.pth'}), 'auto_resume': ('false', {'auto_resume': False}),
+    'save_ckpt': ('false', {'save_ckpt': False}), 'save_ckpt_freq': ('5', {'save_ckpt_freq': 5}),
+    'save_ckpt_num': ('7', {'save_ckpt_num': 7}), 'eval': ('true --checkpoint c.pth', {'eval': True}),
+    'disable_eval': ('true', {'disable_eval': True}), 'num_workers': ('4', {'num_workers': 4}),
+    'pin_mem': ('false', {'pin_mem': False}), 'local_rank': ('3', {}), 'use_amp': ('true', {'precision': 'fp16'}),
+}
+# flag: its words, and what the refusal must name in its place
+REFUSED = {
+    'resplit': ('', 'leave it out'), 'model_key': ('model', 'leave it out'), 'model_prefix': ('x', 'leave it out'),
+    'start_epoch': ('5', '--resume'), 'dist_eval': ('true', 'leave it out'), 'world_size': ('8', 'torchrun'),
+    'dist_on_itp': ('', 'torchrun'), 'dist_url': ('env://', '--rdzv-endpoint'), 'enable_wandb': ('true', 'tensorboard'),
+    'project': ('moganet', 'tensorboard'), 'wandb_ckpt': ('true', '<output_dir>'),
+}
+
+
+def test_list_of_first_release_flags_is_complete():
+    assert sorted([*WORKING, *REFUSED]) == sorted(FIRST_RELEASE_FLAGS)
+
+
+@pytest.mark.parametrize('dashes', [False, True], ids=['underscores', 'dashes'])
+@pytest.mark.parametrize('flag', FIRST_RELEASE_FLAGS)
+def test_flag_of_the_first_release_works_or_names_its_successor(flag, dashes, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    words, outcome = (WORKING | REFUSED)[flag]
+    argv = [f'--{flag.replace("_", "-") if dashes else flag}', *words.split()]
+    base = [] if flag == 'model' else ['--model', 'moganet_small']
+    if flag in REFUSED:
+        with pytest.raises(recipes.UserError) as refused:
+            recipes.resolve([*base, *argv])
+        assert f'--{flag} is gone' in str(refused.value) and outcome in str(refused.value)
+        return
+    recipe, run = recipes.resolve([*base, *argv])
+    values = dataclasses.asdict(recipe) | dataclasses.asdict(run)
+    assert {name: values[name] for name in outcome} == outcome
+    plain_recipe, plain_run = recipes.resolve(['--model', 'moganet_small'])
+    plain = dataclasses.asdict(plain_recipe) | dataclasses.asdict(plain_run)
+    assert flag == 'local_rank' or flag == 'data_set' or any(plain[name] != value for name, value in outcome.items())
+
+
+@pytest.mark.parametrize('name, value', [('IMNET', 'image_folder'), ('image_folder', 'image_folder'),
+                                         ('CIFAR', 'torch/cifar100')])
+def test_data_sets_of_the_first_release_keep_their_names(name, value):
+    assert recipes.resolve(['--model', 'moganet_small', '--data_set', name])[0].data_set == value
+
+
+def test_use_amp_false_is_fp32():
+    assert recipes.resolve(['--model', 'moganet_tiny', '--use_amp', 'false'])[0].precision == 'fp32'
+    assert recipes.resolve(['--model', 'moganet_small', '--use_amp'])[0].precision == 'fp16'
+
+
+@pytest.mark.parametrize('words', [['--local_rank=0'], ['--local-rank=0'], ['--local_rank', '0']])
+def test_local_rank_of_the_old_launcher_is_accepted(words):
+    assert recipes.resolve(['--model', 'moganet_small', *words])[0] == recipes.RECIPES['moganet_small']
