@@ -346,8 +346,6 @@ class Training:
         if metrics.pop('updates') < updates:
             return signal
         entry = {'epoch': epoch, 'step': state.step, **metrics, 'n_parameters': self.n_parameters}
-        if self.recipe.on_bad_image == 'skip':
-            entry['bad_images'] = self._total(self.loaders.train.bad_images - bad_images)
         last = state.epoch == self.recipe.epochs
         evaluating = self.loaders.val is not None and (state.epoch % run.val_interval == 0 or last)
         with state.buffers.agreed(self.recipe.dist_bn, first=self._precise_bn if evaluating else None):
@@ -356,16 +354,6 @@ class Training:
             if state.epoch % run.save_ckpt_freq == 0 or last or improved or signal:
                 self._save(improved)
         return signal
-
-    def _total(self, number: int) -> int:
-        """The sum of a number on the host over all ranks, each of which must call it."""
-        if self.processes.host_group is None:
-            return number
-        import torch
-        import torch.distributed as dist
-        total = torch.tensor(number)
-        dist.all_reduce(total, group=self.processes.host_group)
-        return int(total)
 
     def _models(self) -> dict[str, 'nn.Module']:
         """The models to evaluate, by the suffix of their columns in the log."""
