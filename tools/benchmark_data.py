@@ -1,0 +1,138 @@
+"""Speed of the data path on one core, beside the common pipeline, alternated (`tools/benchmark.py data`).
+
+The common pipeline is torchvision's ImageFolder loader with timm's `create_transform`: Pillow decodes, crops, augments.
+"""
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import create_transform
+from torchvision.datasets.folder import default_loader
+
+import image_ops
+from datasets import Finish, MapBatches
+from image_sources import ImageFiles, find_files
+from recipes import RECIPES, Recipe
+from utils import UserError, derive_seed
+
+BATCH = 32  # images; the C library takes larger float batches from the kernel page by page, each time anew
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    """Processor time: another process on the core does not count."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {'median': round(statistics.median(values), 3), 'min': round(min(values), 3), 'max': round(max(values), 3)}
+
+
+def measure(data_path: str, *, recipe: Recipe = RECIPES['moganet_small'], images: int = 256, rounds: int = 7,
+            gpus: int = 1, images_per_second: float | None = None) -> dict[str, Any]:
+    """Measures both pipelines on the same images, one thread, files in the page cache.
+
+    Args:
+        data_path: folder with `train/`, as for training.
+        recipe: whose augmentation is measured.
+        images: how many of them a round takes.
+        rounds: alternations; ratios are formed within a round.
+        gpus: of the machine that is to be fed.
+        images_per_second: consumed by the training step on one of them.
+
+    Returns:
+        `ratio` (float tensors, normalised and erased, on both sides) and `ratio_uint8` (before that), with their
+        spread; images per second and core; milliseconds of each part; and the cores that the GPUs need.
+    """
+    torch.set_num_threads(1)
+    source = ImageFiles(find_files(Path(data_path), 'train'))
+    chosen = np.random.default_rng(0).permutation(len(source))[:images]
+    chosen = np.resize(chosen, -(-max(len(chosen), BATCH) // BATCH) * BATCH)
+    keys = np.stack([np.zeros_like(chosen), chosen, np.zeros_like(chosen)], axis=1).reshape(-1, BATCH, 3)
+    if any(source.name(int(index)).find(':') > 0 for index in chosen[:1]):
+        raise UserError(f'{data_path}: the common pipeline reads no tar files; give a folder of class folders')
+    paths = [source.name(int(index)) for index in chosen]
+    common, common_uint8 = (create_transform(
+        recipe.input_size, is_training=True, scale=recipe.scale, ratio=recipe.ratio, hflip=recipe.hflip,
+        vflip=recipe.vflip, color_jitter=recipe.color_jitter, auto_augment=recipe.aa, re_prob=recipe.reprob,
+        re_mode=recipe.remode, re_count=recipe.recount, interpolation=recipe.train_interpolation,
+        use_prefetcher=uint8) for uint8 in (False, True))
+    batches = MapBatches(source, recipe, len(source.classes), training=True)
+    finish = Finish(recipe, torch.device('cpu'), len(source.classes))
+
+    def ours(batch: int, *, uint8: bool) -> None:
+        made = batches[keys[batch]]
+        if isinstance(made, str):
+            raise UserError(made)
+        if not uint8:
+            finish(made)
+
+    def theirs(batch: int, transform: Callable[[Any], Any]) -> None:
+        for path in paths[batch * BATCH:(batch + 1) * BATCH]:
+            transform(default_loader(path))
+
+    pipelines: dict[str, Callable[[int], None]] = {
+        'this': lambda batch: ours(batch, uint8=False), 'common': lambda batch: theirs(batch, common),
+        'this_uint8': lambda batch: ours(batch, uint8=True),
+        'timm_uint8': lambda batch: theirs(batch, common_uint8)}
+    for work in pipelines.values():
+        work(0)
+    taken = []
+    for _ in range(rounds):
+        seconds = dict.fromkeys(pipelines, 0.0)
+        for batch in range(len(keys)):  # alternated batch by batch, since a shared machine changes within seconds
+            for name, work in pipelines.items():
+                seconds[name] += _seconds(lambda work=work, batch=batch: work(batch))
+        taken.append(seconds)
+    rates = {name: len(chosen) / statistics.median(each[name] for each in taken) for name in pipelines}
+    result = {
+        'recipe': recipe.name, 'images': len(chosen), 'rounds': rounds,
+        'kilobytes_per_image': round(statistics.mean(Path(path).stat().st_size for path in paths) / 1e3, 1),
+        'ratio': _spread([each['common'] / each['this'] for each in taken]),
+        'ratio_uint8': _spread([each['timm_uint8'] / each['this_uint8'] for each in taken]),
+        'images_per_second_and_core': {name: round(rate, 1) for name, rate in rates.items()},
+        'milliseconds': _parts(source, recipe, chosen, batches, finish, keys),
+    }
+    if images_per_second:
+        result['gpus'] = gpus
+        result['cores_per_gpu'] = round(images_per_second / rates['this_uint8'], 1)
+        result['cores'] = round(gpus * images_per_second / rates['this_uint8'], 1)
+        result['cores_common'] = round(gpus * images_per_second / rates['common'], 1)
+    return result
+
+
+def _parts(source: ImageFiles, recipe: Recipe, chosen: np.ndarray, batches: MapBatches, finish: Finish,
+           keys: np.ndarray) -> dict[str, float]:
+    """Milliseconds an image of each part of this pipeline."""
+    transform = image_ops.TrainTransform(recipe)
+    files = [source.read(int(index))[0] for index in chosen]
+    pixels = [image_ops.decode(file) for file in files]
+    crops = [transform.resized_crop(image) for image in pixels]
+
+    def seeded(work: Callable[[Any], Any], items: Sequence[Any]) -> Callable[[], None]:
+        def run() -> None:
+            for number, item in enumerate(items):
+                image_ops.seed_image(number)
+                work(item)
+        return run
+
+    def augment(image: np.ndarray) -> None:
+        for step in transform.steps:
+            image = step(image)
+
+    made = [batches[each] for each in keys]
+    seeding = _seconds(seeded(lambda _: None, files))
+    parts = {
+        'read': _seconds(lambda: [source.read(int(index)) for index in chosen]),
+        'decode': _seconds(lambda: [image_ops.decode(file) for file in files]),
+        'crop_and_resize': _seconds(seeded(transform.resized_crop, pixels)) - seeding,
+        'flip_and_augment': _seconds(seeded(augment, crops)) - seeding,
+        'seeds': seeding + _seconds(lambda: [derive_seed(0, 0, int(index), 0) for index in chosen]),
+        'normalise_and_erase': _seconds(lambda: [finish(batch) for batch in made]),
+    }
+    return {name: round(1e3 * seconds / len(chosen), 3) for name, seconds in parts.items()}
