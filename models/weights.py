@@ -211,6 +211,8 @@ class _Dtype:
 
 def _scalar(dtype: _Dtype, data: bytes) -> int | float | bool:
     """Stands in for NumPy's constructor of scalars: a plain number."""
+    if not isinstance(dtype, _Dtype):
+        raise TypeError(f'a scalar of {type(dtype).__name__}')
     return struct.unpack(dtype.format, data)[0]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import onnxruntime
 import pytest
+import reference
 import safetensors
 import timm
 import torch
@@ -25,15 +26,11 @@ from utils import UserError
 __all__ = ['cache']  # a fixture
 TINY = {'dims': (16, 16, 16, 16), 'depths': (1, 1, 1, 1)}
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
-# float32 in another runtime's order of operations; see the tolerance in tools/export.py
-CLOSE = {'rtol': 1e-4, 'atol': 1e-5}
 
 
 def randomised(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """A state dict in which every branch and every statistic counts."""
-    torch.manual_seed(seed)
-    return {name: value + 0.1 * torch.rand_like(value) if value.is_floating_point() else value
-            for name, value in model.state_dict().items()}
+    """A state dict in which every branch and every statistic counts, with activations of order 1."""
+    return {name: reference._entry(name, list(value.shape), seed) for name, value in model.state_dict().items()}
 
 
 @pytest.fixture
@@ -66,6 +63,11 @@ def images(batch: int, size: int = 64) -> Tensor:
 @torch.inference_mode()
 def expected(checkpoint: Path, batch: Tensor, which: str = 'auto', **kwargs: Any) -> Tensor:
     return build_model(load_weights(checkpoint, which), **kwargs)(batch)
+
+
+def assert_close(logits: Tensor, of_checkpoint: Tensor) -> None:
+    # float32 in another runtime's order of operations comes to 1e-6; the other gate would differ by 1e-3
+    assert reference.relative_error(logits, of_checkpoint) <= 1e-5
 
 
 # ---- Weights --------------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def test_onnx_computes_the_same_at_any_batch_size(flags: list[str], checkpoint: 
     for batch in (1, 5):
         logits, = session.run(['logits'], {'images': images(batch).numpy()})
         normalised = (images(batch) - MEAN) / STD if flags else images(batch)
-        torch.testing.assert_close(torch.from_numpy(logits), expected(checkpoint, normalised), **CLOSE)
+        assert_close(torch.from_numpy(logits), expected(checkpoint, normalised))
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about['classes']) == ['cat', 'dog', 'owl'] and about['model'] == 'moganet_xtiny'
     assert json.loads(about['normalized']) == bool(flags) and about['gate'] == 'double'
@@ -143,8 +145,7 @@ def test_torch_export_computes_the_same_at_any_batch_size(checkpoint: Path, outp
     extra = {'about.json': ''}
     program = torch.export.load(output, extra_files=extra).module()
     for batch in (1, 5):
-        torch.testing.assert_close(
-            program(images(batch, 96)), expected(checkpoint, images(batch, 96), gate='single'), **CLOSE)
+        assert_close(program(images(batch, 96)), expected(checkpoint, images(batch, 96), gate='single'))
     about = json.loads(extra['about.json'])
     assert (about['gate'], about['test_size'], about['classes'][2]) == ('single', 96, 'owl')
 
@@ -225,4 +226,4 @@ def test_exported_program_needs_nothing_of_this_repository(checkpoint: Path, out
     code = (f'import torch; y = torch.export.load({str(output)!r}).module()(torch.load("images.pt")); '
             'torch.save(y.detach(), "logits.pt")')
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, env={'PATH': ''})
-    torch.testing.assert_close(torch.load(tmp_path / 'logits.pt'), expected(checkpoint, images(2)), **CLOSE)
+    assert_close(torch.load(tmp_path / 'logits.pt'), expected(checkpoint, images(2)))

@@ -313,6 +313,14 @@ def test_no_forged_numpy_scalar_reaches_numpy(dtype: str, tmp_path: Path) -> Non
         load_weights(tmp_path / 'file')
 
 
+def test_no_forged_format_reaches_struct(tmp_path: Path) -> None:
+    scalar = np.float64(1).__reduce__()[0]
+    torch.save({'state_dict': {}, 'metric': Payload(scalar, argparse.Namespace(format='8s'), b'8 bytes.')},
+               tmp_path / 'file')
+    with pytest.raises(UserError, match='damaged or no checkpoint .a scalar of Namespace'):
+        load_weights(tmp_path / 'file')
+
+
 def test_torchscript_program_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / 'file')
     with pytest.raises(UserError, match='TorchScript'):

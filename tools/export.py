@@ -108,9 +108,14 @@ def to_onnx(program: nn.Module, images: Tensor, about: dict[str, Any]) -> Export
         import onnxscript  # noqa: F401  used by torch.onnx.export
     except ImportError as error:
         raise UserError(f'--format onnx needs {error.name}: pip install onnx onnxruntime onnxscript') from None
-    exported = torch.onnx.export(program, (images,), dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},),
-                                 input_names=['images'], output_names=['logits'], verbose=False)
-    proto = exported.model_proto
+    names = {'input_names': ['images'], 'output_names': ['logits'], 'verbose': False}
+    if torch.__version__ >= (2, 7):
+        shapes = ({0: torch.export.Dim('batch')},)
+        proto = torch.onnx.export(program, (images,), dynamo=True, dynamic_shapes=shapes, **names).model_proto
+    else:  # torch 2.6 fails to decompose lerp under a dynamic batch
+        buffer, axes = io.BytesIO(), {'images': {0: 'batch'}, 'logits': {0: 'batch'}}
+        torch.onnx.export(program, (images,), buffer, dynamo=False, dynamic_axes=axes, **names)
+        proto = onnx.load_from_string(buffer.getvalue())
     onnx.helper.set_model_props(proto, {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()})
     data = proto.SerializeToString()
