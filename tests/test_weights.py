@@ -317,7 +317,7 @@ def test_no_forged_format_reaches_struct(tmp_path: Path) -> None:
     scalar = np.float64(1).__reduce__()[0]
     torch.save({'state_dict': {}, 'metric': Payload(scalar, argparse.Namespace(format='8s'), b'8 bytes.')},
                tmp_path / 'file')
-    with pytest.raises(UserError, match='damaged or no checkpoint .a scalar of Namespace'):
+    with pytest.raises(UserError, match='a scalar of Namespace'):
         load_weights(tmp_path / 'file')
 
 
