@@ -25,8 +25,8 @@ import torch
 from timm.data.mixup import Mixup, mixup_target
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from image_ops import TestTransform, TrainTransform, erasing_boxes, seed_image
-from image_sources import class_names, open_source
+from image_ops import UNREADABLE, TestTransform, TrainTransform, erasing_boxes, seed_image
+from image_sources import check_files, class_names, open_source
 from recipes import Recipe, Run
 from utils import UserError, derive_seed, rank_zero_first
 
@@ -105,6 +105,12 @@ def build_loaders(recipe: Recipe, run: Run, *, rank: int = 0, device: torch.devi
     with rank_zero_first('index'):  # builds the index of the files, which the other ranks then read
         train = None if run.eval else open_source(recipe, run, 'train')
         val = None if run.disable_eval and not run.eval else open_source(recipe, run, 'val')
+    if recipe.data_set == 'image_folder':
+        errors, warnings = check_files(train, val)
+        for warning in warnings:
+            log.warning('%s', warning)
+        if errors:
+            raise UserError(errors[0])
     classes = next((names for source in (train, val) if source is not None
                     and (names := list(getattr(source, 'classes', None) or class_names(source)))), [])
     num_classes = recipe.num_classes or len(classes)
@@ -150,9 +156,6 @@ class _Builder:
         """What was added so far."""
         parts = (part[:self.filled] for part in (self._images, self._targets, self._boxes, self._seeds))
         return Batch(*parts, self.bad)
-
-
-UNREADABLE = (OSError, ValueError, SyntaxError)  # what Pillow raises on damaged files
 
 
 class MapBatches(torch.utils.data.Dataset):

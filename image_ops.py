@@ -35,6 +35,7 @@ except ImportError:
     kernels = None
 
 log = logging.getLogger('moganet')
+UNREADABLE = (OSError, ValueError, SyntaxError)  # what `decode` raises on damaged files
 TINY = np.zeros((8, 8, 3), np.uint8)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ log = logging.getLogger('moganet')
 Split = Literal['train', 'val']
 EXTENSIONS = (*IMG_EXTENSIONS, '.gif')
 FOLDERS = {'train': ('train', 'training'), 'val': ('val', 'validation', 'valid')}
+GROUND_TRUTHS = ('ILSVRC2012_validation_ground_truth.txt', 'LOC_val_solution.csv')
 TARS = {'train': 'ILSVRC2012_img_train.tar', 'val': 'ILSVRC2012_img_val.tar'}
 
 
@@ -192,7 +194,8 @@ def _records(found: list[tuple[str, int, int, int]]) -> np.ndarray:
     return records
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file counts as an image, by its ending."""
     return not name.startswith('.') and name.lower().endswith(EXTENSIONS)
 
 
@@ -205,7 +208,7 @@ def _scan_class(root: str, name: str, label: int) -> tuple[list[tuple[str, int, 
         stamps[folder] = os.stat(full).st_mtime_ns  # before reading, so that a file added meanwhile is noticed
         with os.scandir(full) as entries:
             for entry in entries:
-                if _is_image(entry.name):
+                if is_image(entry.name):
                     found.append((os.path.join(folder, entry.name), label, 0, -1))
                 elif entry.is_dir():
                     pending.append(os.path.join(folder, entry.name))
@@ -220,7 +223,7 @@ def _scan_folder(root: str) -> tuple[np.ndarray, dict[str, Any]]:
     with os.scandir(root) as entries:
         listing = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith('.')]
     classes = sorted(name for name, is_folder in listing if is_folder)
-    loose = sum(_is_image(name) for name, is_folder in listing if not is_folder)
+    loose = sum(is_image(name) for name, is_folder in listing if not is_folder)
     found, others = [], 0
     with ThreadPoolExecutor(16) as pool:
         scans = pool.map(lambda label: _scan_class(root, classes[label], label), range(len(classes)))
@@ -243,17 +246,68 @@ def _members(archive: tarfile.TarFile, start: int = 0) -> Iterator[tuple[str, in
 
 
 def _scan_tar(path: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """Indexes a tar file of classes, which are folders or tar files in it, without extracting it."""
+    """Indexes a tar file of classes, which are folders or tar files in it, without extracting it.
+
+    A flat one, as ImageNet's test images are, takes its classes from a ground-truth file that lies beside it.
+    """
     with tarfile.open(path) as archive:
         members = tqdm(_members(archive), f'indexing {path}', unit=' images', disable=None)
-        entries = sorted(entry for entry in members if _is_image(os.path.basename(entry[0])))
+        entries = sorted(entry for entry in members if is_image(os.path.basename(entry[0])))
     folders = [os.path.basename(os.path.dirname(name)) for name, _, _ in entries]
+    stamps = {'': os.stat(path).st_mtime_ns}
+    for name in GROUND_TRUTHS:
+        truth = Path(path).with_name(name)
+        if not any(folders) and truth.exists():
+            labels = read_ground_truth(truth)
+            folders = [labels.get(Path(name).stem, '') for name, _, _ in entries]
+            stamps[str(truth)] = truth.stat().st_mtime_ns
     loose = folders.count('')
     classes = sorted(set(folders) - {''})
     number = {name: label for label, name in enumerate(classes)}
     found = [(name, number[folder], offset, size) for (name, offset, size), folder in zip(entries, folders, strict=True)
              if folder]
-    return _records(found), {'classes': classes, 'stamps': {'': os.stat(path).st_mtime_ns}, 'loose': loose, 'others': 0}
+    return _records(found), {'classes': classes, 'stamps': stamps, 'loose': loose, 'others': 0}
+
+
+def read_ground_truth(path: Path) -> dict[str, str]:
+    """The class folder of each of ImageNet's test images, by the image's name without its ending.
+
+    Takes the development kit's `ILSVRC2012_validation_ground_truth.txt` (numbers, with `meta.mat` beside it), a list
+    of wordnet ids in the images' order, or Kaggle's `LOC_val_solution.csv`.
+
+    Raises:
+        UserError: where the file is none of these.
+    """
+    try:
+        lines = path.read_text().split('\n')
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path} cannot be read ({error}); give the ground-truth file of the test images') from None
+    lines = [line.strip() for line in lines if line.strip()]
+    if lines and lines[0].startswith('ImageId'):
+        return {name: boxes.split()[0] for name, boxes in (line.split(',', 1) for line in lines[1:])}
+    if lines and all(line.isdecimal() for line in lines):
+        wordnet = _wordnet_ids(path.with_name('meta.mat'))
+        if unknown := set(map(int, lines)) - set(wordnet):
+            raise UserError(f'{path}: class {min(unknown)} is not in meta.mat; take both from one development kit')
+        lines = [wordnet[int(line)] for line in lines]
+    if not lines or any(len(line.split()) != 1 for line in lines):
+        raise UserError(f'{path} is no ground-truth file; give ILSVRC2012_validation_ground_truth.txt with meta.mat '
+                        'beside it, LOC_val_solution.csv, or a wordnet id a line')
+    return {f'ILSVRC2012_val_{number:08d}': line for number, line in enumerate(lines, start=1)}
+
+
+def _wordnet_ids(path: Path) -> dict[int, str]:
+    """The wordnet ids of ImageNet's 1000 classes by the numbers of its development kit, from its meta.mat."""
+    try:
+        from scipy.io import loadmat
+        synsets = loadmat(path, squeeze_me=True)['synsets']
+    except ImportError:
+        raise UserError(f'{path} needs scipy: pip install scipy') from None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}); it belongs to ImageNet's development kit, beside the "
+                        'ground-truth file') from None
+    # Inner nodes of the hierarchy have children; the classes are its leaves
+    return {int(synset['ILSVRC2012_ID']): str(synset['WNID']) for synset in synsets if synset['num_children'] == 0}
 
 
 def cache_folder() -> Path:
@@ -338,7 +392,8 @@ class ImageFiles:
             self._label_of = np.array([labels.get(name, -1) for name in names])
         kept = self._label_of[self._records['label']] >= 0
         self._chosen = None if kept.all() else np.flatnonzero(kept)
-        self.counts = np.bincount(self._records['label'], minlength=len(names))  # images of each folder
+        # Images of each class folder, which with a class map are not the classes
+        self.folders, self.counts = names, np.bincount(self._records['label'], minlength=len(names))
         self.loose, self.others = facts['loose'], facts['others']
 
     def __getstate__(self) -> dict[str, Any]:
@@ -371,3 +426,33 @@ class ImageFiles:
         """Path of an image for messages; inside a tar file after a colon."""
         record = self._record(index)
         return f'{self.root}{"/" if record["size"] < 0 else ":"}{os.fsdecode(record["path"])}'
+
+
+def check_files(train: ImageFiles | None, val: ImageFiles | None) -> tuple[list[str], list[str]]:
+    """What can be seen in the indices without opening an image.
+
+    Returns:
+        errors, with which the results would be worthless, and warnings; each names the path and the cure.
+    """
+    errors, warnings = [], []
+    for files, expected in ((train, 1_281_167), (val, 50_000)):
+        if files is None:
+            continue
+        empty = [name for name, count in zip(files.folders, files.counts, strict=True) if not count]
+        if empty:
+            warnings.append(f'{files.root}: {len(empty)} class folders hold no image ({", ".join(empty[:5])}); add '
+                            'images, or remove the folders')
+        if files.loose:
+            warnings.append(f'{files.root}: {files.loose:,} images lie in no class folder and are left out; move them '
+                            'into one (tools/check_dataset.py --sort_val does it for ImageNet)')
+        wordnet = [name for name in files.folders if re.fullmatch(r'n\d{8}', name)]
+        if len(wordnet) == len(files.folders) == 1000 and files.counts.sum() != expected:
+            warnings.append(f"{files.root}: {files.counts.sum():,} images, but ImageNet's are {expected:,}; was it "
+                            'unpacked to the end?')
+    if train is not None and val is not None and train.classes != val.classes:
+        missing, more = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
+        parts = [f'{len(names)} only in {files.root} ({", ".join(names[:3])})'
+                 for names, files in ((missing, train), (more, val)) if names]
+        errors.append(f'the class folders differ: {" and ".join(parts)}; the labels are positions in the sorted names, '
+                      'so make both folders hold the same classes, or give --class_map')
+    return errors, warnings
