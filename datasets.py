@@ -178,12 +178,12 @@ class MapBatches(torch.utils.data.Dataset):
                 except BadLabel as error:
                     return f'image {index}, {self._source.name(index)}, {error}'
                 except UNREADABLE as error:
-                    if self._recipe.on_bad_image == 'stop' or attempt == 99:
+                    if not self._training or self._recipe.on_bad_image == 'stop' or attempt == 99:
+                        cure = ('--on_bad_image skip trains without them' if self._training else
+                                'an evaluation counts every image, so replace or remove them')
                         return (f'image {index}, {self._source.name(index)}, cannot be read ({error}); '
-                                'tools/check_dataset.py finds all such files, --on_bad_image skip trains without them')
+                                f'tools/check_dataset.py --decode finds all such files, {cure}')
                     builder.bad += 1
-                    if not self._training:
-                        break  # left out, and so not counted
                     index = derive_seed(self._recipe.seed, 'instead of', index) % len(self._source)
         return builder.batch()
 
@@ -233,7 +233,7 @@ class StreamBatches(IterableDataset):
                 try:
                     builder.add(image, label, derive_seed(*key, position))
                 except UNREADABLE:
-                    if self._recipe.on_bad_image == 'stop':
+                    if not self._training or self._recipe.on_bad_image == 'stop':
                         raise
                     builder.bad += 1
                 if builder.filled == self._batch_size:

@@ -102,7 +102,7 @@ def check(data_path: str, *, eval_data_path: str | None = None, decode: bool = F
             report[split]['not_decodable'] = broken
             if broken:
                 report['errors'].append(f'{files.root}: {len(broken)} images cannot be decoded, such as '
-                                        f'{broken[0]["path"]}; replace or remove them, or train with --on_bad_image skip')
+                                        f'{broken[0]["path"]}; replace or remove them')
     return report
 
 
