@@ -14,8 +14,8 @@ from conftest import ROOT
 import main
 import recipes
 
-TINY = (*runs.TINY, '--batch_size', '8', '--total_batch_size', '8', '--num_workers', '0', '--epochs', '2',
-        '--warmup_epochs', '0')
+CPU = ('--device', 'cpu', '--num_workers', '0')
+TINY = (*runs.TINY, *CPU, '--batch_size', '8', '--total_batch_size', '8', '--epochs', '2', '--warmup_epochs', '0')
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -63,8 +63,8 @@ def test_run_folder_holds_recipe_versions_log_scalars_and_checkpoints(finished):
     (start,) = json.loads((finished / 'environment.json').read_text())
     assert start['torch'].split('+')[0] == torch.__version__.split('+')[0]
     assert start['timm'] and start['python'] and start['run']['batch_size'] == 8
-    head = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    assert len(start['git'] or '') == len(head)
+    git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
+    assert len(start['git'] or '') == (len(git.stdout.strip()) if git.returncode == 0 else 0)
     log = [json.loads(line) for line in (finished / 'log.txt').read_text().splitlines()]
     assert [entry['epoch'] for entry in log] == [0, 1]
     columns = {'train_loss', 'test_acc1', 'test_acc5', 'test_loss', 'test_acc1_ema', 'test_acc5_ema', 'test_loss_ema',
@@ -91,7 +91,7 @@ def test_finished_run_says_so_and_exits_0_without_touching_anything(finished, da
 
 def test_recipe_json_of_a_run_runs_it_again(finished, data, tmp_path):
     assert main.main(['--config', str(finished / 'recipe.json'), '--data_path', str(data), '--output_dir',
-                      str(tmp_path), '--batch_size', '8', '--num_workers', '0']) == 0
+                      str(tmp_path), '--batch_size', '8', *CPU]) == 0
     assert json.loads((tmp_path / 'recipe.json').read_text()) == json.loads((finished / 'recipe.json').read_text())
     first, second = (model_of(folder / 'checkpoint-last.pth') for folder in (finished, tmp_path))
     assert all(torch.equal(first[name], second[name]) for name in first)  # the same bits
@@ -100,7 +100,7 @@ def test_recipe_json_of_a_run_runs_it_again(finished, data, tmp_path):
 def test_checkpoint_alone_says_how_it_is_evaluated(finished, data, capsys):
     """Model, classes, size and crop come from the file; the result is the last line of the run's log."""
     assert main.main(['--eval', '--checkpoint', str(finished / 'checkpoint-last.pth'), '--weights', 'raw',
-                      '--data_path', str(data), '--num_workers', '0']) == 0
+                      '--data_path', str(data), *CPU]) == 0
     result = json.loads((finished / 'eval.json').read_text())
     last = json.loads((finished / 'log.txt').read_text().splitlines()[-1])
     assert result['count'] == 9 and result['test_size'] == 32 and result['model'] == 'moganet_xtiny'
@@ -111,21 +111,21 @@ def test_checkpoint_alone_says_how_it_is_evaluated(finished, data, capsys):
 
 def test_flags_override_what_a_checkpoint_says(finished, data, tmp_path):
     assert main.main(['--eval', '--checkpoint', str(finished / 'checkpoint-last.pth'), '--data_path', str(data),
-                      '--test_size', '64', '--crop_pct', '1', '--num_workers', '0', '--output_dir', str(tmp_path)]) == 0
+                      '--test_size', '64', '--crop_pct', '1', *CPU, '--output_dir', str(tmp_path)]) == 0
     result = json.loads((tmp_path / 'eval.json').read_text())
     assert (result['test_size'], result['crop_pct']) == (64, 1)
 
 
 def test_several_checkpoints_make_a_table(finished, data, tmp_path, capsys):
     names = [str(finished / f'checkpoint-{name}.pth') for name in ('last', 'best-ema')]
-    assert main.main(['--eval', '--checkpoint', *names, '--data_path', str(data), '--num_workers', '0',
-                      '--output_dir', str(tmp_path)]) == 0
+    assert main.main(['--eval', '--checkpoint', *names, '--data_path', str(data), *CPU, '--output_dir',
+                      str(tmp_path)]) == 0
     table = capsys.readouterr().out.splitlines()[-3:]
     assert table[0].split()[:2] == ['top-1', 'top-5'] and [line.split()[-1] for line in table[1:]] == names
 
 
 def test_fp16_falls_back_to_fp32_without_cuda_and_is_recorded(data, tmp_path, capsys):
-    assert main.main([*TINY, '--epochs', '1', '--precision', 'fp16', '--device', 'cpu', '--data_path', str(data),
+    assert main.main([*TINY, '--epochs', '1', '--precision', 'fp16', '--data_path', str(data),
                       '--output_dir', str(tmp_path)]) == 0
     assert 'fp16 needs a CUDA device: training in fp32' in capsys.readouterr().out
     assert json.loads((tmp_path / 'recipe.json').read_text())['precision'] == 'fp32'
@@ -133,12 +133,12 @@ def test_fp16_falls_back_to_fp32_without_cuda_and_is_recorded(data, tmp_path, ca
 
 def test_other_timm_model_trains_by_the_default_row_and_says_so(data, tmp_path, capsys):
     assert main.main(['--model', 'resnet10t', '--input_size', '32', '--epochs', '1', '--warmup_epochs', '0',
-                      '--batch_size', '8', '--total_batch_size', '8', '--num_workers', '0', '--device', 'cpu',
-                      '--data_path', str(data), '--output_dir', str(tmp_path)]) == 0
+                      '--batch_size', '8', '--total_batch_size', '8', *CPU, '--data_path', str(data),
+                      '--output_dir', str(tmp_path)]) == 0
     assert 'resnet10t has no recipe of its own' in capsys.readouterr().out
     assert json.loads((tmp_path / 'recipe.json').read_text())['name'] == 'default'
     assert main.main(['--eval', '--model', 'resnet10t', '--checkpoint', str(tmp_path / 'checkpoint-last.pth'),
-                      '--data_path', str(data), '--num_workers', '0', '--device', 'cpu']) == 0
+                      '--data_path', str(data), *CPU]) == 0
     assert json.loads((tmp_path / 'eval.json').read_text())['count'] == 9
 
 
@@ -164,9 +164,18 @@ def test_two_processes_train_on_the_same_batches_and_evaluate_each_image_once(fi
     one, two = (json.loads((f / 'log.txt').read_text().splitlines()[0]) for f in (finished, folder))
     # the same images in the same order; batch statistics of 4 instead of 8, and other mixup pairs
     assert two['train_loss'] == pytest.approx(one['train_loss'], rel=0.2)
-    runs.run(('--eval', '--checkpoint', str(folder / 'checkpoint-last.pth'), '--data_path', str(data), '--num_workers',
-              '0'), tmp_path / 'log', world_size=2)
+    runs.run(('--eval', '--checkpoint', str(folder / 'checkpoint-last.pth'), '--data_path', str(data), *CPU),
+             tmp_path / 'log', world_size=2)
     assert json.loads((folder / 'eval.json').read_text())['count'] == 9
+
+
+def test_terminal_gets_a_bar_with_loss_speed_and_time_left(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    assert main.main([*TINY, '--print_freq', '1', '--data_path', str(data), '--output_dir', str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert 'update 1/2' not in printed.out
+    bar = [line for line in printed.err.split('\r') if 'epoch 1' in line][-1]
+    assert all(part in bar for part in ('100%', 'loss ', 'images/s', ' left'))
 
 
 def test_slurm_variables_of_a_shell_do_not_start_distribution(monkeypatch):
@@ -193,6 +202,13 @@ def test_mistake_is_one_line_with_the_cure_and_leaves_nothing(words, said, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_mistake_is_shown_once_by_several_processes(tmp_path):
+    job = runs.start((*TINY, '--batch_size', '4', '--data_path', 'no/such/folder', '--output_dir',
+                      str(tmp_path / 'run')), tmp_path / 'log', world_size=2)
+    assert job.wait() == [2, 2]
+    assert job.text().count('error:') == 1 and 'Traceback' not in job.text()
+
+
 def test_mistakes_that_only_the_data_shows(data, tmp_path, capsys):
     base = [*TINY, '--data_path', str(data), '--output_dir', str(tmp_path / 'run')]
     line = refusal([*base, '--batch_size', '32', '--total_batch_size', '32'], capsys)
@@ -216,8 +232,8 @@ def test_pretrained_weights_out_of_reach_are_one_line(data, tmp_path, monkeypatc
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
     assert "timm's weights of resnet10t" in refusal(
-        ['--model', 'resnet10t', '--pretrained', '--input_size', '32', '--total_batch_size', '8', '--num_workers', '0',
-         '--device', 'cpu', '--data_path', str(data), '--output_dir', str(tmp_path / 'run')], capsys)
+        ['--model', 'resnet10t', '--pretrained', '--input_size', '32', '--total_batch_size', '8', *CPU, '--data_path',
+         str(data), '--output_dir', str(tmp_path / 'run')], capsys)
 
 
 def test_script_prints_no_traceback_and_exits_2():
@@ -259,8 +275,7 @@ def test_command_line_of_the_first_release_is_the_row_at_8_processes(name, monke
 def shrunk(name: str, data: Path, folder: Path) -> tuple[str, ...]:
     """The first release's command for one update on two processes."""
     return (*COMMANDS[name], '--input_size', '64', '--batch_size', '4', '--total_batch_size', '8', '--epochs', '1',
-            '--warmup_epochs', '0', '--num_workers', '0', '--data_path', str(data), '--output_dir', str(folder),
-            '--device', 'cpu')
+            '--warmup_epochs', '0', *CPU, '--data_path', str(data), '--output_dir', str(folder))
 
 
 @pytest.fixture(scope='module')

@@ -24,8 +24,9 @@ import recipes
 
 MODEL = ('--model', 'moganet_xtiny', '--model_kwargs', 'dims=[8,8,16,16]', 'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]',
          '--input_size', '32')
-BASE = (*MODEL, '--precision', 'fp32', '--gate_fp32', 'false', '--batch_size', '8', '--total_batch_size', '8',
-        '--num_workers', '0', '--epochs', '1', '--warmup_epochs', '0', '--lr', '1e-2', '--min_lr', '1e-3')
+BASE = (*MODEL, '--device', 'cpu', '--precision', 'fp32', '--gate_fp32', 'false', '--batch_size', '8',
+        '--total_batch_size', '8', '--num_workers', '0', '--epochs', '1', '--warmup_epochs', '0', '--lr', '1e-2',
+        '--min_lr', '1e-3')
 
 PROVEN: set[str] = set()
 
@@ -230,9 +231,8 @@ def test_sync_bn_converts_every_norm_and_is_refused_without_cuda(train, capsys):
         norms = {type(module).__name__ for module in main.build_model(
             recipe, run, num_classes=3, device=torch.device('cpu')).modules() if 'Norm' in type(module).__name__}
         assert norms and all('Sync' in norm for norm in norms)
-    if not torch.cuda.is_available():
-        train('--sync_bn', status=2)
-        assert '--sync_bn needs CUDA' in capsys.readouterr().err
+    train('--sync_bn', status=2)
+    assert '--sync_bn needs CUDA' in capsys.readouterr().err
 
 
 # ---- What changes the batches ---------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def test_bad_image_stops_the_run_or_is_replaced_and_counted(train, tmp_path, cap
     assert log_of(folder)[0]['bad_images'] >= 4  # 16 of 18 images, 6 of them broken
 
 
-@proves('num_workers', 'pin_mem')
+@proves('num_workers')
 def test_workers_are_as_many_as_asked_and_change_no_weight(train, monkeypatch):
     asked = []
     loader = torch.utils.data.DataLoader
@@ -344,6 +344,7 @@ def test_workers_are_as_many_as_asked_and_change_no_weight(train, monkeypatch):
     assert same(state_of(with_two)['model'], state_of(train())['model'])
 
 
+@proves('pin_mem')
 @pytest.mark.gpu
 def test_pin_mem_pins_what_crosses_the_bus(data):
     pinned = {}
@@ -358,7 +359,7 @@ def test_pin_mem_pins_what_crosses_the_bus(data):
 
 @proves('device')
 def test_device_is_the_one_named_or_refused(train, capsys, tmp_path):
-    train('--device', 'cpu', folder=tmp_path)
+    train(folder=tmp_path)
     assert json.loads((tmp_path / 'environment.json').read_text())[0]['device'] == 'cpu'
     there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
     for name in ('cuda', 'mps', 'toaster'):
@@ -369,7 +370,7 @@ def test_device_is_the_one_named_or_refused(train, capsys, tmp_path):
 
 
 def test_batch_size_auto_is_refused_without_cuda(train, capsys):
-    train('--device', 'cpu', '--batch_size', 'auto', status=2)
+    train('--batch_size', 'auto', status=2)
     assert '--batch_size auto' in capsys.readouterr().err
 
 
@@ -470,6 +471,10 @@ def test_finetune_starts_from_the_weights_of_a_file(train, capsys, tmp_path):
     assert same(parameters(folder), parameters(source))
     assert not same(parameters(folder), parameters(train(*STILL)))
     assert 'Starting from' in capsys.readouterr().out
+    averaged = train('--model_ema', '--model_ema_decay', '0.5')
+    auto, raw = (parameters(train(*STILL, '--finetune', str(averaged / 'checkpoint-last.pth'), '--weights', which))
+                 for which in ('auto', 'raw'))
+    assert same(raw, parameters(averaged)) and not same(auto, raw)
     train('--finetune', str(tmp_path / 'none.pth'), status=2)
 
 
@@ -557,7 +562,7 @@ def test_run_stops_after_so_many_skipped_updates(train, tmp_path, monkeypatch, c
         return torch.amp.GradScaler(device.type, init_scale=float('inf'))
 
     monkeypatch.setattr(engine, 'create_scaler', overflowing)
-    flags = ('--print_freq', '1', '--loss', 'bce_sum', '--device', 'cpu')
+    flags = ('--print_freq', '1', '--loss', 'bce_sum')
     train(*flags, folder=tmp_path / 'patient')
     assert log_of(tmp_path / 'patient')[0]['skipped'] == 2
     capsys.readouterr()
@@ -579,7 +584,8 @@ def test_eval_evaluates_the_checkpoint_and_the_weights_asked_for(trained, data, 
     results = {}
     for which in ('auto', 'ema', 'raw'):
         assert main.main(['--eval', '--checkpoint', str(trained / 'checkpoint-last.pth'), '--weights', which,
-                          '--data_path', str(data), '--output_dir', str(tmp_path), '--num_workers', '0']) == 0
+                          '--data_path', str(data), '--output_dir', str(tmp_path), '--num_workers', '0', '--device',
+                          'cpu']) == 0
         results[which] = json.loads((tmp_path / 'eval.json').read_text())
         assert f'{results[which]["weights"]} weights' in capsys.readouterr().out
     # one forward pass in other batches: to round-off
@@ -598,8 +604,8 @@ def test_eval_needs_a_checkpoint(capsys):
 @proves('results_file')
 def test_results_file_takes_a_line_for_every_evaluation(trained, data, tmp_path):
     command = ['--eval', '--checkpoint', str(trained / 'checkpoint-last.pth'), str(trained / 'checkpoint-best-ema.pth'),
-               '--data_path', str(data), '--output_dir', str(tmp_path), '--num_workers', '0', '--results_file',
-               str(tmp_path / 'results.csv')]
+               '--data_path', str(data), '--output_dir', str(tmp_path), '--num_workers', '0', '--device', 'cpu',
+               '--results_file', str(tmp_path / 'results.csv')]
     for count in (2, 4):
         assert main.main(command) == 0
         with open(tmp_path / 'results.csv') as file:
