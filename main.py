@@ -15,6 +15,7 @@ import itertools
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,11 @@ MAX_ROLLBACKS = 3
 PRECISE_BN_ORDER = -1  # the data order of Precise BN, beside those of the attempts (0, 1, ...)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, report: Callable[[str], None] = utils.to_stderr) -> int:
     """Runs a command line.
+
+    Args:
+        report: receives the text of the error that ends the run, on the rank that failed first.
 
     Returns:
         The exit status: 0 where the training or the evaluation is complete, 2 for what the user can put right, 128 plus
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return done.code or 0
     except UserError as error:
         if rank == 0:  # the same on every rank
-            print(f'error: {error}', file=sys.stderr)
+            report(f'error: {error}')
         return 2
 
     utils.setup_logging(rank)
@@ -61,13 +65,13 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except UserError as error:
         if utils.claim_error(rank):
-            print(f'error: {error}', file=sys.stderr)
+            report(f'error: {error}')
         return 2
     except KeyboardInterrupt:
         return 130
     except Exception:
         if utils.claim_error(rank):
-            traceback.print_exc()
+            report(traceback.format_exc())
         return 1
 
 
@@ -181,9 +185,18 @@ def find_start(recipe: Recipe, run: Run, folder: 'checkpoint.CheckpointFolder',
     """
     import checkpoint
     found, named = None, Path(run.resume) if run.resume else None
-    with utils.rank_zero_first('start'):
-        # All ranks look, so that each holds the state; rank 0 goes first and its warnings are the ones shown
+
+    def newest() -> str:
+        nonlocal found
         found = folder.newest()
+        return str(found[0]) if found else ''
+
+    path = utils.from_rank_zero('start', newest)  # on a network file system another rank may not see the newest yet
+    if path and found is None:
+        try:
+            found = Path(path), checkpoint.load(Path(path))
+        except checkpoint.CheckpointError as error:
+            raise UserError(f'rank {processes.rank}: {error}; --output_dir must be shared by all nodes') from None
     if found is not None and not run.auto_resume and named is None:
         raise UserError(f'{run.output_dir} holds a run already; continue it with --auto_resume true, or give another '
                         '--output_dir')
@@ -279,13 +292,13 @@ class Training:
                         return 1
                     continue
                 if signal and self.state.epoch < self.recipe.epochs:
-                    saved = self.folder.wait()
+                    saved = self._written()
                     log.info('Stopped at epoch %d, update %d. %s', self.state.epoch, self.state.step,
                              'The same command continues.' if saved else 'It could not be saved.')
                     return 128 + signal if saved else 1
         finally:
             self.notes.close()
-        if not self.folder.wait():
+        if not self._written():
             log.error('The last checkpoint could not be saved: free space in %s and start the same command again.',
                       self.run.output_dir)
             return 1
@@ -390,6 +403,20 @@ class Training:
         state = self.state.state_dict()
         if self.processes.first and self.run.save_ckpt:
             self.folder.save(state, best='' in improved, best_ema='_ema' in improved)
+
+    def _written(self) -> bool:
+        """Waits for the last checkpoint, on all ranks. Returns whether it was written.
+
+        A launcher may end the job when the first process leaves it, and rank 0 alone writes.
+        """
+        written = self.folder.wait()
+        if self.processes.host_group is None:
+            return written
+        import torch
+        import torch.distributed as dist
+        flag = torch.tensor(int(written))
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.processes.host_group)
+        return bool(flag)
 
     def _roll_back(self, error: Exception) -> bool:
         """After a NaN: back to the newest checkpoint with another data order, where the user wants it and may still."""

@@ -34,6 +34,10 @@ def nearest(word: str, known: Iterable[str], *, prefix: str = '') -> str:
     return f'; did you mean {", ".join(prefix + name for name in close)}?' if close else ''
 
 
+def to_stderr(text: str) -> None:
+    print(text.rstrip(), file=sys.stderr, flush=True)
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Runs a command and exits: with its status, or with one line and status 2 on a user error."""
     try:
@@ -157,6 +161,21 @@ def rank_zero_first(name: str) -> Iterator[None]:
     finally:
         if dist.get_rank() == 0:
             store.set(key, 'done')
+
+
+def from_rank_zero(name: str, compute: Callable[[], str]) -> str:
+    """A text that rank 0 computes and all ranks return, so that they cannot come to different answers."""
+    import datetime
+
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        return compute()
+    store, key = dist.distributed_c10d._get_default_store(), f'moganet/{name}'
+    if dist.get_rank() == 0:
+        store.set(key, compute())
+    else:
+        store.wait([key], datetime.timedelta(days=1))
+    return store.get(key).decode()
 
 
 def claim_error(rank: int) -> bool:
