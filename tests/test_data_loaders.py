@@ -1,0 +1,359 @@
+"""The loaders: which images a run sees, in which order, and what the device does to a batch."""
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import datasets
+import image_ops
+from recipes import RECIPES, Run
+from utils import UserError
+
+DIGITS = replace(RECIPES['moganet_xtiny_digits'], total_batch_size=24)
+STRONG = replace(DIGITS, aa='rand-m9-mstd0.5-inc1', hflip=0.5, reprob=0.5, mixup=0.8, cutmix=1.0)
+
+
+def run_of(world_size=1, batch_size=None, update_freq=1, total=24, **changes):
+    batch_size = batch_size or total // world_size // update_freq
+    return Run(world_size=world_size, batch_size=batch_size, update_freq=update_freq, num_workers=0, **changes)
+
+
+def open_train(recipe, run=None, rank=0):
+    return datasets.build_loaders(recipe, run or run_of(), rank=rank).train
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def numbered(monkeypatch):
+    """A source of 100 images whose label is their index, so that batches tell which images they hold."""
+    class Numbered:
+        in_memory, classes = True, [str(i) for i in range(100)]
+
+        def __init__(self, *_):
+            self.noise = np.random.default_rng(0).integers(0, 256, (100, 40, 40, 3), np.uint8)
+
+        def __len__(self):
+            return 100
+
+        def read(self, index):
+            return self.noise[index], index
+
+        def name(self, index):
+            return f'number {index}'
+
+    monkeypatch.setattr(datasets, 'open_source', Numbered)
+    return replace(DIGITS, mixup=0, cutmix=0, aa=None, reprob=0.0)
+
+
+def test_number_of_workers_changes_no_pixel():
+    first, *others = [list(open_train(STRONG, replace(run_of(), num_workers=workers)).epoch(1))
+                      for workers in (0, 1, 2)]
+    assert len(first) == 1437 // 24
+    assert all(same(first, other) for other in others)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_epoch_resumed_at_an_update_equals_its_rest(workers):
+    run = replace(run_of(batch_size=6, update_freq=4), num_workers=workers)
+    whole = list(open_train(STRONG, run).epoch(2))
+    loader = open_train(STRONG, run)
+    begun = loader.epoch(1)  # an epoch that is broken off leaves nothing behind
+    next(begun)
+    rest = list(loader.epoch(2, start_update=50))
+    assert same(whole[50 * 4:], rest)
+    loader.close()
+
+
+def test_epochs_attempts_and_seeds_differ():
+    def first(recipe=STRONG, **position):
+        return next(open_train(recipe).epoch(**position))[0]
+    base = first(epoch=0)
+    assert torch.equal(base, first(epoch=0))
+    for other in (first(epoch=1), first(epoch=0, attempt=1), first(replace(STRONG, seed=1), epoch=0)):
+        assert not torch.equal(base, other)
+
+
+@pytest.mark.parametrize('world_size', [1, 2, 3])
+def test_every_image_is_trained_on_once_an_epoch_and_evaluated_once(numbered, world_size):
+    trained, evaluated = Counter(), Counter()
+    for rank in range(world_size):
+        loaders = datasets.build_loaders(numbered, run_of(world_size), rank=rank)
+        trained.update(label for _, labels in loaders.train.epoch(0) for label in labels.tolist())
+        evaluated.update(label for _, labels in loaders.val for label in labels.tolist())
+        assert loaders.val.count == 100
+    assert set(trained.values()) == {1}
+    assert len(trained) == 96  # 4 updates of 24; the tail of 4 images is dropped
+    assert evaluated == Counter(range(100))
+
+
+def test_an_update_trains_on_the_same_images_whatever_the_world_size(numbered):
+    def updates(world_size, update_freq):
+        run, seen = run_of(world_size, update_freq=update_freq), [Counter() for _ in range(4)]
+        for rank in range(world_size):
+            for number, (_, labels) in enumerate(open_train(numbered, run, rank).epoch(3)):
+                seen[number // update_freq].update(labels.tolist())
+        return seen
+    assert updates(1, 1) == updates(2, 3) == updates(3, 2) == updates(1, 4)
+
+
+def test_an_images_pixels_do_not_depend_on_its_place(numbered):
+    recipe = replace(numbered, aa='rand-m9-mstd0.5-inc1', reprob=1.0)
+    alone = {label: image for rank in range(3) for images, labels in open_train(recipe, run_of(3), rank).epoch(0)
+             for image, label in zip(images, labels.tolist(), strict=True)}
+    for images, labels in open_train(recipe).epoch(0):
+        for image, label in zip(images, labels.tolist(), strict=True):
+            assert torch.equal(image, alone[label])
+
+
+def test_repeated_augmentation_gives_different_copies_in_one_process(numbered):
+    recipe = replace(numbered, repeated_aug=3)
+    batches = list(open_train(recipe).epoch(0))
+    labels = Counter(label for _, batch in batches for label in batch.tolist())
+    assert sum(labels.values()) == 96 and len(labels) == 32 and set(labels.values()) == {3}
+    images = {}
+    for batch, numbers in batches:
+        for image, label in zip(batch, numbers.tolist(), strict=True):
+            images.setdefault(label, []).append(image)
+    assert not any(torch.equal(a, b) for copies in images.values() for a, b in pairwise(copies))
+    # With accumulation, the copies of an image are in different micro-batches
+    for _, numbers in open_train(recipe, run_of(update_freq=3)).epoch(0):
+        assert len(set(numbers.tolist())) == len(numbers)
+
+
+@pytest.mark.parametrize('mode', ['batch', 'pair', 'elem'])
+@pytest.mark.parametrize('size', [8, 7])
+@pytest.mark.parametrize('kind', ['mixup', 'cutmix', 'minmax'])
+def test_mixup_mixes_targets_as_it_mixes_pixels(mode, size, kind):
+    mixup = datasets.BatchMixup(
+        1.0 if kind == 'mixup' else 0.0, 1.0 if kind == 'cutmix' else 0.0, (0.3, 0.6) if kind == 'minmax' else None,
+        mode=mode, label_smoothing=0.0, num_classes=size)
+    np.random.seed(3)
+    # Image i is i everywhere, so that its mean tells the share of each of its two sources
+    images = torch.arange(size, dtype=torch.float32)[:, None, None, None].expand(size, 3, 20, 20).clone()
+    mixed, targets = mixup(images, torch.arange(size))
+    assert not torch.equal(mixed, torch.arange(size)[:, None, None, None].expand_as(mixed).float())
+    torch.testing.assert_close(targets.sum(1), torch.ones(size))
+    torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ torch.arange(size, dtype=torch.float32),
+                               rtol=1e-5, atol=1e-5)  # float32 sums
+
+
+def test_mixing_ends_before_the_last_epochs_and_smooths_where_it_is_on():
+    recipe = replace(STRONG, epochs=4, mixup_off_epochs=1, smoothing=0.1)
+    loader = open_train(recipe)
+    _, soft = next(loader.epoch(2))
+    _, hard = next(loader.epoch(3))
+    assert soft.shape == (24, 10) and float(soft.min()) == pytest.approx(0.01)
+    assert hard.dtype == torch.int64 and hard.shape == (24,)
+
+
+@pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
+def test_random_erasing_fills_its_boxes_and_nothing_else(numbered, mode):
+    plain = list(open_train(numbered).epoch(0))
+    erased = list(open_train(replace(numbered, reprob=0.5, remode=mode, recount=2)).epoch(0))
+    hit = 0
+    for (before, _), (after, _) in zip(plain, erased, strict=True):
+        for old, new in zip(before, after, strict=True):
+            changed = (old != new).any(0)
+            hit += bool(changed.any())
+            if mode == 'const':
+                assert (new[:, changed] == 0).all()
+            if mode == 'rand' and changed.any():
+                assert len({tuple(pixel.tolist()) for pixel in new[:, changed].T}) <= 2
+    assert 0.35 < hit / 96 < 0.65  # three standard deviations around 0.5
+
+
+def test_erasing_boxes_are_distributed_as_timms():
+    from timm.data.random_erasing import RandomErasing
+    recipe, areas, ours = replace(DIGITS, input_size=64, reprob=0.7), [], []
+    erasing = RandomErasing(0.7, mode='const', device='cpu')
+    image_ops.seed_image(0)
+    for _ in range(3000):
+        areas.append(float((erasing(torch.ones(1, 64, 64)) == 0).sum()))
+        box = image_ops.erasing_boxes(recipe)[0]
+        ours.append(float(box[2] * box[3]))
+    from scipy.stats import ks_2samp
+    assert ks_2samp(areas, ours).pvalue > 1e-3
+
+
+OPTIONS = {
+    'scale': (0.1, 0.2), 'ratio': (2.0, 2.5), 'hflip': 1.0, 'vflip': 1.0, 'aa': 'rand-m9-p1', 'color_jitter': 0.9,
+    'reprob': 1.0, 'repeated_aug': 2, 'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5),
+    'train_interpolation': 'bilinear', 'input_size': 40, 'mixup': 0.8, 'cutmix': 1.0, 'cutmix_minmax': (0.2, 0.8), 'seed': 7, 'total_batch_size': 12,
+}
+
+
+@pytest.mark.parametrize('name', OPTIONS)
+def test_training_option_changes_the_batches(numbered, name):
+    changed = replace(numbered, **{name: OPTIONS[name]})
+    run = run_of(total=changed.total_batch_size)
+    assert not same([next(open_train(numbered).epoch(0))], [next(open_train(changed, run).epoch(0))])
+
+
+MIXING = {'mixup_prob': 0.0, 'mixup_switch_prob': 0.0, 'mixup_mode': 'elem', 'mixup_off_epochs': 8, 'smoothing': 0.3}
+
+
+@pytest.mark.parametrize('name', MIXING)
+def test_mixing_option_changes_the_batches(numbered, name):
+    recipe = replace(numbered, mixup=0.8, cutmix=1.0)
+    changed = replace(recipe, **{name: MIXING[name]})
+    assert not same([next(open_train(recipe).epoch(0))], [next(open_train(changed).epoch(0))])
+
+
+@pytest.mark.parametrize('changes', [{'test_size': 48}, {'crop_pct': 0.5}, {'interpolation': 'nearest'},
+                                     {'crop_mode': 'squash'}, {'crop_mode': 'border'}])
+def test_test_option_changes_the_batches(monkeypatch, changes):
+    class Oblong:
+        in_memory, classes = True, ['a', 'b']
+        pixels = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
+
+        def __init__(self, *_):
+            pass
+
+        def __len__(self):
+            return 30
+
+        def read(self, index):
+            return self.pixels, 0
+
+    monkeypatch.setattr(datasets, 'open_source', Oblong)
+    run = replace(run_of(), eval=True)
+    base, other = (next(iter(datasets.build_loaders(recipe, run).val))
+                   for recipe in (replace(DIGITS, crop_pct=0.9), replace(DIGITS, **({'crop_pct': 0.9} | changes))))
+    assert not torch.equal(base[0], other[0])
+
+
+def test_normalisation_is_that_of_the_recipe(numbered):
+    images, _ = next(iter(datasets.build_loaders(replace(numbered, crop_pct=1.0, test_size=40), run_of()).val))
+    noise = np.random.default_rng(0).integers(0, 256, (100, 40, 40, 3), np.uint8)[:len(images)]
+    expected = (torch.from_numpy(noise / 255.0) - torch.tensor(DIGITS.mean)) / torch.tensor(DIGITS.std)
+    torch.testing.assert_close(images, expected.permute(0, 3, 1, 2).float(), rtol=0, atol=2e-6)  # float32 round-off
+
+
+def test_labels_out_of_range_are_refused_on_the_cpu(numbered, monkeypatch):
+    monkeypatch.setattr(datasets, 'class_names', lambda _: [])
+    source = datasets.open_source()
+    source.classes = []
+    monkeypatch.setattr(datasets, 'open_source', lambda *_: source)
+    loader = open_train(replace(numbered, num_classes=50))
+    with pytest.raises(UserError, match=r'number \d+, has label \d+, but the model has 50 classes: give --num_classes'):
+        list(loader.epoch(0))
+
+
+def test_wrong_class_counts_and_small_sets_are_refused_with_the_cure(numbered):
+    with pytest.raises(UserError, match='--num_classes 50, but the data has 100 classes'):
+        open_train(replace(numbered, num_classes=50))
+    with pytest.raises(UserError, match='100 training images are fewer than one batch of 128; give --total.* 64'):
+        open_train(replace(numbered, total_batch_size=128), run_of(batch_size=128))
+
+
+def test_eval_and_disable_eval_open_only_what_they_need():
+    evaluating = datasets.build_loaders(DIGITS, Run(eval=True, val_batch_size=100, num_workers=0))
+    assert evaluating.train is None and [len(labels) for _, labels in evaluating.val] == [100, 100, 100, 60]
+    assert datasets.build_loaders(DIGITS, run_of(disable_eval=True)).val is None
+
+
+def test_digits_are_the_fixed_split():
+    loaders = datasets.build_loaders(DIGITS, run_of())
+    assert (loaders.train.count, loaders.val.count, loaders.num_classes) == (1437, 360, 10)
+    counts = Counter(label for _, labels in loaders.val for label in labels.tolist())
+    assert set(counts) == set(range(10)) and min(counts.values()) >= 34
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
+    with pytest.raises(UserError, match='pip install'):
+        open_train(DIGITS)
+
+
+def test_fake_data_makes_ten_updates():
+    loaders = datasets.build_loaders(replace(DIGITS, data_set='fake', num_classes=7), run_of())
+    assert loaders.train.updates_per_epoch == 10 and loaders.num_classes == 7
+    first, again = next(loaders.train.epoch(0)), next(loaders.train.epoch(0))
+    assert same([first], [again])
+
+
+def test_batches_that_are_kept_are_not_overwritten():
+    loader = open_train(DIGITS)
+    kept = list(loader.epoch(0))
+    views = [images[:2] for images, _ in loader.epoch(0)]
+    assert all(torch.equal(view, images[:2]) for view, (images, _) in zip(views, kept, strict=True))
+
+
+def test_workers_ignore_the_signals_of_a_preemption():
+    loader = open_train(STRONG, replace(run_of(), num_workers=2))
+    batches = loader.epoch(0)
+    first = [next(batches)]
+    for worker in loader._workers._loader._iterator._workers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(worker.pid, number)
+    assert same(first + list(batches), list(open_train(STRONG).epoch(0)))
+    loader.close()
+
+
+def test_a_process_that_forgets_to_close_its_loaders_ends():
+    code = ('import datasets; from recipes import resolve\n'
+            "recipe, run = resolve('--recipe moganet_xtiny_digits --num_workers 2'.split())\n"
+            'loaders = datasets.build_loaders(recipe, run)\nbatches = loaders.train.epoch(0)\n'
+            'next(batches)\nprint("end")')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, 'end\n'), done.stderr
+
+
+def write_images(folder, *, classes='ab', count=6):
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / name / f'{number}.png')
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_corrupt_image_stops_the_run_by_name_or_is_replaced_and_counted(tmp_path, monkeypatch, workers):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    write_images(tmp_path / 'train')
+    write_images(tmp_path / 'val')
+    broken = tmp_path / 'train' / 'a' / '3.png'
+    broken.write_bytes(broken.read_bytes()[:600])
+    recipe = replace(DIGITS, data_set='image_folder', total_batch_size=4)
+    run = replace(run_of(total=4), data_path=str(tmp_path), num_workers=workers)
+    with pytest.raises(UserError, match=r'image 3, .*train/a/3\.png, cannot be read .*--on_bad_image skip') as caught:
+        list(open_train(recipe, run).epoch(0))
+    assert '\n' not in str(caught.value)
+    skipping = replace(recipe, on_bad_image='skip')
+    loader = open_train(skipping, run)
+    batches = list(loader.epoch(0))
+    assert [len(labels) for _, labels in batches] == [4, 4, 4] and loader.bad_images == 1
+    assert same(batches, list(open_train(skipping, run_of(total=4, data_path=str(tmp_path))).epoch(0)))
+    loader.close()
+
+
+def test_evaluation_refuses_a_corrupt_image(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    write_images(tmp_path / 'val')
+    (tmp_path / 'val' / 'b' / '1.png').write_bytes(b'no image')
+    recipe = replace(DIGITS, data_set='image_folder', on_bad_image='skip')
+    with pytest.raises(UserError, match=r'val/b/1\.png, cannot be read'):
+        list(datasets.build_loaders(recipe, Run(eval=True, data_path=str(tmp_path), num_workers=0)).val)
+
+
+@pytest.mark.gpu
+def test_cuda_prefetcher_gives_what_the_cpu_gives():
+    recipe = replace(STRONG, reprob=0.0)  # the two devices draw different noise
+    on_gpu = datasets.build_loaders(recipe, replace(run_of(), num_workers=2), device='cuda').train
+    for (images, targets), (expected, labels) in zip(on_gpu.epoch(0), open_train(recipe).epoch(0), strict=True):
+        torch.testing.assert_close(images.cpu(), expected, rtol=0, atol=1e-5)  # fused multiply-add
+        torch.testing.assert_close(targets.cpu(), labels)
+    on_gpu.close()
