@@ -338,10 +338,12 @@ def load_index(root: Path) -> tuple[np.ndarray, dict[str, Any]]:
         facts = json.loads(note.read_text())
         if facts['root'] == resolved and _unchanged(resolved, facts['stamps']):
             return np.load(note.with_name(facts['records']), mmap_mode='r'), facts
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError):  # none yet, or a damaged one
         pass
     log.info('indexing the images of %s, once', root)
     records, facts = (_scan_tar if root.is_file() else _scan_folder)(resolved)
+    if not len(records):
+        return records, facts  # about to be refused, and the cure may not show in the folders
     name = f'{note.stem}-{hashlib.blake2b(records.tobytes(), digest_size=8).hexdigest()}.npy'
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -375,8 +377,9 @@ class ImageFiles:
         self._records, facts = load_index(root)
         names: list[str] = facts['classes']
         if not len(self._records) and facts['loose']:
-            raise UserError(f'{root} holds {facts["loose"]:,} images in no class folder; sort them with '
-                            'tools/check_dataset.py --sort_val GROUND_TRUTH_FILE, which its --help explains')
+            cure = (f'put {" (with meta.mat) or ".join(GROUND_TRUTHS)} beside it' if root.is_file() else
+                    'sort them with tools/check_dataset.py --sort_val FILE, which its --help explains')
+            raise UserError(f'{root} holds {facts["loose"]:,} images in no class folder; {cure}')
         if not len(self._records):
             raise UserError(f'{root} holds no image in a class folder ({root}/CLASS/IMAGE with an ending of '
                             f'{", ".join(EXTENSIONS)}); check --data_path')
