@@ -458,9 +458,15 @@ class ValLoader(_Loader):
     """
 
     def __init__(self, source: Any, recipe: Recipe, run: Run, *, rank: int, **others: Any):
+        self._source = source
         self._batch_size = run.val_batch_size or int(1.5 * (run.batch_size or recipe.micro_batch_size))
         super().__init__(source, recipe, run, training=False, batch_size=self._batch_size, rank=rank, **others)
         self._share = np.arange(rank, self.count, run.world_size)
+
+    @property
+    def names(self) -> list[str]:
+        """Where this rank's images come from, in the order of the batches."""
+        return [self._source.name(int(index)) for index in self._share]
 
     def __len__(self) -> int:
         """Number of batches; of a stream, about."""

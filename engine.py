@@ -44,6 +44,15 @@ def create_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
 
 
+def train_mode(model: nn.Module) -> None:
+    """Training mode, but for the modules all of whose parameters are frozen."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(param.requires_grad for param in parameters):
+            module.eval()
+
+
 def wrap_distributed(model: nn.Module, device: torch.device) -> nn.Module:
     """The model in DDP where there is a process group, else the model itself.
 
@@ -83,7 +92,8 @@ def precise_bn(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Ten
     for norm, momentum, count in zip(norms, momenta, counts, strict=True):
         norm.momentum = momentum
         norm.num_batches_tracked.copy_(count)
-    model.train(was_training)
+    if was_training:
+        train_mode(model)
 
 
 class TrainStep:
@@ -195,7 +205,7 @@ class TrainStep:
         if not isinstance(self.model, DistributedDataParallel):
             return
         kept, counts = self.buffers.get(), [count.clone() for count in self._counts]
-        self.model.train()
+        train_mode(self.model)
         with autocast(self.device, self.precision):
             loss = self.criterion(self.model(images), targets)
         loss.backward()
@@ -282,7 +292,7 @@ def train_one_epoch(step: TrainStep, batches: Iterable[tuple[torch.Tensor, torch
     Raises:
         NonFiniteError: on all ranks alike.
     """
-    step.model.train()
+    train_mode(step.model)
     timed = _Timed(batches)
     begin = time.perf_counter()
     figures: dict[str, float] = {}
@@ -309,40 +319,74 @@ def train_one_epoch(step: TrainStep, batches: Iterable[tuple[torch.Tensor, torch
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, count: int,
-             precision: str = 'fp32') -> dict[str, float]:
+             precision: str = 'fp32', valid_labels: Sequence[int] | None = None,
+             real_labels: torch.Tensor | None = None) -> dict[str, float]:
     """Accuracy and cross-entropy over a data set that the ranks share out, each image once.
 
     Args:
         model: unwrapped; a rank may have fewer batches than another, so that nothing in it may communicate.
         batches: this rank's images [B, 3, H, W] and class indices [B].
         count: images of the whole data set.
+        valid_labels: the model's classes that the data set has, in the order of its labels; all of them by default.
+        real_labels: bool [images of this rank, classes], all the labels that are right for an image; an image without
+            any is left out (ReaL, arXiv 2006.07159).
 
     Returns:
-        'acc1' and 'acc5' in % (top-5 is top-k where there are k < 5 classes), 'loss' per image, 'count'.
+        'acc1' and 'acc5' in % (top-5 is top-k where there are k < 5 classes), 'loss' per image, 'count', and with
+        `real_labels` 'real_acc1' in %.
 
     Raises:
         RuntimeError: where the images seen by all ranks are not `count`.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    sums = torch.zeros(4, device=device, dtype=sum_dtype(device))
+    sums = torch.zeros(6, device=device, dtype=sum_dtype(device))
+    seen = 0
     for images, targets in batches:
         images, targets = images.to(device), targets.to(device)
         with autocast(device, precision):
             logits = model(images)
         logits = logits.float()
-        best = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        loss = F.cross_entropy(logits, targets, reduction='sum')
-        sums[:3] += torch.stack([best[:, 0].sum(), best.sum(), loss])
-        sums[3] += len(images)
-    model.train(was_training)
+        if valid_labels is not None:
+            logits = logits[:, valid_labels]
+        top = logits.topk(min(5, logits.shape[1])).indices
+        right = top == targets[:, None]
+        sums[:3] += torch.stack([right[:, 0].sum(), right.sum(), F.cross_entropy(logits, targets, reduction='sum')])
+        if real_labels is not None:
+            real = real_labels[seen:seen + len(images)].to(device)
+            sums[3:5] += torch.stack([real.gather(1, top[:, :1]).sum(), real.any(1).sum()])
+        seen += len(images)
+    sums[5] = seen
+    if was_training:
+        train_mode(model)
     if dist.is_initialized():
         sums = sums.cuda() if dist.get_backend() == 'nccl' else sums  # a moving average may be kept on the CPU
         dist.all_reduce(sums)
-    correct1, correct5, loss, seen = sums.tolist()
-    if seen != count:
-        raise RuntimeError(f'{seen:.0f} images were evaluated, but the data set has {count}')
-    return {'acc1': 100 * correct1 / seen, 'acc5': 100 * correct5 / seen, 'loss': loss / seen, 'count': int(seen)}
+    correct1, correct5, loss, real_correct, real_count, total = sums.tolist()
+    if total != count:
+        raise RuntimeError(f'{total:.0f} images were evaluated, but the data set has {count}')
+    result = {'acc1': 100 * correct1 / total, 'acc5': 100 * correct5 / total, 'loss': loss / total, 'count': int(total)}
+    if real_labels is not None:
+        result['real_acc1'] = 100 * real_correct / max(real_count, 1)
+    return result
+
+
+@torch.no_grad()
+def throughput(model: nn.Module, images: torch.Tensor, *, precision: str = 'fp32', seconds: float = 3.0) -> float:
+    """Images a second of the model alone, in evaluation mode, on one batch [B, 3, H, W] on its device."""
+    model.eval()
+
+    def forward() -> None:
+        with autocast(images.device, precision):
+            model(images)[0, 0].item()  # waits for the device
+
+    for _ in range(2):
+        forward()
+    begin, done = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        forward()
+        done += len(images)
+    return done / (time.perf_counter() - begin)
 
 
 def largest_micro_batch(model: nn.Module, criterion: Callable[..., torch.Tensor], sizes: Sequence[int], *,

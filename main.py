@@ -12,6 +12,7 @@ What a model starts from, the first that applies:
 import csv
 import dataclasses
 import itertools
+import json
 import os
 import sys
 import traceback
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     import checkpoint
-    from datasets import Loaders
+    from datasets import Loaders, ValLoader
+    from models.weights import Weights
 
 MAX_ROLLBACKS = 3
+MIN_FINETUNE_UPDATES = 300  # fewer, and a new head has hardly left its initial weights
 PRECISE_BN_ORDER = -1  # the data order of Precise BN, beside those of the attempts (0, 1, ...)
 
 
@@ -86,19 +89,25 @@ def adapt_to_device(recipe: Recipe, run: Run, device: 'torch.device') -> Recipe:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # what cuBLAS asks for in order to be so
         torch.use_deterministic_algorithms(True)
     if recipe.precision == 'fp16' and device.type != 'cuda':
-        log.info('fp16 needs a CUDA device: training in fp32 on this %s.', device.type)
+        log.info('fp16 needs a CUDA device: running in fp32 on this %s.', device.type)
         recipe = dataclasses.replace(recipe, precision='fp32')
     if recipe.sync_bn and device.type != 'cuda':
         raise UserError(f'--sync_bn needs CUDA devices, and this is a {device.type}; leave it out')
     return recipe
 
 
-def build_model(recipe: Recipe, run: Run, *, num_classes: int, device: 'torch.device') -> 'nn.Module':
-    """The recipe's model with its initial weights, on the device. Raises UserError for an unknown one."""
+def build_model(recipe: Recipe, run: Run, *, num_classes: int, device: 'torch.device',
+                initial: 'Weights | None' = None) -> 'nn.Module':
+    """The recipe's model on the device, with its own initial weights or those of `initial` (the head where it fits).
+
+    Raises:
+        UserError: for an unknown model, or weights that are not of it.
+    """
     import timm
     import torch
     from timm.layers import convert_sync_batchnorm  # torch's drops the activation of timm's BatchNormAct2d
 
+    import optim_factory
     from models import weights
     if not timm.is_model(recipe.model):
         raise UserError(f'unknown model {recipe.model}{utils.nearest(recipe.model, timm.list_models())}')
@@ -115,10 +124,9 @@ def build_model(recipe: Recipe, run: Run, *, num_classes: int, device: 'torch.de
                         'them elsewhere and give the file by --finetune') from None
     except (TypeError, ValueError, LookupError, AssertionError) as error:
         raise UserError(f'{recipe.model} cannot be built as the recipe says ({error}); see --model_kwargs') from None
-    if run.finetune:
-        source = weights.load_weights(run.finetune, run.weights)
-        report = weights.apply_weights(model, source, drop_classifier=True)
-        log.info('Starting from %s (%s weights): %s', run.finetune, source.which, report)
+    if initial is not None:
+        log.info('Starting from %s: %s', initial, weights.apply_weights(model, initial, drop_classifier=True))
+    optim_factory.freeze(model, stages=recipe.freeze_stages, linear_probe=recipe.linear_probe)
     if run.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if recipe.sync_bn:
@@ -161,6 +169,9 @@ def train(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
         log.info('%s is complete: %d epochs. Nothing to do; train anew in another --output_dir.', run.output_dir,
                  recipe.epochs)
         return 0
+    recipe, initial = find_initial(recipe, run, start)
+    if initial is not None and recipe.model in recipes.MOGANETS:
+        log.info('Training with the %s gate.', recipe.gate)
     if run.batch_size == 'auto':
         run = recipes.fit_batch(recipe, dataclasses.replace(run, batch_size=find_micro_batch(recipe, run, processes)))
     loaders = datasets.build_loaders(recipe, run, rank=processes.rank, device=processes.device)
@@ -170,10 +181,33 @@ def train(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
         raise UserError(f'--warmup_steps {recipe.warmup_steps} is longer than the run of {updates} updates')
     try:
         with utils.StopRequest(processes) as stop:
-            return Training(recipe, run, processes, loaders, folder, start).fit(stop)
+            return Training(recipe, run, processes, loaders, folder, start, initial).fit(stop)
     finally:
         folder.wait()
         loaders.close()
+
+
+def find_initial(recipe: Recipe, run: Run, start: dict[str, Any] | None) -> tuple[Recipe, 'Weights | None']:
+    """The weights of --finetune, unless the run goes on from a checkpoint, and the recipe with the gate they need.
+
+    Raises:
+        UserError: where the source cannot be read.
+    """
+    from models import weights
+    if run.finetune is None:
+        return recipe, None
+    if start is not None:
+        return follow_gate(recipe, run, start['recipe']['gate']), None
+    with utils.rank_zero_first('finetune'):  # it may be a download
+        initial = weights.load_weights(run.finetune, run.weights)
+    return follow_gate(recipe, run, initial.gate), initial
+
+
+def follow_gate(recipe: Recipe, run: Run, gate: str | None) -> Recipe:
+    """The recipe with the gate that the weights to fine-tune were trained with, unless the command line gave one."""
+    if recipe.model not in recipes.MOGANETS or 'gate' in run.given or gate in (None, recipe.gate):
+        return recipe
+    return dataclasses.replace(recipe, gate=gate)
 
 
 def find_start(recipe: Recipe, run: Run, folder: 'checkpoint.CheckpointFolder',
@@ -212,8 +246,10 @@ def find_start(recipe: Recipe, run: Run, folder: 'checkpoint.CheckpointFolder',
     if found is None:
         return None
     path, state = found
-    checkpoint.check_recipe(state, dataclasses.replace(
-        recipe, num_classes=recipe.num_classes or state['recipe']['num_classes']), path=path, anyway=run.resume_anyway)
+    same = dataclasses.replace(recipe, num_classes=recipe.num_classes or state['recipe']['num_classes'])
+    if run.finetune:
+        same = follow_gate(same, run, state['recipe']['gate'])
+    checkpoint.check_recipe(state, same, path=path, anyway=run.resume_anyway)
     if state['epoch'] < recipe.epochs:
         log.info('Continuing from %s: epoch %d, update %d.', path, state['epoch'], state['step'])
     return state
@@ -240,7 +276,7 @@ class Training:
     """A run between its first and its last epoch: the parts, and what happens between the epochs."""
 
     def __init__(self, recipe: Recipe, run: Run, processes: utils.Processes, loaders: 'Loaders',
-                 folder: 'checkpoint.CheckpointFolder', start: dict[str, Any] | None):
+                 folder: 'checkpoint.CheckpointFolder', start: dict[str, Any] | None, initial: 'Weights | None'):
         import torch
 
         import engine
@@ -248,7 +284,7 @@ class Training:
         from checkpoint import TrainState
         self.recipe, self.run, self.processes, self.loaders, self.folder = recipe, run, processes, loaders, folder
         device = processes.device
-        model = build_model(recipe, run, num_classes=loaders.num_classes, device=device)
+        model = build_model(recipe, run, num_classes=loaders.num_classes, device=device, initial=initial)
         self.n_parameters = sum(param.numel() for param in model.parameters() if param.requires_grad)
         ema = optim_factory.ModelEma(
             model, decay=recipe.model_ema_decay, warmup=recipe.model_ema_warmup,
@@ -315,6 +351,9 @@ class Training:
                  recipe.epochs, updates, recipe.total_batch_size, run.world_size, 'es' if run.world_size > 1 else '',
                  run.batch_size, run.update_freq, 's' if run.update_freq > 1 else '', recipe.precision,
                  self.processes.device)
+        if run.finetune and recipe.epochs * updates < MIN_FINETUNE_UPDATES:
+            log.warning('Only %d updates: fine-tuning wants %d or more. Raise --epochs or lower --total_batch_size.',
+                        recipe.epochs * updates, MIN_FINETUNE_UPDATES)
         horizon = 1 / (1 - recipe.model_ema_decay)
         if recipe.model_ema and horizon > recipe.epochs * updates:
             log.warning('The moving average looks back %.0f updates, but the run has %d: it will still hold initial '
@@ -469,7 +508,8 @@ def evaluate_one(source: str | None, recipe: Recipe, run: Run, processes: utils.
             recipe = dataclasses.replace(recipe, num_classes=weights_module.classes_of(weights, recipe.model))
     recipe = adapt_to_device(recipe, run, processes.device)
     loaders = datasets.build_loaders(recipe, run, rank=processes.rank, device=processes.device)
-    model = build_model(recipe, run, num_classes=recipe.num_classes or loaders.num_classes, device=processes.device)
+    num_classes = recipe.num_classes or loaders.num_classes
+    model = build_model(recipe, run, num_classes=num_classes, device=processes.device)
     which = 'pretrained'
     if weights is not None:
         report = weights_module.apply_weights(model, weights)
@@ -480,9 +520,15 @@ def evaluate_one(source: str | None, recipe: Recipe, run: Run, processes: utils.
              recipe.test_size, recipe.crop_pct, recipe.interpolation, loaders.val.count)
     if run.compile:
         model.compile()
+    valid_labels = read_valid_labels(run.valid_labels, recipe) if run.valid_labels else None
+    real_labels = read_real_labels(run.real_labels, loaders.val, num_classes=num_classes) if run.real_labels else None
     begin = time.perf_counter()
-    result = engine.evaluate(model, loaders.val, count=loaders.val.count, precision=recipe.precision)
+    result = engine.evaluate(model, loaders.val, count=loaders.val.count, precision=recipe.precision,
+                             valid_labels=valid_labels, real_labels=real_labels)
     seconds = time.perf_counter() - begin
+    if run.throughput:
+        images, _ = next(iter(loaders.val))
+        result['throughput'] = engine.throughput(model, images, precision=recipe.precision)
     loaders.close()
     published = weights.meta.get('acc1') if weights is not None else None
     result |= {'checkpoint': source, 'weights': which, 'model': recipe.model, 'gate': recipe.gate,
@@ -494,11 +540,44 @@ def evaluate_one(source: str | None, recipe: Recipe, run: Run, processes: utils.
     log.info('top-1 %.3f %%  top-5 %.3f %%  loss %.4f  (%s weights, %d images)%s', result['acc1'], result['acc5'],
              result['loss'], which, result['count'],
              '' if published is None else f'; published {published} %, difference {result["acc1"] - published:+.3f}')
+    if real_labels is not None:
+        log.info('top-1 by the reassessed labels %.3f %%', result['real_acc1'])
+    if run.throughput:
+        log.info('%.0f images/s, of the model alone in batches of %d', result['throughput'], len(images))
     if processes.first:
         folder = Path(run.output_dir) if run.output_dir else evaluation_folder(source, recipe)
         folder.mkdir(parents=True, exist_ok=True)
         utils.write_json(folder / 'eval.json', result)
     return result
+
+
+def read_valid_labels(path: str, recipe: Recipe) -> list[int]:
+    """The model's classes in a file, one index a line. Raises UserError."""
+    try:
+        labels = [int(line) for line in Path(path).read_text().split()]
+    except (OSError, ValueError) as error:
+        raise UserError(f'--valid_labels {path} cannot be read ({error}); give a class index a line') from None
+    if not labels or min(labels) < 0 or max(labels) >= (recipe.num_classes or 0):
+        raise UserError(f'--valid_labels {path}: give indices below the {recipe.num_classes} classes of the model')
+    return labels
+
+
+def read_real_labels(path: str, val: 'ValLoader', *, num_classes: int) -> 'torch.Tensor':
+    """Bool [images of this rank, classes] from ReaL's JSON: a list of labels for each image, by its number.
+
+    Raises:
+        UserError: where the file or the images' names are not ImageNet's.
+    """
+    import torch
+    try:
+        labels = json.loads(Path(path).read_text())
+        real = torch.zeros(len(val.names), num_classes, dtype=torch.bool)
+        for row, name in enumerate(val.names):
+            real[row, labels[int(Path(name).stem.rsplit('_', 1)[-1]) - 1]] = True
+    except (OSError, ValueError, TypeError, IndexError) as error:
+        raise UserError(f'--real_labels {path} does not fit the images ({error}); give ReaL\'s real.json and the '
+                        'ImageNet test images under their own names (ILSVRC2012_val_00000001.JPEG)') from None
+    return real
 
 
 def evaluation_folder(source: str | None, recipe: Recipe) -> Path:

@@ -9,6 +9,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from recipes import Recipe
+from utils import UserError
 
 # The blocks are merged into at most so many groups for layer-wise decay: with one level a block, L's stem would learn
 # at 0.8^59 = 2e-6 of the rate; with 12 groups, the stem's share at 0.7 is 0.7^13 = 0.0097.
@@ -34,6 +35,30 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
         return groups + 1 if layer == head else 1 + (layer - 1) * groups // blocks
 
     return {name: merged(layer) for name, layer in fine.items()}
+
+
+def freeze(model: nn.Module, *, stages: int = 0, linear_probe: bool = False) -> None:
+    """Takes the gradient from a model's stem and first stages, or from all but its classifier.
+
+    The stages are those of the model's own `group_matcher`. `engine.train_mode` keeps what is frozen in evaluation
+    mode, so that its BN statistics stay too.
+
+    Raises:
+        UserError: where the model has no such stages, or nothing would be left to train.
+    """
+    kept = set(model.state_dict())
+    if linear_probe:
+        classifier = {id(param) for param in model.get_classifier().parameters()}
+        kept = {name for name, param in model.named_parameters() if id(param) in classifier}
+    elif stages:
+        if not hasattr(model, 'group_matcher'):
+            raise UserError(f'--freeze_stages: {type(model).__name__} does not name its stages; use --linear_probe')
+        level = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+        if stages >= max(level.values()):
+            raise UserError(f'--freeze_stages {stages}: {type(model).__name__} has {max(level.values()) - 1} stages')
+        kept = {name for name in level if level[name] > stages}
+    for name, param in model.named_parameters():
+        param.requires_grad_(name in kept)
 
 
 def create_param_groups(model: nn.Module, *, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:

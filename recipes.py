@@ -84,6 +84,10 @@ class Recipe:
     mixup_mode: Literal['batch', 'pair', 'elem'] = doc('batch', 'one mixing weight per batch, pair or image')
     mixup_off_epochs: int = doc(0, 'number of closing epochs without mixup and CutMix')
 
+    # Fine-tuning
+    freeze_stages: int = doc(0, 'keep the stem and the first N stages as they are, BN statistics included')
+    linear_probe: bool = doc(False, 'train the classifier alone')
+
     # Loss
     loss: Literal['ce', 'bce', 'bce_sum'] = doc('ce', 'cross-entropy, or binary cross-entropy averaged or summed '
                                                       'over the classes')
@@ -168,6 +172,10 @@ class Run:
     eval: bool = doc(False, 'evaluate --checkpoint and exit')
     checkpoint: tuple[str, ...] = doc((), 'checkpoints to evaluate')
     weights: Literal['auto', 'raw', 'ema'] = doc('auto', 'which weights of it: auto takes the EMA where there is one')
+    valid_labels: str | None = doc(None, "file of the model's classes that the test set has, one index a line, in the "
+                                         'order of its labels')
+    real_labels: str | None = doc(None, 'JSON of the reassessed labels of the ImageNet test images (ReaL)')
+    throughput: bool = doc(False, 'measure the images/s of the model alone too')
     results_file: str | None = doc(None, 'CSV file to which the results are appended')
     val_batch_size: int | None = doc(None, 'images per process when evaluating; 1.5 micro-batches by default')
     val_interval: int = doc(1, 'epochs between evaluations')
@@ -222,6 +230,20 @@ def _rsb_a3(row: Recipe, acc1: float, *, micro_batch_size: int, **changes: Any) 
         loss='bce_sum', model_ema=False, precision='fp32', gate='double', gate_fp32=False, **changes)
 
 
+
+def _ft384(row: Recipe, drop_path: float, *, micro_batch_size: int) -> Recipe:
+    """Fine-tuning at 384 pixels of a model trained at 224, after ConvNeXt's row for ImageNet-1K (arXiv 2201.03545).
+
+    `main.py --recipe NAME_ft384 --finetune SOURCE`. Ours: no accuracy was published for a MogaNet.
+    """
+    return replace(
+        row, name=f'{row.model}_ft384', source='this project, after ConvNeXt (arXiv 2201.03545); not published',
+        hardware='8 GPUs (not measured)', micro_batch_size=micro_batch_size, expected_acc1=None, expected_acc5=None,
+        input_size=384, test_size=384, crop_pct=1.0, crop_mode='squash', epochs=30, total_batch_size=512, lr=5e-5,
+        min_lr=1e-6, warmup_epochs=0, layer_decay=0.7, weight_decay=1e-8, head_init_scale=0.001, mixup=0.0, cutmix=0.0,
+        drop_path=drop_path, model_ema=True, aa='rand-m9-mstd0.5-inc1')
+
+
 _rows = (
     _xtiny, _xtiny_256, _xtiny_3aug, _tiny, _tiny_256, _tiny_3aug, _small, _base, _large, _xlarge,
     _rsb_a3(_xtiny, 72.8, micro_batch_size=256),
@@ -229,6 +251,20 @@ _rows = (
     _rsb_a3(_small, 81.1, micro_batch_size=256),
     _rsb_a3(_base, 82.2, micro_batch_size=128),
     _rsb_a3(_large, 83.2, micro_batch_size=128, drop_path=0.4, clip_grad=10.0),
+    _ft384(_xtiny, 0.1, micro_batch_size=64),
+    _ft384(_tiny, 0.2, micro_batch_size=64),
+    _ft384(_small, 0.2, micro_batch_size=64),
+    _ft384(_base, 0.4, micro_batch_size=64),
+    _ft384(_large, 0.5, micro_batch_size=32),
+    _ft384(_xlarge, 0.6, micro_batch_size=32),
+    # One's own folder of classes, hundreds to thousands of images, from ImageNet weights by --finetune. Small batches,
+    # so that there are hundreds of updates; the first two stages, whose features are general, stay as they are; no
+    # mixing, which takes longer to pay than such a run lasts; the average looks back over 100 updates
+    replace(_small, name='moganet_small_transfer', source='this project; not published',
+            hardware='1 GPU (not measured)', micro_batch_size=32, expected_acc1=None, expected_acc5=None, epochs=50,
+            total_batch_size=32, lr=2e-4, min_lr=1e-6, warmup_epochs=2, layer_decay=0.8, mixup=0.0, cutmix=0.0,
+            reprob=0.0, freeze_stages=2,
+            model_ema_decay=0.99),
     # Digits must not be mirrored; 32 pixels; the EMA's horizon of 50 updates fits the run's few hundred
     replace(_xtiny, name='moganet_xtiny_digits', source='this project (make demo)', hardware='2 CPU cores',
             micro_batch_size=64, total_batch_size=64, expected_acc1=98.0, expected_acc5=None, data_set='digits',
@@ -524,7 +560,7 @@ def of_weights(meta: dict[str, Any], gate: str | None, asked: Recipe, given: tup
         UserError: where neither the file nor the command line says which model it is.
     """
     recipe = from_dict(meta['recipe']) if isinstance(meta.get('recipe'), dict) else asked
-    known = {name: meta[name] for name in ('model', 'test_size', 'crop_pct', 'interpolation', 'mean', 'std')
+    known = {name: meta[name] for name in ('model', 'test_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
              if meta.get(name) is not None}
     if gate is not None:
         known['gate'] = gate
@@ -584,6 +620,9 @@ def _validate(recipe: Recipe, run: Run) -> None:
         check(value is None or value > 0, f'--{name} {value}: give a whole number above 0')
     check(run.batch_size in (None, 'auto') or run.batch_size > 0, f'--batch_size {run.batch_size}: give at least 1')
     check(run.num_workers is None or run.num_workers >= 0, f'--num_workers {run.num_workers} is negative')
+    check(recipe.freeze_stages >= 0, f'--freeze_stages {recipe.freeze_stages} is negative')
+    for name in ('valid_labels', 'real_labels', 'throughput', 'results_file'):
+        check(run.eval or not getattr(run, name), f'--{name} goes with --eval')
     check(recipe.layer_decay <= 1, f'--layer_decay {recipe.layer_decay} speeds up lower layers: give at most 1')
     check(recipe.crop_pct <= 1, f'--crop_pct {recipe.crop_pct}: the crop cannot exceed the image; give at most 1')
     check(recipe.min_lr <= recipe.lr, f'--min_lr {recipe.min_lr} is above --lr {recipe.lr}')

@@ -127,7 +127,7 @@ def test_several_checkpoints_make_a_table(finished, data, tmp_path, capsys):
 def test_fp16_falls_back_to_fp32_without_cuda_and_is_recorded(data, tmp_path, capsys):
     assert main.main([*TINY, '--epochs', '1', '--precision', 'fp16', '--data_path', str(data),
                       '--output_dir', str(tmp_path)]) == 0
-    assert 'fp16 needs a CUDA device: training in fp32' in capsys.readouterr().out
+    assert 'fp16 needs a CUDA device: running in fp32' in capsys.readouterr().out
     assert json.loads((tmp_path / 'recipe.json').read_text())['precision'] == 'fp32'
 
 

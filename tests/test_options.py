@@ -613,6 +613,51 @@ def test_results_file_takes_a_line_for_every_evaluation(trained, data, tmp_path)
         assert len(rows) == count and float(rows[0]['loss']) > 0 and rows[1]['checkpoint'].endswith('best-ema.pth')
 
 
+@proves('valid_labels', 'real_labels', 'throughput')
+def test_eval_among_some_classes_by_other_labels_and_with_its_speed(trained, data, tmp_path, capsys):
+    subset = tmp_path / 'subset' / 'val'
+    for i, label in enumerate((0, 2)):
+        (subset / f'class{label}').mkdir(parents=True)
+        for j, path in enumerate(sorted((data / 'val' / f'class{label}').iterdir())):
+            Image.open(path).save(subset / f'class{label}' / f'ILSVRC2012_val_{3 * i + j + 1:08d}.png')
+    (tmp_path / 'valid.txt').write_text('0\n2\n')
+    (tmp_path / 'real.json').write_text(json.dumps([[0, 1], [], [0, 1], [0, 1], [0, 1], [1, 0]]))
+
+    def evaluate(*flags: str) -> dict[str, Any]:
+        assert main.main(['--eval', '--checkpoint', str(trained / 'checkpoint-last.pth'), '--data_path',
+                          str(tmp_path / 'subset'), '--output_dir', str(tmp_path), '--num_workers', '0', '--device',
+                          'cpu', *flags]) == 0
+        return json.loads((tmp_path / 'eval.json').read_text())
+
+    valid = ('--valid_labels', str(tmp_path / 'valid.txt'))
+    among_all, among_two = evaluate(), evaluate(*valid)
+    assert among_two['loss'] < among_all['loss']  # a class less to share the probability with
+    assert among_two['acc5'] == 100 and among_two['count'] == 6
+    real = evaluate(*valid, '--real_labels', str(tmp_path / 'real.json'))
+    assert real['real_acc1'] == 100 and real['acc1'] == among_two['acc1']  # both classes are right wherever one is
+    fast = evaluate('--throughput')
+    assert fast['throughput'] > 0 and 'of the model alone' in capsys.readouterr().out and 'throughput' not in among_all
+    (tmp_path / 'valid.txt').write_text('0\n9\n')
+    assert main.main(['--eval', '--checkpoint', str(trained / 'checkpoint-last.pth'), '--data_path',
+                      str(tmp_path / 'subset'), '--device', 'cpu', '--output_dir', str(tmp_path), *valid]) == 2
+    assert 'below the 3 classes' in capsys.readouterr().err
+
+
+@proves('freeze_stages', 'linear_probe')
+def test_what_is_frozen_stays_as_it_was_statistics_included(train):
+    start = train()
+    tune = ('--finetune', str(start / 'checkpoint-last.pth'), '--model_ema', 'false')
+    before = state_of(start)['model']
+    changed = {name: {key for key, value in state_of(train(*tune, *flags))['model'].items()
+                      if not torch.equal(value, before[key])}
+               for name, flags in {'all': (), 'two': ('--freeze_stages', '2'), 'probe': ('--linear_probe',)}.items()}
+    assert {'patch_embed1.projection.0.weight', 'norm1.running_mean', 'head.weight'} <= changed['all']
+    of_frozen = ('patch_embed1.', 'blocks1.', 'norm1.', 'patch_embed2.', 'blocks2.', 'norm2.')
+    assert not [key for key in changed['two'] if key.startswith(of_frozen)]
+    assert {'patch_embed3.projection.weight', 'norm3.running_mean', 'head.weight'} <= changed['two']
+    assert changed['probe'] == {'head.weight', 'head.bias'}
+
+
 @proves('val_interval', 'disable_eval')
 def test_evaluation_happens_as_often_as_asked(train):
     def evaluated(*flags: str) -> list[bool]:
