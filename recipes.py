@@ -560,8 +560,8 @@ def of_weights(meta: dict[str, Any], gate: str | None, asked: Recipe, given: tup
         UserError: where neither the file nor the command line says which model it is.
     """
     recipe = from_dict(meta['recipe']) if isinstance(meta.get('recipe'), dict) else asked
-    known = {name: meta[name] for name in ('model', 'test_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
-             if meta.get(name) is not None}
+    fields_of_test = ('model', 'test_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
+    known = {name: meta[name] for name in fields_of_test if meta.get(name) is not None}
     if gate is not None:
         known['gate'] = gate
     if recipe is asked and recipe.model:  # --model or --recipe says it
