@@ -673,6 +673,9 @@ def fit_batch(recipe: Recipe, run: Run) -> Run:
         raise UserError(
             f'{given} x micro-batch {micro} x {steps} micro-step{"s" if steps > 1 else ""} = {product} images per '
             f"update, but the recipe's batch is {total}: {_cures(recipe, run, micro, steps)}")
+    if micro == 1 and recipe.input_size <= 32 and recipe.model in MOGANETS:
+        raise UserError('one image of 32 pixels leaves the batch norms of the last stage one value a channel; give '
+                        '--batch_size 2 or more')
     return replace(run, batch_size=micro, update_freq=steps)
 
 

@@ -387,3 +387,10 @@ def test_fast_answers_import_neither_torch_nor_numpy(words, status):
     *message, report = done.stderr.splitlines()
     assert report == f'{status} []'
     assert len(message) == (1 if status else 0) and bool(done.stdout) == (not status)
+
+
+def test_a_batch_that_batch_norm_cannot_normalise_is_refused():
+    words = ['--model', 'moganet_tiny', '--batch_size', '1', '--total_batch_size', '4']
+    with pytest.raises(UserError, match='--batch_size 2 or more'):
+        recipes.resolve([*words, '--input_size', '32'])
+    assert recipes.resolve([*words, '--input_size', '64'])[1].batch_size == 1
