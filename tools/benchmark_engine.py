@@ -1,0 +1,109 @@
+"""What the engine costs over a bare training loop, and a save over none, alternated (`tools/benchmark.py engine`)."""
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch.nn import functional as F
+
+import models  # noqa: F401, registers the MogaNets
+from checkpoint import CheckpointFolder, TrainState
+from engine import TrainStep, create_scaler, train_one_epoch
+from optim_factory import ModelEma, create_optimizer
+from recipes import RECIPES, Recipe
+from tools.benchmark import spread
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _model(recipe: Recipe, device: torch.device) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(recipe.model, drop_path_rate=recipe.drop_path).to(device).train()
+
+
+def measure(*, recipe: Recipe = RECIPES['moganet_xtiny'], input_size: int = 64, batch_size: int = 16, rounds: int = 9,
+            steps: int = 5, device: str = 'cpu', folder: str | None = None) -> dict[str, Any]:
+    """Measures the engine beside a bare loop of forward, backward and optimizer, in fp32, in this process.
+
+    Args:
+        recipe: whose model, loss and optimizer are used.
+        rounds: alternations; ratios are formed within a round.
+        steps: updates of each contender in a round.
+        folder: where the saves go; a temporary folder by default.
+
+    Returns:
+        milliseconds of a bare step; the ratios to it of the engine, of the engine with the moving average, and of both
+        with a report every update; the seconds of a plain torch.save, flushed to disk, and the ratio to it of what
+        training waits for in an asynchronous save.
+    """
+    place = torch.device(device)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, 3, input_size, input_size, generator=generator).to(place)
+    targets = torch.randint(1000, (batch_size,), generator=generator).to(place)
+
+    bare_model = _model(recipe, place)
+    bare_optimizer = create_optimizer(bare_model, recipe)
+
+    def bare() -> None:
+        for _ in range(steps):
+            F.cross_entropy(bare_model(images), targets).backward()
+            bare_optimizer.step()
+            bare_optimizer.zero_grad()
+
+    def engine(*, average: bool, print_freq: int) -> tuple[Callable[[], None], TrainStep]:
+        model = _model(recipe, place)
+        step = TrainStep(model, F.cross_entropy, create_optimizer(model, recipe), device=place,
+                         ema=ModelEma(model, decay=0.9999) if average else None)
+
+        def run() -> None:
+            train_one_epoch(step, itertools.repeat((images, targets)), epoch=0, updates=steps,
+                            set_schedule=lambda update: recipe.lr, images_per_update=batch_size, print_freq=print_freq)
+        return run, step
+
+    (plain, _), (average, step), (logging, _) = (
+        engine(average=False, print_freq=10 ** 9), engine(average=True, print_freq=10 ** 9),
+        engine(average=True, print_freq=1))
+    contenders = {'engine': plain, 'engine_ema': average, 'engine_ema_report_every_update': logging}
+    times: dict[str, list[float]] = {name: [] for name in ('bare', *contenders)}
+    for work in (bare, *contenders.values()):
+        work()
+    for _ in range(rounds):
+        for name, work in (('bare', bare), *contenders.items()):
+            times[name].append(_seconds(work, place))
+    result: dict[str, Any] = {
+        'model': recipe.model, 'input_size': input_size, 'batch_size': batch_size, 'device': device,
+        'bare_step_ms': round(1e3 * statistics.median(times['bare']) / steps, 2)}
+    for name in contenders:
+        result[f'ratio_{name}'] = spread([a / b for a, b in zip(times[name], times['bare'], strict=True)])
+
+    state = TrainState(
+        model=step.unwrapped, optimizer=step.optimizer, scaler=create_scaler(place, 'fp32'), ema=step.ema,
+        sums=step.sums, skips=step.skips, recipe=recipe, classes=[], updates_per_epoch=1)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        files = CheckpointFolder(Path(temporary), keep=1)
+
+        def synchronous() -> None:
+            with open(Path(temporary) / 'plain.pth', 'wb') as file:
+                torch.save(state.state_dict(), file)
+
+        waits: dict[str, list[float]] = {'torch.save': [], 'stall': []}
+        for _ in range(rounds):
+            waits['torch.save'].append(_seconds(synchronous, place))
+            waits['stall'].append(_seconds(lambda: files.save(state.state_dict()), place))
+            files.wait()
+    result['torch_save_ms'] = round(1e3 * statistics.median(waits['torch.save']), 1)
+    result['ratio_save_stall'] = spread([a / b for a, b in zip(waits['stall'], waits['torch.save'], strict=True)])
+    return result
