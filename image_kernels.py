@@ -280,3 +280,13 @@ def affine(image, a, b, c, d, e, f, fill):
                     v1 * _taps(flat, k1 + q, u1, u2, u3, u4) + v2 * _taps(flat, k2 + q, u1, u2, u3, u4)
                     + v3 * _taps(flat, k3 + q, u1, u2, u3, u4) + v4 * _taps(flat, k4 + q, u1, u2, u3, u4))
     return out
+
+
+@compiled
+def normalise(rows, mean, scale, out):
+    """(rows - mean) * scale, uint8 [N, K] and float32 [K] to float32 [N, K], in one pass over the memory."""
+    for n in range(rows.shape[0]):
+        source, target = rows[n], out[n]
+        for i in range(source.size):
+            k = uintp(i)
+            target[k] = (np.float32(source[k]) - mean[k]) * scale[k]

@@ -109,6 +109,14 @@ def decode_top(image: bytes, rows: int) -> np.ndarray:
     return decode(image)
 
 
+def normalise(rows: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """(rows - mean) * scale, uint8 [N, K] and float32 [K] to float32 [N, K], into `out` where it is given."""
+    if kernels is None or rows.device.type != 'cpu' or out is None:
+        return torch.sub(rows, mean, out=out).mul_(scale)
+    kernels.normalise(rows.numpy(), mean.numpy(), scale.numpy(), out.numpy())
+    return out
+
+
 # ---- Operations of RandAugment, on arrays ---------------------------------------------------------------------------
 
 def _through_pillow(operation: Callable[..., Image.Image]) -> Callable[..., np.ndarray]:
@@ -207,6 +215,8 @@ def on_arrays(augment: Any) -> Callable[[np.ndarray], np.ndarray]:
         operation.aug_fn = array_operation(operation.aug_fn)
         level = operation.level_fn(5, operation.hparams) if operation.level_fn else ()
         operation.aug_fn(TINY, *level, **operation.kwargs)  # compiles it, before the workers start
+    if isinstance(augment, RandAugment):
+        augment.ops = np.array(augment.ops, dtype=object)  # which NumPy's choice would make of the list, every time
     return augment
 
 

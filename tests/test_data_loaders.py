@@ -191,7 +191,9 @@ def test_erasing_boxes_are_distributed_as_timms():
 OPTIONS = {
     'scale': (0.1, 0.2), 'ratio': (2.0, 2.5), 'hflip': 1.0, 'vflip': 1.0, 'aa': 'rand-m9-p1', 'color_jitter': 0.9,
     'reprob': 1.0, 'repeated_aug': 2, 'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5),
-    'train_interpolation': 'bilinear', 'input_size': 40, 'mixup': 0.8, 'cutmix': 1.0, 'cutmix_minmax': (0.2, 0.8), 'seed': 7, 'total_batch_size': 12,
+    'train_interpolation': 'bilinear',
+    'input_size': 40, 'mixup': 0.8, 'cutmix': 1.0, 'cutmix_minmax': (0.2, 0.8),
+    'seed': 7, 'total_batch_size': 12,
 }
 
 
@@ -255,7 +257,7 @@ def test_labels_out_of_range_are_refused_on_the_cpu(numbered, monkeypatch):
 def test_wrong_class_counts_and_small_sets_are_refused_with_the_cure(numbered):
     with pytest.raises(UserError, match='--num_classes 50, but the data has 100 classes'):
         open_train(replace(numbered, num_classes=50))
-    with pytest.raises(UserError, match='100 training images are fewer than one batch of 128; give --total.* 64'):
+    with pytest.raises(UserError, match=r'100 training images are fewer than one batch of 128; give --total.* 64'):
         open_train(replace(numbered, total_batch_size=128), run_of(batch_size=128))
 
 
