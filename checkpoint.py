@@ -174,6 +174,8 @@ def _gather(value: torch.Tensor) -> torch.Tensor:
     """[world size, ...]: a tensor of every rank."""
     if not dist.is_initialized():
         return value[None]
+    if not value.numel():  # a model without BN
+        return value.new_zeros(dist.get_world_size(), 0)
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, value)
     return torch.stack(parts)

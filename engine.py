@@ -211,7 +211,8 @@ class TrainStep:
         loss.backward()
         self.optimizer.zero_grad()
         self.buffers.set(kept)
-        torch._foreach_copy_(self._counts, counts)
+        for count, old in zip(self._counts, counts, strict=True):
+            count.copy_(old)
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:

@@ -274,6 +274,29 @@ def test_tensorboard_shows_every_step_once_after_a_resume(command, tmp_path):
     assert [event.step for event in events.Scalars('train/loss')] == list(range(1, 13))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('precision', ['fp16', 'fp32'])
+def test_on_cuda_a_deterministic_run_resumes_bit_for_bit_scaler_included(precision, command, tmp_path):
+    words = ('--device', 'cuda', '--precision', precision, '--deterministic')
+    run(command(tmp_path / 'whole', *words), tmp_path / 'whole.txt')
+    folder = tmp_path / 'run'
+    start(command(folder, *words), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()
+    run(command(folder, *words), tmp_path / 'rest.txt')
+    assert_same_run(folder, tmp_path / 'whole')
+    assert bool(state_of(folder)['scaler']) == (precision == 'fp16')
+
+
+def test_a_model_without_batch_norm_resumes_too(data, tmp_path):
+    words = ('--model', 'vit_tiny_patch16_224', '--model_kwargs', 'depth=1', 'embed_dim=12', 'img_size=32',
+             '--input_size', '32', '--data_path', str(data), '--total_batch_size', '12', '--epochs', '2', '--warmup_epochs', '1', '--device',
+             'cpu', '--print_freq', '4', '--num_workers', '0', '--output_dir')
+    run((*words, str(tmp_path / 'whole')), tmp_path / 'whole.txt', world_size=2)
+    start((*words, str(tmp_path / 'run')), tmp_path / 'first.txt', world_size=2,
+          before=stop_after(5, signal.SIGTERM)).wait()
+    run((*words, str(tmp_path / 'run')), tmp_path / 'rest.txt', world_size=2)
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
 # ---- Several processes ----------------------------------------------------------------------------------------------
 
 NAN_ON_ONE_RANK = '''
