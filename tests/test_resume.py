@@ -288,8 +288,8 @@ def test_on_cuda_a_deterministic_run_resumes_bit_for_bit_scaler_included(precisi
 
 def test_a_model_without_batch_norm_resumes_too(data, tmp_path):
     words = ('--model', 'vit_tiny_patch16_224', '--model_kwargs', 'depth=1', 'embed_dim=12', 'img_size=32',
-             '--input_size', '32', '--data_path', str(data), '--total_batch_size', '12', '--epochs', '2', '--warmup_epochs', '1', '--device',
-             'cpu', '--print_freq', '4', '--num_workers', '0', '--output_dir')
+             '--input_size', '32', '--data_path', str(data), '--total_batch_size', '12', '--epochs', '2',
+             '--warmup_epochs', '1', '--device', 'cpu', '--print_freq', '4', '--num_workers', '0', '--output_dir')
     run((*words, str(tmp_path / 'whole')), tmp_path / 'whole.txt', world_size=2)
     start((*words, str(tmp_path / 'run')), tmp_path / 'first.txt', world_size=2,
           before=stop_after(5, signal.SIGTERM)).wait()
