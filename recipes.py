@@ -268,7 +268,7 @@ _rows = (
     # Digits must not be mirrored; 32 pixels; the EMA's horizon of 50 updates fits the run's few hundred
     replace(_xtiny, name='moganet_xtiny_digits', source='this project (make demo)', hardware='2 CPU cores',
             micro_batch_size=64, total_batch_size=64, expected_acc1=98.0, expected_acc5=None, data_set='digits',
-            input_size=32, test_size=32, crop_pct=1.0, epochs=8, warmup_epochs=1, min_lr=1e-5, aa=None,
+            input_size=32, test_size=32, crop_pct=1.0, epochs=8, warmup_epochs=1, lr=2e-3, min_lr=1e-5, aa=None,
             color_jitter=None, hflip=0.0, scale=(0.6, 1.0), reprob=0.0, mixup=0.0, cutmix=0.0, precision='fp32',
             model_ema=True, model_ema_decay=0.98),
     # Any other timm model: the ImageNet recipe of the small model, which is DeiT's and ConvNeXt's
