@@ -10,7 +10,7 @@ PYTHON := $(VENV)/bin/python
 # Made anew when the dependencies change; a broken installation leaves no stamp
 $(VENV)/installed: pyproject.toml
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --upgrade -e '.[dev]'
+	$(PYTHON) -m pip install -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/installed
