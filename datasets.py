@@ -303,7 +303,7 @@ class _Workers:
     """A DataLoader of whole micro-batches whose workers persist over the epochs and end with the process."""
 
     def __init__(self, data: Any, *, workers: int, persistent: bool, pin_memory: bool):
-        self._keys = _Keys()
+        self._keys, self._iterator = _Keys(), None
         streaming = isinstance(data, IterableDataset)
         self._loader = DataLoader(
             data, batch_size=None, sampler=None if streaming else self._keys, num_workers=workers,
@@ -314,17 +314,17 @@ class _Workers:
     def batches(self, keys: Iterable[np.ndarray] = ()) -> Iterator[Batch]:
         """The batches of these keys, in their order. Raises UserError for what a worker could not read."""
         self._keys.batches = keys
-        iterator = iter(self._loader)
-        for batch in iterator:
+        self._iterator = iter(self._loader)
+        for batch in self._iterator:
             if isinstance(batch, str):
                 raise UserError(batch)
             yield batch
 
     def close(self) -> None:
         """Ends the worker processes. A further pass would start new ones."""
-        iterator, self._loader._iterator = self._loader._iterator, None
-        if iterator is not None:
-            iterator._shutdown_workers()
+        if hasattr(self._iterator, '_shutdown_workers'):
+            self._iterator._shutdown_workers()
+        self._iterator = self._loader._iterator = None
         atexit.unregister(self.close)
 
 

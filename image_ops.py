@@ -31,7 +31,7 @@ except ImportError:
     simplejpeg = None
 try:
     import image_kernels as kernels
-except ImportError:
+except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder to keep its code in
     kernels = None
 
 log = logging.getLogger('moganet')
@@ -44,7 +44,7 @@ def warn_if_slow() -> None:
     """Says once that a fast package is missing."""
     missing = [name for name, module in (('simplejpeg', simplejpeg), ('numba', kernels)) if module is None]
     if missing:
-        log.warning('%s is not installed: the same images are made, but up to three times slower; pip install %s',
+        log.warning('%s cannot be imported: the same images are made, but up to three times slower; pip install %s',
                     ' and '.join(missing), ' '.join(missing))
 
 

@@ -298,7 +298,7 @@ def test_workers_ignore_the_signals_of_a_preemption():
     loader = open_train(STRONG, replace(run_of(), num_workers=2))
     batches = loader.epoch(0)
     first = [next(batches)]
-    for worker in loader._workers._loader._iterator._workers:
+    for worker in loader._workers._iterator._workers:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(worker.pid, number)
     assert same(first + list(batches), list(open_train(STRONG).epoch(0)))
@@ -307,9 +307,9 @@ def test_workers_ignore_the_signals_of_a_preemption():
 
 def test_a_process_that_forgets_to_close_its_loaders_ends():
     code = ('import datasets; from recipes import resolve\n'
-            "recipe, run = resolve('--recipe moganet_xtiny_digits --num_workers 2'.split())\n"
+            "recipe, run = resolve('--recipe moganet_xtiny_digits --num_workers 2 --val_batch_size 9'.split())\n"
             'loaders = datasets.build_loaders(recipe, run)\nbatches = loaders.train.epoch(0)\n'
-            'next(batches)\nprint("end")')
+            'next(batches)\ntests = iter(loaders.val)\nnext(tests)\nprint("end")')
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=60, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, 'end\n'), done.stderr
 

@@ -2,6 +2,7 @@
 
 The common pipeline is torchvision's ImageFolder loader with timm's `create_transform`: Pillow decodes, crops, augments.
 """
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,34 @@ def _seconds(work: Callable[[], Any]) -> float:
     start = time.process_time()
     work()
     return time.process_time() - start
+
+
+class _Worker:
+    """A process for one pipeline, as a DataLoader has: what another one does to the heap does not count."""
+
+    def __init__(self, work: Callable[[int], None]):
+        context = multiprocessing.get_context('fork')
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=self._serve, args=(work, theirs), daemon=True)
+        self._process.start()
+
+    @staticmethod
+    def _serve(work: Callable[[int], None], pipe: Any) -> None:
+        while (batch := pipe.recv()) is not None:
+            pipe.send(_seconds(lambda batch=batch: work(batch)))
+
+    def __call__(self, batch: int) -> float:
+        """Seconds that the pipeline takes for a batch."""
+        self._ours.send(batch)
+        try:
+            return self._ours.recv()
+        except EOFError:
+            raise UserError('a pipeline failed; its message is above') from None
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._ours.send(None)
+        self._process.join()
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -80,15 +109,17 @@ def measure(data_path: str, *, recipe: Recipe = RECIPES['moganet_small'], images
         'this': lambda batch: ours(batch, uint8=False), 'common': lambda batch: theirs(batch, common),
         'this_uint8': lambda batch: ours(batch, uint8=True),
         'timm_uint8': lambda batch: theirs(batch, common_uint8)}
-    for work in pipelines.values():
-        work(0)
+    workers = {name: _Worker(work) for name, work in pipelines.items()}
     taken = []
-    for _ in range(rounds):
+    for number in range(-1, rounds):  # the first does not count
         seconds = dict.fromkeys(pipelines, 0.0)
         for batch in range(len(keys)):  # alternated batch by batch, since a shared machine changes within seconds
-            for name, work in pipelines.items():
-                seconds[name] += _seconds(lambda work=work, batch=batch: work(batch))
-        taken.append(seconds)
+            for name, worker in workers.items():
+                seconds[name] += worker(batch)
+        if number >= 0:
+            taken.append(seconds)
+    for worker in workers.values():
+        worker.close()
     rates = {name: len(chosen) / statistics.median(each[name] for each in taken) for name in pipelines}
     result = {
         'recipe': recipe.name, 'images': len(chosen), 'rounds': rounds,
@@ -128,11 +159,12 @@ def _parts(source: ImageFiles, recipe: Recipe, chosen: np.ndarray, batches: MapB
     made = [batches[each] for each in keys]
     seeding = _seconds(seeded(lambda _: None, files))
     parts = {
-        'read': _seconds(lambda: [source.read(int(index)) for index in chosen]),
-        'decode': _seconds(lambda: [image_ops.decode(file) for file in files]),
+        'read': _seconds(lambda: [len(source.read(int(index))[0]) for index in chosen]),
+        'decode_whole': _seconds(seeded(image_ops.decode, files)) - seeding,
+        'decode_crop_and_resize': _seconds(seeded(transform.resized_crop, files)) - seeding,
         'crop_and_resize': _seconds(seeded(transform.resized_crop, pixels)) - seeding,
         'flip_and_augment': _seconds(seeded(augment, crops)) - seeding,
         'seeds': seeding + _seconds(lambda: [derive_seed(0, 0, int(index), 0) for index in chosen]),
-        'normalise_and_erase': _seconds(lambda: [finish(batch) for batch in made]),
+        'normalise_and_erase': _seconds(lambda: [len(finish(batch)) for batch in made]),
     }
     return {name: round(1e3 * seconds / len(chosen), 3) for name, seconds in parts.items()}
