@@ -11,7 +11,10 @@ from using vectors (the horizontal shear took 0.37 ms at 224 pixels with it and 
 import math
 
 import numpy as np
-from numba import njit, uintp
+from llvmlite import ir
+from numba import njit, types, uintp
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 compiled = njit(cache=True, error_model='numpy')
 fused = njit(cache=True, error_model='numpy', fastmath={'contract'})  # with multiply-add, where bits do not count
@@ -242,9 +245,41 @@ def shift_rows(image, slope, offset, fill):
     return out
 
 
-@fused
-def _taps(row, k, u1, u2, u3, u4):
-    return u1 * row[k] + u2 * row[k + uintp(3)] + u3 * row[k + uintp(6)] + u4 * row[k + uintp(9)]
+@intrinsic
+def _bicubic(_typing, image, first, stride, across, down):
+    """The weighted sum of 4x4 neighbours, pixels of four float32, as three: sixteen vector loads and multiply-adds.
+
+    Written out, since LLVM does not find these vectors by itself: a rotation takes 0.4 ms with them, 1.0 without.
+    Arguments: image, float32 [N]; index of the first neighbour; float32s in a row; weights of columns and of rows.
+    """
+    def generate(context, builder, signature, arguments):
+        pixels = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        four, position, row_length = ir.VectorType(ir.FloatType(), 4), arguments[1], arguments[2]
+
+        def spread(weights):
+            nothing, same = ir.Constant(four, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4)
+            zero = ir.Constant(ir.IntType(32), 0)
+            return [builder.shuffle_vector(builder.insert_element(nothing, weight, zero), nothing, same)
+                    for weight in cgutils.unpack_tuple(builder, weights)]
+
+        def weighted_sum(weights, values):
+            total = None
+            for weight, value in zip(weights, values, strict=True):
+                product = builder.fmul(weight, value, flags=('contract',))
+                total = product if total is None else builder.fadd(total, product, flags=('contract',))
+            return total
+
+        columns, rows = spread(arguments[3]), []
+        for _ in range(4):
+            taps = [builder.add(position, ir.Constant(position.type, 4 * tap)) for tap in range(4)]
+            places = [builder.bitcast(builder.gep(pixels, [tap]), four.as_pointer()) for tap in taps]
+            rows.append(weighted_sum(columns, [builder.load(place, align=4) for place in places]))
+            position = builder.add(position, row_length)
+        total = weighted_sum(spread(arguments[4]), rows)
+        values = [builder.extract_element(total, ir.Constant(ir.IntType(32), channel)) for channel in range(3)]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return types.UniTuple(types.float32, 3)(image, first, stride, across, down), generate
 
 
 @fused
@@ -252,14 +287,14 @@ def affine(image, a, b, c, d, e, f, fill):
     """Pillow's bicubic Image.transform: output (x, y) is the input at (a x + b y + c, d x + e y + f); fill beyond."""
     height, width, _ = image.shape
     out = np.empty_like(image)
-    padded = np.empty((height + 4, 3 * (width + 4)), np.float32)
+    padded = np.zeros((height + 4, 4 * (width + 4)), np.float32)
     for y in range(height + 4):
         source, target = image[min(max(y - 2, 0), height - 1)].reshape(-1), padded[y]
         for x in range(width + 4):
-            i, k = uintp(3 * x), uintp(3 * min(max(x - 2, 0), width - 1))
+            i, k = uintp(4 * x), uintp(3 * min(max(x - 2, 0), width - 1))
             target[i], target[i + uintp(1)] = source[k], source[k + uintp(1)]
             target[i + uintp(2)] = source[k + uintp(2)]
-    flat, stride = padded.reshape(-1), uintp(3 * (width + 4))
+    flat, stride = padded.reshape(-1), 4 * (width + 4)
     for y in range(height):
         target = out[y].reshape(-1)
         for x in range(width):
@@ -270,15 +305,9 @@ def affine(image, a, b, c, d, e, f, fill):
                 continue
             # The first of four neighbours; the padding's two pixels keep both numbers from 0 on
             column, row = int(xin + 0.5), int(yin + 0.5)
-            u1, u2, u3, u4 = _weights(xin + 0.5 - column)
-            v1, v2, v3, v4 = _weights(yin + 0.5 - row)
-            k1 = uintp(row) * stride + uintp(3 * column)
-            k2, k3, k4 = k1 + stride, k1 + stride + stride, k1 + stride + stride + stride
-            for channel in range(3):
-                q = uintp(channel)
-                target[i + q] = _byte(
-                    v1 * _taps(flat, k1 + q, u1, u2, u3, u4) + v2 * _taps(flat, k2 + q, u1, u2, u3, u4)
-                    + v3 * _taps(flat, k3 + q, u1, u2, u3, u4) + v4 * _taps(flat, k4 + q, u1, u2, u3, u4))
+            red, green, blue = _bicubic(flat, row * stride + 4 * column, stride, _weights(xin + 0.5 - column),
+                                        _weights(yin + 0.5 - row))
+            target[i], target[i + uintp(1)], target[i + uintp(2)] = _byte(red), _byte(green), _byte(blue)
     return out
 
 

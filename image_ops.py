@@ -215,8 +215,13 @@ def on_arrays(augment: Any) -> Callable[[np.ndarray], np.ndarray]:
         operation.aug_fn = array_operation(operation.aug_fn)
         level = operation.level_fn(5, operation.hparams) if operation.level_fn else ()
         operation.aug_fn(TINY, *level, **operation.kwargs)  # compiles it, before the workers start
-    if isinstance(augment, RandAugment):
-        augment.ops = np.array(augment.ops, dtype=object)  # which NumPy's choice would make of the list, every time
+    if isinstance(augment, RandAugment) and augment.choice_weights is None:
+        def apply(image: np.ndarray) -> np.ndarray:
+            # What np.random.choice draws from a list of 15 objects, without making an array of them: 5 us, not 20
+            for number in np.random.randint(0, len(operations), augment.num_layers).tolist():
+                image = operations[number](image)
+            return image
+        return apply
     return augment
 
 

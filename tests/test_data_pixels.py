@@ -130,8 +130,7 @@ def test_operations_and_levels_are_sampled_as_timms():
     for ours in (False, True):
         composed = create_transform(224, is_training=True, auto_augment=recipe.aa, interpolation='bicubic')
         augment = composed.transforms[2]
-        if ours:
-            image_ops.on_arrays(augment)
+        call = image_ops.on_arrays(augment) if ours else augment
         seen, drawn = dict.fromkeys((operation.name for operation in augment.ops), 0), []
         for operation in augment.ops:
             def note(image, *arguments, name=operation.name, seen=seen, drawn=drawn, **_):
@@ -142,7 +141,7 @@ def test_operations_and_levels_are_sampled_as_timms():
             operation.aug_fn = note
         image_ops.seed_image(int(ours))
         for _ in range(6000):
-            augment(SQUARE)
+            call(SQUARE)
         counts.append(list(seen.values()))
         levels.append(drawn)
     assert chi2_contingency(counts).pvalue > 1e-3
