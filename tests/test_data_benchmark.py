@@ -1,10 +1,13 @@
 """The data benchmark: both pipelines really run, and the arithmetic of cores is right."""
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from recipes import RECIPES
 from tools import benchmark_data
 from utils import UserError
 
@@ -33,6 +36,11 @@ def test_data_benchmark_gives_ratios_rates_and_cores(photos):
     assert found['cores_per_gpu'] == pytest.approx(found['cores'] / 8, abs=0.06)
     assert found['cores_common'] > found['cores']
     assert all(value >= 0 for value in found['milliseconds'].values())
+
+
+def test_step_rate_is_that_of_the_recipes_step():
+    recipe = replace(RECIPES['moganet_xtiny_digits'], micro_batch_size=2)
+    assert 0 < benchmark_data.step_rate(recipe, torch.device('cpu'), steps=2) < 1e5
 
 
 def test_data_benchmark_tells_what_it_cannot_read(photos, capfd):

@@ -63,7 +63,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def measure(data_path: str, *, recipe: Recipe = RECIPES['moganet_small'], images: int = 256, rounds: int = 7,
-            gpus: int = 1, images_per_second: float | None = None) -> dict[str, Any]:
+            gpus: int = 1, images_per_second: float | None = None, device: str | None = None) -> dict[str, Any]:
     """Measures both pipelines on the same images, one thread, files in the page cache.
 
     Args:
@@ -73,6 +73,7 @@ def measure(data_path: str, *, recipe: Recipe = RECIPES['moganet_small'], images
         rounds: alternations; ratios are formed within a round.
         gpus: of the machine that is to be fed.
         images_per_second: consumed by the training step on one of them.
+        device: where to measure that, if it is not given.
 
     Returns:
         `ratio` (float tensors, normalised and erased, on both sides) and `ratio_uint8` (before that), with their
@@ -127,12 +128,31 @@ def measure(data_path: str, *, recipe: Recipe = RECIPES['moganet_small'], images
         'images_per_second_and_core': {name: round(rate, 1) for name, rate in rates.items()},
         'milliseconds': _parts(source, recipe, chosen, batches, finish, keys),
     }
+    if device and not images_per_second:
+        images_per_second = step_rate(recipe, torch.device(device))
     if images_per_second:
-        result['gpus'] = gpus
+        result |= {'gpus': gpus, 'step_images_per_second': round(images_per_second, 1)}
         result['cores_per_gpu'] = round(images_per_second / rates['this_uint8'], 1)
         result['cores'] = round(gpus * images_per_second / rates['this_uint8'], 1)
         result['cores_common'] = round(gpus * images_per_second / rates['common'], 1)
     return result
+
+
+def step_rate(recipe: Recipe, device: torch.device, *, steps: int = 10) -> float:
+    """Images a second that a training step of the recipe's model consumes, at its size, micro-batch and precision."""
+    import timm
+
+    import models  # noqa: F401  registers them
+    from tools.benchmark_model import training_step
+    model = timm.create_model(recipe.model).to(device).train()
+    images = torch.randn(recipe.micro_batch_size, 3, recipe.input_size, recipe.input_size, device=device)
+    step = training_step(model, images, precision=recipe.precision)
+    for _ in range(3):
+        step()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return steps * len(images) / (time.perf_counter() - start)
 
 
 def _parts(source: ImageFiles, recipe: Recipe, chosen: np.ndarray, batches: MapBatches, finish: Finish,
