@@ -107,7 +107,7 @@ def build_loaders(recipe: Recipe, run: Run, *, rank: int = 0, device: torch.devi
         val = None if run.disable_eval and not run.eval else open_source(recipe, run, 'val')
     if recipe.data_set == 'image_folder':
         errors, warnings = check_files(train, val)
-        for warning in warnings:
+        for warning in warnings if rank == 0 else ():
             log.warning('%s', warning)
         if errors:
             raise UserError(errors[0])
