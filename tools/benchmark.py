@@ -1,0 +1,159 @@
+"""The measurements behind this repository's claims, one subcommand a subject: `python tools/benchmark.py model`.
+
+Everything timed is alternated with what it is compared to, since a shared
+machine changes its speed within seconds: a ratio is formed within a round and given with its spread over the rounds.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from recipes import RECIPES
+from utils import run_cli
+
+Row = dict[str, Any]
+Measure = Callable[[argparse.Namespace], list[Row] | Row]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """{'median', 'min', 'max'}, three decimals."""
+    return {name: round(of(values), 3) for name, of in (('median', statistics.median), ('min', min), ('max', max))}
+
+
+def alternate(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, Row]:
+    """Times each contender once a round, in turn, after one call that does not count.
+
+    Returns:
+        {contender: {'seconds': the median of a call, 'speedup': over the first contender, with its spread}}. A
+        contender waits for its device itself.
+    """
+    for work in contenders.values():
+        work()
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, work in contenders.items():
+            start = time.perf_counter()
+            work()
+            taken[name].append(time.perf_counter() - start)
+    first = next(iter(taken.values()))
+    return {
+        name: {
+            'seconds': statistics.median(each),
+            'speedup': spread([a / b for a, b in zip(first, each, strict=True)]),
+        }
+        for name, each in taken.items()
+    }
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Prints rows of the same keys; a spread as `median (min-max)`."""
+    def cell(value: Any) -> str:
+        if isinstance(value, dict):
+            return f'{value["median"]} ({value["min"]}-{value["max"]})'
+        return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+    cells = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print('  '.join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+# ---- Subjects: each adds its flags to a parser and returns what measures with them ----------------------------------
+
+def model(parser: argparse.ArgumentParser) -> Measure:
+    """Images a second of each form of a model, in inference and per training step."""
+    parser.add_argument('names', nargs='*', default=['moganet_xtiny'], metavar='NAME', help='timm models')
+    parser.add_argument('--batch_size', type=int, default=16)
+    parser.add_argument('--input_size', type=int, default=224)
+    parser.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps')
+    parser.add_argument('--precisions', nargs='+', default=['fp32'], choices=['fp32', 'bf16', 'fp16'])
+    parser.add_argument('--inference', nargs='*', metavar='FORM',
+                        default=['eager', 'channels_last', 'fused', 'compiled', 'fused+compiled'],
+                        help='eager, or a sum of fused, compiled, channels_last')
+    parser.add_argument('--training', nargs='*', metavar='FORM', default=['authors', 'eager', 'compiled'],
+                        help='eager, or a sum of authors (their formulation), compiled, channels_last')
+    parser.add_argument('--rounds', type=int, default=7)
+
+    def measure(args: argparse.Namespace) -> list[Row]:
+        from tools import benchmark_model
+        return benchmark_model.measure(
+            args.names, batch_size=args.batch_size, input_size=args.input_size, device=args.device,
+            precisions=args.precisions, inference=args.inference, training=args.training, rounds=args.rounds)
+    return measure
+
+
+def traffic(parser: argparse.ArgumentParser) -> Measure:
+    """Bytes moved and kernels launched by a training step in bf16, ours beside the authors', on meta tensors."""
+    parser.add_argument('names', nargs='*', metavar='NAME', help='MogaNets (default: all)')
+    parser.add_argument('--batch_size', type=int, default=64)
+    parser.add_argument('--input_size', type=int, default=224)
+    parser.add_argument('--compiled', action='store_true',
+                        help="also the compiler's own count: it compiles for the CPU, minutes for the deep ones")
+
+    def measure(args: argparse.Namespace) -> list[Row]:
+        from tools import benchmark_model
+        return benchmark_model.measure_traffic(
+            args.names, batch_size=args.batch_size, input_size=args.input_size, compiled=args.compiled)
+    return measure
+
+
+def engine(parser: argparse.ArgumentParser) -> Measure:
+    """What the training engine costs over a bare loop, and an asynchronous save over none."""
+    parser.add_argument('--input_size', type=int, default=64)
+    parser.add_argument('--batch_size', type=int, default=16)
+    parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--steps', type=int, default=5, help='updates of each contender in a round')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--folder', help='where the saves go (default: a temporary folder)')
+
+    def measure(args: argparse.Namespace) -> Row:
+        from tools import benchmark_engine
+        return benchmark_engine.measure(
+            input_size=args.input_size, batch_size=args.batch_size, rounds=args.rounds, steps=args.steps,
+            device=args.device, folder=args.folder)
+    return measure
+
+
+def data(parser: argparse.ArgumentParser) -> Measure:
+    """Images a second and core of the data path and of the common pipeline, and the cores that the GPUs need."""
+    parser.add_argument('--data_path', required=True, help='folder with train/, as for training')
+    parser.add_argument('--images', type=int, default=256, help='images of a round')
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--gpus', type=int, default=1, help='of the machine to feed')
+    parser.add_argument('--images_per_second', type=float, help='consumed by the training step on one of them')
+    parser.add_argument('--device', help='measure that there, where it is not given')
+    parser.add_argument('--recipe', default='moganet_small', choices=RECIPES, metavar='NAME',
+                        help='whose augmentation (and training step) is measured')
+
+    def measure(args: argparse.Namespace) -> Row:
+        from tools import benchmark_data
+        return benchmark_data.measure(
+            args.data_path, recipe=RECIPES[args.recipe], images=args.images, rounds=args.rounds, gpus=args.gpus,
+            images_per_second=args.images_per_second, device=args.device)
+    return measure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures one subject and prints its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar='SUBJECT')
+    for subject in (model, traffic, engine, data):
+        command = commands.add_parser(subject.__name__, description=subject.__doc__, help=subject.__doc__)
+        command.set_defaults(measure=subject(command))
+        command.add_argument('--json', action='store_true', help='JSON in place of a table')
+    args = parser.parse_args(argv)
+    result = args.measure(args)
+    if args.json or isinstance(result, dict):
+        print(json.dumps(result, indent=1))
+    else:
+        print_table(result)
+
+
+if __name__ == '__main__':
+    run_cli(main)
