@@ -1,11 +1,12 @@
 # make demo       train moganet_xtiny on handwritten digits, and evaluate it in a fresh process
 # make test       the tests that need neither GPU nor Slurm, but for the slow ones; make test-all adds those
+# make test-slurm the tests on a Slurm of this machine alone; needs root, and apt where Slurm is not installed
 # make lint       ruff
 
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all test-slurm lint
 
 # Made anew when the dependencies change; a broken installation leaves no stamp
 $(VENV)/installed: pyproject.toml
@@ -23,6 +24,9 @@ test: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	$(PYTHON) -m pytest -m 'not gpu and not slurm'
+
+test-slurm: $(VENV)/installed
+	$(PYTHON) -m pytest -m slurm tests/slurm
 
 lint: $(VENV)/installed
 	$(PYTHON) -m ruff check .

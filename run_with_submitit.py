@@ -67,8 +67,8 @@ class Task(Checkpointable):
             The last line of the run's log on rank 0, else None.
 
         Raises:
-            RuntimeError: where the training fails, was restarted too often, or does not come on.
-            SystemExit: where it was interrupted, so that there is no result yet.
+            RuntimeError: where it was restarted too often, or does not come on.
+            SystemExit: where it failed, with the error as the job's result, or was interrupted, without one.
         """
         job = submitit.JobEnvironment()
         job.paths.result_pickle.unlink(missing_ok=True)  # of the start before
@@ -80,18 +80,21 @@ class Task(Checkpointable):
         os.environ.setdefault('MASTER_ADDR', job.hostnames[0] if job.num_nodes > 1 else '127.0.0.1')
         if job.global_rank == 0:
             self._count_start(job)
-        errors: list[str] = []
 
         def report(text: str) -> None:
             utils.to_stderr(text)
-            errors.append(text)
+            self._set_error(job, text)
 
         status = training.main(self.argv, report=report)
         if status == 0:
             return self._finish(job) if job.global_rank == 0 else None
         if status > 128:
             self._leave(job, status)
-        self._fail(job, status, errors)
+        log = job.paths.stdout
+        if job.global_rank == 0 and not job.paths.result_pickle.exists():  # a line in the log said why, as after a NaN
+            self._set_error(job, '\n'.join([f'the training stopped; the end of {log}:',
+                                            *log.read_text().splitlines()[-5:]]))
+        sys.exit(status)
 
     def _notes(self, job: submitit.JobEnvironment) -> Path:
         return job.paths.folder / f'{job.job_id}_starts.json'
@@ -140,18 +143,10 @@ class Task(Checkpointable):
             signal.raise_signal(again)
         sys.exit(status)
 
-    def _fail(self, job: submitit.JobEnvironment, status: int, errors: list[str]) -> None:
-        """Ends a failed task; the first to fail makes its error the result of all, since the others fail of it."""
-        if not errors and job.global_rank > 0:
-            sys.exit(status)
-        text = '\n'.join(errors)
-        if not text:  # stopped with a line in the log, as after a NaN
-            log = job.paths.stdout
-            text = '\n'.join([f'the training stopped; the end of {log}:', *log.read_text().splitlines()[-5:]])
+    def _set_error(self, job: submitit.JobEnvironment, text: str) -> None:
+        """Makes the error of the first task to fail the result of all, since the others fail because of it."""
         for rank in range(job.num_tasks):
-            path = JobPaths(job.paths.folder, job.job_id, rank).result_pickle
-            cloudpickle_dump(('error', text), path)
-        sys.exit(status)
+            cloudpickle_dump(('error', text), JobPaths(job.paths.folder, job.job_id, rank).result_pickle)
 
 
 def state_of(job_id: str) -> str:
