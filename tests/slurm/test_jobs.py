@@ -49,6 +49,7 @@ def slurm(tmp_path_factory, request):
     plugins = request.config.pluginmanager
     with plugins.get_plugin('capturemanager').global_and_fixture_disabled():
         show = plugins.get_plugin('terminalreporter')
+        show.ensure_newline()
         show.section('interruptions after which weights, average, optimizer and log were equal bit for bit')
         for what, layout, seconds in RESTARTS:
             show.line(f'{what:24} {layout:18} {seconds:5.1f} s to the restart')
