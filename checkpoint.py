@@ -6,12 +6,10 @@ target, flushed and renamed; the zip's own CRC-32 of every record tells a damage
 import contextlib
 import logging
 import os
-import pickle
 import re
 import shutil
 import threading
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +26,11 @@ from utils import UserError, flush_folder, write_atomically
 log = logging.getLogger('moganet')
 
 VERSION = 1
-KEYS = {'version', 'model', 'model_ema', 'optimizer', 'scaler', 'epoch', 'step', 'best', 'recipe', 'classes', 'local'}
+KEYS = {'version', 'model', 'model_ema', 'optimizer', 'scaler', 'epoch', 'step', 'best', 'recipe', 'classes', 'attempt',
+        'updates_per_epoch', 'micro_batch_size', 'skips', 'local'}
+# What the saved state depends on, so that a run cannot be resumed with other values
+FIXED = {'model', 'model_kwargs', 'num_classes', 'opt', 'layer_decay', 'freeze_stages', 'linear_probe',
+         'total_batch_size'}
 
 
 class Buffers:
@@ -39,8 +41,13 @@ class Buffers:
     """
 
     def __init__(self, *models: nn.Module | None):
+        """
+        Args:
+            models: the first is on the process's device; others may be missing, or elsewhere.
+        """
         self._buffers = [buffer for model in models if model is not None for buffer in model.buffers()
                          if buffer.is_floating_point()]
+        self._device = next(models[0].parameters()).device
         self._own: torch.Tensor | None = None  # this rank's statistics, while others stand in their place
 
     def own(self) -> torch.Tensor:
@@ -48,11 +55,10 @@ class Buffers:
         return self.get() if self._own is None else self._own
 
     def get(self) -> torch.Tensor:
-        """A copy of all of them, [n], on the device of the first."""
+        """A copy of all of them, [n], on the device of the first model."""
         if not self._buffers:
-            return torch.zeros(0)
-        device = self._buffers[0].device
-        return torch.cat([buffer.reshape(-1).to(device) for buffer in self._buffers])
+            return torch.zeros(0, device=self._device)
+        return torch.cat([buffer.reshape(-1).to(self._device) for buffer in self._buffers])
 
     def set(self, flat: torch.Tensor) -> None:
         """Writes back what `get` returned."""
@@ -99,14 +105,16 @@ class TrainState:
 
     def __init__(self, *, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                  ema: ModelEma | None, sums: torch.Tensor, skips: torch.Tensor, recipe: Recipe, classes: list[str],
-                 updates_per_epoch: int):
+                 updates_per_epoch: int, micro_batch_size: int):
         """
         Args:
             model: unwrapped.
             sums: this rank's running sums of the epoch's log, written to in place.
             skips: the counts of skipped updates, equal on all ranks, written to in place.
             classes: the names of the classes, kept with the weights.
+            micro_batch_size: of a process; another one is another function where there is BN.
         """
+        self.micro_batch_size = micro_batch_size
         self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
         self.sums, self.skips = sums, skips
         self.recipe, self.classes, self.updates_per_epoch = recipe, classes, updates_per_epoch
@@ -138,6 +146,8 @@ class TrainState:
                        for name, value in asdict(self.recipe).items()},
             'classes': list(self.classes),
             'attempt': self.attempt,
+            'updates_per_epoch': self.updates_per_epoch,
+            'micro_batch_size': self.micro_batch_size,
             'skips': self.skips,
             'local': {'buffers': _gather(self.buffers.own()), 'sums': _gather(self.sums)},
         }
@@ -145,17 +155,31 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any], *, optimizer: bool = True) -> None:
         """Puts the run where `state_dict` was taken, bit for bit at the same world size.
 
-        At another one the epoch's sums go on from their total and the BN statistics from what was agreed on.
+        At another one the epoch's sums go on from their total and the BN statistics from what was agreed on. The
+        optimizer's hyperparameters stay this recipe's own.
 
         Args:
             optimizer: whether to take the optimizer and the scaler too, or only weights, average and position.
+
+        Raises:
+            UserError: where the data set is not as long as it was.
         """
+        if state['updates_per_epoch'] != self.updates_per_epoch:
+            raise UserError(
+                f'the checkpoint counts {state["updates_per_epoch"]} updates an epoch, but the training set now makes '
+                f'{self.updates_per_epoch}: it has changed; restore it, or begin anew from the weights by --finetune '
+                'and another --output_dir')
         self.model.load_state_dict(state['model'])
         if self.ema is not None:
             self.ema.module.load_state_dict(state['model_ema'] or state['model'])
         if optimizer:
+            groups = self.optimizer.param_groups
+            own = [{key: value for key, value in group.items() if key != 'params'} for group in groups]
             self.optimizer.load_state_dict(state['optimizer'])
-            self.scaler.load_state_dict(state['scaler'])
+            for group, hyperparameters in zip(self.optimizer.param_groups, own, strict=True):
+                group.update(hyperparameters)
+            if state['scaler']:  # empty where the run had no fp16
+                self.scaler.load_state_dict(state['scaler'])
         self.step, self.best, self.attempt = state['step'], dict(state['best']), state['attempt']
         self.skips.copy_(state['skips'])
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -168,6 +192,9 @@ class TrainState:
         if len(sums) != world:
             log.warning('The checkpoint was written by %d processes and goes on with %d: on the same batches, but not '
                         'bit for bit.', len(sums), world)
+        elif state['micro_batch_size'] != self.micro_batch_size:
+            log.warning('The checkpoint was written with micro-batches of %d and goes on with %d: on the same batches, '
+                        'but not bit for bit.', state['micro_batch_size'], self.micro_batch_size)
 
 
 def _gather(value: torch.Tensor) -> torch.Tensor:
@@ -205,10 +232,14 @@ def load(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(f'{path} is damaged (checksum of {damaged})')
+            # The directory has no checksum: torch goes by fields of it that Python passes over, and hands out memory as
+            # it found it where they are wrong. Records are plain, stored as they are
+            odd = any(info.compress_type or info.external_attr or info.file_size != info.compress_size
+                      for info in archive.infolist())
+            if damaged is not None or odd:
+                raise zipfile.BadZipFile(f'damaged, by the checksum of {damaged or "its directory"}')
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a flipped byte of the directory or the pickle can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f'{path} cannot be read ({reason})') from None
     missing = KEYS - state.keys() if isinstance(state, dict) else KEYS
@@ -222,6 +253,10 @@ def load(path: Path) -> dict[str, Any]:
 def check_recipe(state: dict[str, Any], recipe: Recipe, *, path: Path, anyway: bool) -> None:
     """Refuses to resume under another recipe. Raises UserError with the fields that differ, unless `anyway`."""
     changed = differences(from_dict(state['recipe']), recipe)
+    fixed = [change for change in changed if change.split(':')[0] in FIXED]
+    if fixed and anyway:
+        raise UserError(f'{path} cannot be resumed with {"; ".join(fixed)}: its state depends on it; give another '
+                        '--output_dir, and start from its weights by --finetune')
     if changed and anyway:
         log.warning('Resuming %s under another recipe: %s', path, '; '.join(changed))
     elif changed:
@@ -232,8 +267,8 @@ def check_recipe(state: dict[str, Any], recipe: Recipe, *, path: Path, anyway: b
 class CheckpointFolder:
     """The checkpoints of a run: `checkpoint-<step>.pth`, the newest of them; -last and -best, links; -best-ema.
 
-    Written by a background thread from a copy on the host, so that training waits for the copy alone. Only rank 0 has
-    one.
+    Written by a background thread from a copy on the host, so that training waits for the copy alone, and for the write
+    before where that is still under way. Only rank 0 writes.
     """
 
     def __init__(self, folder: Path, *, keep: int):
@@ -292,34 +327,37 @@ class CheckpointFolder:
     def _write(self, state: dict[str, Any], best: bool, best_ema: bool) -> None:
         path = self.folder / f'checkpoint-{state["step"]}.pth'
         try:
-            write_atomically(path, lambda file: torch.save(state, file))
-            self._link(path, 'last')
-            if best:
-                self._link(path, 'best')
+            # The numbered file comes last: it says that all of this step is saved. A kill before it repeats the step
             if best_ema:
                 average = {**state, 'model': state['model_ema'], 'model_ema': None, 'optimizer': None, 'scaler': None,
                            'which': 'ema'}
                 write_atomically(self.folder / 'checkpoint-best-ema.pth', lambda file: torch.save(average, file))
+            if best:
+                write_atomically(self.folder / 'checkpoint-best.pth', lambda file: torch.save(state, file))
+                self._link('checkpoint-best.pth', path.name)
+            else:
+                write_atomically(path, lambda file: torch.save(state, file))
+            self._link(path.name, 'checkpoint-last.pth')
             self._error = None
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+        except Exception as error:  # torch.save reports a full disk as one of several
             self._error = error
             log.error('%s could not be saved (%s). The one before is kept and training goes on; free space in %s '
-                      'before the next save.', path, str(error).splitlines()[0], self.folder)
+                      'before the next save.', path, (str(error) or type(error).__name__).splitlines()[0], self.folder)
             return
         # Only now that the newer one is safe on disk: the old ones, and what killed processes left half-written
         for old in [*self.numbered()[:-self.keep], *self.folder.glob('.checkpoint-*.part')]:
             old.unlink(missing_ok=True)
 
-    def _link(self, path: Path, name: str) -> None:
-        """Makes checkpoint-<name>.pth the same file as `path`, at once and without a moment in which there is none."""
-        target = self.folder / f'checkpoint-{name}.pth'
-        beside = target.with_name(f'.{target.name}.{os.getpid()}.part')
+    def _link(self, source: str, name: str) -> None:
+        """Makes `name` the same file as `source`, at once and without a moment in which there is none."""
+        target = self.folder / name
+        beside = target.with_name(f'.{name}.{os.getpid()}.part')
         beside.unlink(missing_ok=True)
         try:
-            os.link(path, beside)
+            os.link(self.folder / source, beside)
         except OSError:  # a file system without hard links
-            with open(path, 'rb') as source:
-                write_atomically(target, lambda file: shutil.copyfileobj(source, file))
+            with open(self.folder / source, 'rb') as file:
+                write_atomically(target, lambda copy: shutil.copyfileobj(file, copy))
             return
         os.replace(beside, target)
         flush_folder(self.folder)

@@ -7,11 +7,12 @@ import dataclasses
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.models import model_parameters
 from timm.utils import dispatch_clip_grad
 from torch import nn
 from torch.nn import functional as F
@@ -53,6 +54,12 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
+def frozen_norms(model: nn.Module) -> set[str]:
+    """The names of the batch norms whose parameters are all frozen."""
+    return {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)
+            and list(module.parameters()) and not any(param.requires_grad for param in module.parameters())}
+
+
 def wrap_distributed(model: nn.Module, device: torch.device) -> nn.Module:
     """The model in DDP where there is a process group, else the model itself.
 
@@ -70,15 +77,16 @@ def wrap_distributed(model: nn.Module, device: torch.device) -> nn.Module:
 
 @torch.no_grad()
 def precise_bn(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *,
-               precision: str = 'fp32') -> None:
+               precision: str = 'fp32', frozen: Collection[str] = ()) -> None:
     """Replaces the running BN statistics by the plain mean over some training batches (Precise BN, arXiv 2105.07576).
 
     Args:
         model: unwrapped model; its mode is restored.
         batches: this rank's micro-batches (images [B, 3, H, W], targets).
+        frozen: names of norms that keep their statistics.
     """
     device = next(model.parameters()).device
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for name, module in model.named_modules() if isinstance(module, _BatchNorm) and name not in frozen]
     was_training, momenta = model.training, [norm.momentum for norm in norms]
     counts = [norm.num_batches_tracked.clone() for norm in norms]
     model.eval()
@@ -108,7 +116,7 @@ class TrainStep:
         skips: [2] on the device: updates that the scaler skipped, since `reset` and in a row.
     """
 
-    def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, *,
+    def __init__(self, model: nn.Module, criterion: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer, *,
                  device: torch.device, precision: str = 'fp32', scaler: torch.amp.GradScaler | None = None,
                  ema: ModelEma | None = None, clip_grad: float | None = None, clip_mode: str = 'norm',
                  update_freq: int = 1, seed: int = 0, rank: int = 0):
@@ -158,7 +166,9 @@ class TrainStep:
             seen += len(images)
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad is not None:
-            dispatch_clip_grad(self.unwrapped.parameters(), self.clip_grad, mode=self.clip_mode)
+            # Adaptive clipping leaves the classifier out (arXiv 2102.06171)
+            clipped = model_parameters(self.unwrapped, exclude_head=self.clip_mode == 'agc')
+            dispatch_clip_grad(clipped, self.clip_grad, mode=self.clip_mode)
         self.scaler.step(self.optimizer)
         skipped = self._undo_if_skipped(before)
         self.scaler.update()
@@ -216,7 +226,7 @@ class TrainStep:
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:
-        """Reads the sums and the health of all ranks: the one place where training waits for the device.
+        """Reads the sums and the health of all ranks: where training waits for the device: on reports and before saves.
 
         Returns:
             'loss', the mean over the images since `reset`; 'bad_images'; 'skipped', the updates skipped by the scaler;
@@ -281,7 +291,7 @@ def train_one_epoch(step: TrainStep, batches: Iterable[tuple[torch.Tensor, torch
         batches: this rank's micro-batches from update `start` on.
         set_schedule: sets the optimizer for an update of the run and returns the learning rate.
         images_per_update: over all ranks.
-        print_freq: updates between reports, at which alone the device is waited for.
+        print_freq: updates between reports, at which the device is waited for.
         max_skips: updates that the scaler may skip in a row.
         report: receives the figures every `print_freq` updates and at the end.
         after_update: receives the updates of this epoch that are done; returns True to stop here.
@@ -400,7 +410,7 @@ def largest_micro_batch(model: nn.Module, criterion: Callable[..., torch.Tensor]
         UserError: where not even the last fits.
     """
     budget = 0.9 * torch.cuda.mem_get_info(device)[0]
-    # weights, gradients, two moments, the average
+    # Gradients, two moments and the average, which this trial does not have
     budget -= 4 * sum(param.numel() * param.element_size() for param in model.parameters())
     chosen = len(sizes)
     for i, size in enumerate(sizes):

@@ -9,11 +9,13 @@ What a model starts from, the first that applies:
   3. `--finetune SOURCE` or `--pretrained`: weights alone;
   4. the model's own initialisation, from the recipe's seed.
 """
+import copy
 import csv
 import dataclasses
 import itertools
 import json
 import os
+import signal as signals
 import sys
 import traceback
 from collections.abc import Callable
@@ -72,7 +74,12 @@ def main(argv: list[str] | None = None, *, report: Callable[[str], None] = utils
         return 2
     except KeyboardInterrupt:
         return 130
-    except Exception:
+    except Exception as error:
+        if type(error).__name__ == 'OutOfMemoryError':  # of torch, which may not be imported yet
+            if utils.claim_error(rank):
+                report('error: the device is out of memory; give a smaller --batch_size, --batch_size auto, or '
+                       '--grad_checkpointing')
+            return 2
         if utils.claim_error(rank):
             report(traceback.format_exc())
         return 1
@@ -97,7 +104,7 @@ def adapt_to_device(recipe: Recipe, run: Run, device: 'torch.device') -> Recipe:
 
 
 def build_model(recipe: Recipe, run: Run, *, num_classes: int, device: 'torch.device',
-                initial: 'Weights | None' = None) -> 'nn.Module':
+                initial: 'Weights | None' = None, pretrained: bool = False) -> 'nn.Module':
     """The recipe's model on the device, with its own initial weights or those of `initial` (the head where it fits).
 
     Raises:
@@ -111,24 +118,29 @@ def build_model(recipe: Recipe, run: Run, *, num_classes: int, device: 'torch.de
     from models import weights
     if not timm.is_model(recipe.model):
         raise UserError(f'unknown model {recipe.model}{utils.nearest(recipe.model, timm.list_models())}')
-    arguments: dict[str, Any] = {'num_classes': num_classes, 'drop_rate': recipe.drop,
-                                 'drop_path_rate': recipe.drop_path, **recipe.model_kwargs}
+    # Many timm models have no drop path; a rate of 0 is not passed on
+    arguments: dict[str, Any] = {'num_classes': num_classes, 'drop_rate': recipe.drop or None,
+                                 'drop_path_rate': recipe.drop_path or None, **recipe.model_kwargs}
     if recipe.model in recipes.MOGANETS:
         arguments |= {'proj_drop_rate': recipe.proj_drop, 'layer_scale_init_value': recipe.layer_scale_init_value,
                       'head_init_scale': recipe.head_init_scale, 'gate': recipe.gate, 'gate_fp32': recipe.gate_fp32}
     utils.seed_everything(recipe.seed, 'model')
     try:
-        model = timm.create_model(recipe.model, pretrained=run.pretrained, **arguments)
+        model = timm.create_model(recipe.model, pretrained=pretrained and initial is None, **arguments)
     except OSError as error:
         raise UserError(f"timm's weights of {recipe.model} cannot be had ({' '.join(str(error).split())}); download "
-                        'them elsewhere and give the file by --finetune') from None
-    except (TypeError, ValueError, LookupError, AssertionError) as error:
-        raise UserError(f'{recipe.model} cannot be built as the recipe says ({error}); see --model_kwargs') from None
+                        f'them elsewhere and give the file by {"--checkpoint" if run.eval else "--finetune"}') from None
+    except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as error:
+        raise UserError(f'{recipe.model} cannot be built as the recipe says ({error}); see --model_kwargs, --drop, '
+                        '--drop_path 0') from None
     if initial is not None:
         log.info('Starting from %s: %s', initial, weights.apply_weights(model, initial, drop_classifier=True))
     optim_factory.freeze(model, stages=recipe.freeze_stages, linear_probe=recipe.linear_probe)
     if run.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):
+            raise UserError(f'{recipe.model} has no gradient checkpointing; leave --grad_checkpointing out') from None
     if recipe.sync_bn:
         model = convert_sync_batchnorm(model)
     channels_last = device.type == 'cuda' if run.channels_last is None else run.channels_last
@@ -164,15 +176,21 @@ def train(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
         log.info('%s has no recipe of its own: training by the default one, which is %s.', recipe.model, recipe.source)
     recipe = adapt_to_device(recipe, run, processes.device)
     folder = CheckpointFolder(Path(run.output_dir), keep=run.save_ckpt_num)
-    start = find_start(recipe, run, folder, processes)
+    start, own = find_start(recipe, run, folder, processes)
     if start is not None and start['epoch'] >= recipe.epochs:
+        if not own:
+            raise UserError(f'--resume {run.resume} is complete: {recipe.epochs} epochs; to train on from its weights '
+                            'say --finetune')
         log.info('%s is complete: %d epochs. Nothing to do; train anew in another --output_dir.', run.output_dir,
                  recipe.epochs)
         return 0
     recipe, initial = find_initial(recipe, run, start)
     if initial is not None and recipe.model in recipes.MOGANETS:
         log.info('Training with the %s gate.', recipe.gate)
-    if run.batch_size == 'auto':
+    if run.batch_size == 'auto' and start is not None and len(start['local']['sums']) == run.world_size:
+        # Another one would not be bit for bit the same
+        run = recipes.fit_batch(recipe, dataclasses.replace(run, batch_size=start['micro_batch_size']))
+    elif run.batch_size == 'auto':
         run = recipes.fit_batch(recipe, dataclasses.replace(run, batch_size=find_micro_batch(recipe, run, processes)))
     loaders = datasets.build_loaders(recipe, run, rank=processes.rank, device=processes.device)
     recipe = dataclasses.replace(recipe, num_classes=loaders.num_classes)
@@ -181,7 +199,9 @@ def train(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
         raise UserError(f'--warmup_steps {recipe.warmup_steps} is longer than the run of {updates} updates')
     try:
         with utils.StopRequest(processes) as stop:
-            return Training(recipe, run, processes, loaders, folder, start, initial).fit(stop)
+            training = Training(recipe, run, processes, loaders, folder, start, initial, own=own)
+            del start, initial  # gigabytes of the host's memory
+            return training.fit(stop)
     finally:
         folder.wait()
         loaders.close()
@@ -194,12 +214,15 @@ def find_initial(recipe: Recipe, run: Run, start: dict[str, Any] | None) -> tupl
         UserError: where the source cannot be read.
     """
     from models import weights
-    if run.finetune is None:
+    source = run.finetune
+    if run.pretrained and recipe.model in recipes.MOGANETS:
+        source = f'released:{recipe.model}'
+    if source is None:
         return recipe, None
     if start is not None:
         return follow_gate(recipe, run, start['recipe']['gate']), None
     with utils.rank_zero_first('finetune'):  # it may be a download
-        initial = weights.load_weights(run.finetune, run.weights)
+        initial = weights.load_weights(source, run.weights)
     return follow_gate(recipe, run, initial.gate), initial
 
 
@@ -210,49 +233,71 @@ def follow_gate(recipe: Recipe, run: Run, gate: str | None) -> Recipe:
     return dataclasses.replace(recipe, gate=gate)
 
 
-def find_start(recipe: Recipe, run: Run, folder: 'checkpoint.CheckpointFolder',
-               processes: utils.Processes) -> dict[str, Any] | None:
-    """The state to start from: the newest of the run's folder, else that of --resume, else None. The same on all ranks.
+def newest_for_all(folder: 'checkpoint.CheckpointFolder', processes: utils.Processes,
+                   name: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest valid checkpoint of a folder, as rank 0 finds it, on all ranks; None where there is none.
+
+    On a network file system another rank may not see the newest yet, or rank 0 may still be writing.
+
+    Args:
+        name: of this question, for the exchange between the ranks.
 
     Raises:
-        UserError: where the folder holds a run that would be overwritten or mixed with another.
+        UserError: where none can be read, or a rank does not see rank 0's.
     """
     import checkpoint
-    found, named = None, Path(run.resume) if run.resume else None
+    found = None
 
     def newest() -> str:
         nonlocal found
         found = folder.newest()
         return str(found[0]) if found else ''
 
-    path = utils.from_rank_zero('start', newest)  # on a network file system another rank may not see the newest yet
+    path = utils.from_rank_zero(name, newest)
     if path and found is None:
         try:
             found = Path(path), checkpoint.load(Path(path))
         except checkpoint.CheckpointError as error:
             raise UserError(f'rank {processes.rank}: {error}; --output_dir must be shared by all nodes') from None
-    if found is not None and not run.auto_resume and named is None:
+    return found
+
+
+def find_start(recipe: Recipe, run: Run, folder: 'checkpoint.CheckpointFolder',
+               processes: utils.Processes) -> tuple[dict[str, Any] | None, bool]:
+    """The state to start from, and whether it is the run's own: the newest of its folder, else that of --resume.
+
+    Raises:
+        UserError: where the folder holds a run that would be overwritten or mixed with another.
+    """
+    import checkpoint
+    found = newest_for_all(folder, processes, 'start')
+    own = found is not None
+    if own and not run.auto_resume:
         raise UserError(f'{run.output_dir} holds a run already; continue it with --auto_resume true, or give another '
                         '--output_dir')
-    if named is not None:
-        if found is None or named.resolve() == found[0].resolve():
-            try:
-                found = named, checkpoint.load(named)
-            except checkpoint.CheckpointError as error:
-                raise UserError(f'--resume {error}; give a checkpoint-*.pth of a training run') from None
-        elif named.resolve().parent == folder.folder.resolve() and checkpoint.load(named)['step'] < found[1]['step']:
+    if run.resume:
+        named = Path(run.resume)
+        try:
+            state = checkpoint.load(named)
+        except checkpoint.CheckpointError as error:
+            raise UserError(f'--resume {error}; give a checkpoint-*.pth of a training run') from None
+        if state['optimizer'] is None:
+            raise UserError(f'--resume {named} holds weights alone; give checkpoint-last.pth, or say --finetune')
+        if not own:
+            found = named, state
+        elif named.resolve().parent == folder.folder.resolve() and state['step'] < found[1]['step']:
             raise UserError(f'--resume {named} is older than {found[0].name} beside it, which would be lost; to branch '
                             'off there give another --output_dir')
     if found is None:
-        return None
+        return None, False
     path, state = found
     same = dataclasses.replace(recipe, num_classes=recipe.num_classes or state['recipe']['num_classes'])
-    if run.finetune:
+    if run.finetune or run.pretrained:
         same = follow_gate(same, run, state['recipe']['gate'])
     checkpoint.check_recipe(state, same, path=path, anyway=run.resume_anyway)
     if state['epoch'] < recipe.epochs:
         log.info('Continuing from %s: epoch %d, update %d.', path, state['epoch'], state['step'])
-    return state
+    return state, own
 
 
 def find_micro_batch(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
@@ -276,7 +321,14 @@ class Training:
     """A run between its first and its last epoch: the parts, and what happens between the epochs."""
 
     def __init__(self, recipe: Recipe, run: Run, processes: utils.Processes, loaders: 'Loaders',
-                 folder: 'checkpoint.CheckpointFolder', start: dict[str, Any] | None, initial: 'Weights | None'):
+                 folder: 'checkpoint.CheckpointFolder', start: dict[str, Any] | None, initial: 'Weights | None',
+                 *, own: bool):
+        """
+        Args:
+            start: the state to go on from.
+            initial: weights to begin with, where there is none.
+            own: whether `start` is of this run, and not of the one that --resume names.
+        """
         import torch
 
         import engine
@@ -284,7 +336,8 @@ class Training:
         from checkpoint import TrainState
         self.recipe, self.run, self.processes, self.loaders, self.folder = recipe, run, processes, loaders, folder
         device = processes.device
-        model = build_model(recipe, run, num_classes=loaders.num_classes, device=device, initial=initial)
+        model = build_model(recipe, run, num_classes=loaders.num_classes, device=device, initial=initial,
+                            pretrained=run.pretrained and start is None)
         self.n_parameters = sum(param.numel() for param in model.parameters() if param.requires_grad)
         ema = optim_factory.ModelEma(
             model, decay=recipe.model_ema_decay, warmup=recipe.model_ema_warmup,
@@ -302,10 +355,12 @@ class Training:
         self.state = TrainState(
             model=model, optimizer=optimizer, scaler=self.step.scaler, ema=ema, sums=self.step.sums,
             skips=self.step.skips, recipe=recipe, classes=loaders.classes,
-            updates_per_epoch=loaders.train.updates_per_epoch)
+            updates_per_epoch=loaders.train.updates_per_epoch, micro_batch_size=run.batch_size)
         if start is not None:
-            self.state.load_state_dict(start, optimizer=not run.no_resume_opt)
-        self.step.warm_up(torch.zeros(run.batch_size, 3, recipe.input_size, recipe.input_size, device=device),
+            self.state.load_state_dict(start, optimizer=own or not run.no_resume_opt)
+        images = torch.zeros(run.batch_size, 3, recipe.input_size, recipe.input_size, device=device)
+        # In the layout of the loader's, for which a compiled model would else be compiled again
+        self.step.warm_up(images.to(memory_format=torch.channels_last),
                           torch.zeros(run.batch_size, dtype=torch.int64, device=device))
         self._set_attempt(self.state.attempt)
 
@@ -328,9 +383,9 @@ class Training:
                         return 1
                     continue
                 if signal and self.state.epoch < self.recipe.epochs:
-                    saved = self._written()
-                    log.info('Stopped at epoch %d, update %d. %s', self.state.epoch, self.state.step,
-                             'The same command continues.' if saved else 'It could not be saved.')
+                    saved = self._written() and self.run.save_ckpt
+                    log.info('Stopped by %s at epoch %d, update %d. %s', signals.Signals(signal).name, self.state.epoch,
+                             self.state.step, 'The same command continues.' if saved else 'It was not saved.')
                     return 128 + signal if saved else 1
         finally:
             self.notes.close()
@@ -403,7 +458,8 @@ class Training:
         with state.buffers.agreed(self.recipe.dist_bn, first=self._precise_bn if evaluating else None):
             improved = self._evaluate(entry) if evaluating else set()
             self.notes.epoch(entry, epochs=self.recipe.epochs)  # before the checkpoint that counts the epoch
-            if state.epoch % run.save_ckpt_freq == 0 or last or improved or signal:
+            due = run.save_ckpt_steps and state.step % run.save_ckpt_steps == 0
+            if state.epoch % run.save_ckpt_freq == 0 or due or last or improved or signal:
                 self._save(improved)
         return signal
 
@@ -420,15 +476,19 @@ class Training:
         if not self.recipe.precise_bn:
             return
         micro_batches = -(-self.recipe.precise_bn // self.recipe.total_batch_size) * self.run.update_freq
+        frozen = engine.frozen_norms(self.state.model)
         for model in self._models().values():
-            batches = self.loaders.train.epoch(self.state.epoch, 0, PRECISE_BN_ORDER)
-            engine.precise_bn(model, itertools.islice(batches, micro_batches), precision=self.recipe.precision)
+            batches = self.loaders.train.epoch(self.state.epoch - 1, 0, PRECISE_BN_ORDER)
+            engine.precise_bn(model, itertools.islice(batches, micro_batches), precision=self.recipe.precision,
+                              frozen=frozen)
 
     def _evaluate(self, entry: dict[str, Any]) -> set[str]:
         """Evaluates the weights and their average into the epoch's entry. Returns which of the two are the best yet."""
         import engine
         improved = set()
         for suffix, model in self._models().items():
+            if next(model.parameters()).device != self.processes.device:  # an average kept on the CPU
+                model = copy.deepcopy(model).to(self.processes.device)
             result = engine.evaluate(model, self.loaders.val, count=self.loaders.val.count,
                                      precision=self.recipe.precision)
             entry |= {f'test_{name}{suffix}': result[name] for name in ('acc1', 'acc5', 'loss')}
@@ -459,18 +519,19 @@ class Training:
 
     def _roll_back(self, error: Exception) -> bool:
         """After a NaN: back to the newest checkpoint with another data order, where the user wants it and may still."""
-        self.folder.wait()
-        found = self.folder.newest()
+        attempt = self.state.attempt + 1
+        self._written()
+        found = newest_for_all(self.folder, self.processes, f'rollback {attempt}')
         where = f'the last good checkpoint is {found[0]}' if found else 'there is no checkpoint yet'
         log.error('Update %d: %s; %s.', self.state.step, error, where)
-        attempt = self.state.attempt + 1
         if self.run.on_nan == 'stop' or found is None or attempt > MAX_ROLLBACKS:
-            log.error('Stopped. Lower --lr, or clip by --clip_grad 1, or use --precision bf16 or --gate_fp32; '
-                      '--on_nan rollback tries again by itself.')
+            log.error('Stopped. Lower --lr, or clip by --clip_grad 1%s%s.',
+                      ', or use --precision bf16' if self.recipe.precision == 'fp16' else '',
+                      '; --on_nan rollback tries again by itself' if self.run.on_nan == 'stop' else '')
             return False
         self.state.load_state_dict(found[1])
         self._set_attempt(attempt)
-        self.notes.rewind(self.state.epoch)
+        self.notes.rewind(self.state.epoch, self.state.step)
         log.warning('Going back to update %d with another data order (attempt %d of %d).', self.state.step, attempt,
                     MAX_ROLLBACKS)
         return True
@@ -483,12 +544,13 @@ def evaluate(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
 
     Prints a line each, a table for several, and writes `eval.json` (of the last), and `--results_file`. Returns 0.
     """
-    results = [evaluate_one(source, recipe, run, processes) for source in run.checkpoint or (None,)]
-    if processes.first:
-        if len(results) > 1:
-            log.info('\n%s', results_table(results))
-        if run.results_file:
-            append_results(Path(run.results_file), results)
+    results = []
+    for source in run.checkpoint or (None,):
+        results.append(evaluate_one(source, recipe, run, processes))
+        if run.results_file and processes.first:  # at once: the next checkpoint may be a wrong one
+            append_result(Path(run.results_file), results[-1])
+    if len(results) > 1:
+        log.info('\n%s', results_table(results))
     return 0
 
 
@@ -499,29 +561,39 @@ def evaluate_one(source: str | None, recipe: Recipe, run: Run, processes: utils.
     import datasets
     import engine
     from models import weights as weights_module
-    weights = None
+    weights, meta = None, {}
     if source is not None:
         with utils.rank_zero_first(f'download {source}'):
             weights = weights_module.load_weights(source, run.weights)
-        recipe = recipes.of_weights(weights.meta, weights.gate, recipe, run.given)
-        if recipe.num_classes is None:
-            recipe = dataclasses.replace(recipe, num_classes=weights_module.classes_of(weights, recipe.model))
+        meta = weights.meta
+    name = recipe.model or str(meta.get('model', ''))
+    if name not in recipes.MOGANETS:  # those have rows of their own
+        meta = settings_of_timm(name) | meta
+    recipe = recipes.of_weights(meta, weights and weights.gate, recipe, run.given)
+    if recipe.num_classes is None:
+        recipe = dataclasses.replace(recipe, num_classes=1000 if weights is None else weights_module.classes_of(
+            weights, recipe.model))
     recipe = adapt_to_device(recipe, run, processes.device)
     loaders = datasets.build_loaders(recipe, run, rank=processes.rank, device=processes.device)
     num_classes = recipe.num_classes or loaders.num_classes
-    model = build_model(recipe, run, num_classes=num_classes, device=processes.device)
+    check_classes(loaders.classes, meta.get('classes') if weights and weights.format == 'training' else None, run,
+                  num_classes=num_classes)
+    model = build_model(recipe, run, num_classes=num_classes, device=processes.device, pretrained=weights is None)
     which = 'pretrained'
     if weights is not None:
         report = weights_module.apply_weights(model, weights)
         which = weights.which
         log.info('%s: %s', weights, report)
-    gate = f', {recipe.gate} gate' if recipe.model in recipes.MOGANETS else ''
-    log.info('Evaluating the %s weights of %s%s at %d, crop %g, %s, on %d images', which, recipe.model, gate,
-             recipe.test_size, recipe.crop_pct, recipe.interpolation, loaders.val.count)
+    gate = recipe.gate if recipe.model in recipes.MOGANETS else None
+    log.info('Evaluating the %s weights of %s%s, at %d, crop %g (%s), %s, on %d images', which, recipe.model,
+             f', {gate} gate' if gate else '', recipe.test_size, recipe.crop_pct, recipe.crop_mode,
+             recipe.interpolation, loaders.val.count)
     if run.compile:
         model.compile()
-    valid_labels = read_valid_labels(run.valid_labels, recipe) if run.valid_labels else None
+    valid_labels = read_valid_labels(run.valid_labels, recipe, loaders.classes) if run.valid_labels else None
     real_labels = read_real_labels(run.real_labels, loaders.val, num_classes=num_classes) if run.real_labels else None
+    if real_labels is not None and valid_labels is not None:
+        real_labels = real_labels[:, valid_labels]
     begin = time.perf_counter()
     result = engine.evaluate(model, loaders.val, count=loaders.val.count, precision=recipe.precision,
                              valid_labels=valid_labels, real_labels=real_labels)
@@ -530,35 +602,69 @@ def evaluate_one(source: str | None, recipe: Recipe, run: Run, processes: utils.
         images, _ = next(iter(loaders.val))
         result['throughput'] = engine.throughput(model, images, precision=recipe.precision)
     loaders.close()
-    published = weights.meta.get('acc1') if weights is not None else None
-    result |= {'checkpoint': source, 'weights': which, 'model': recipe.model, 'gate': recipe.gate,
-               'test_size': recipe.test_size, 'crop_pct': recipe.crop_pct, 'interpolation': recipe.interpolation,
-               'precision': recipe.precision, 'seconds': seconds, 'images_per_second': result['count'] / seconds}
-    if published is not None:
-        result |= {'published_acc1': published, 'published_acc5': weights.meta.get('acc5'),
-                   'difference_acc1': result['acc1'] - published}
-    log.info('top-1 %.3f %%  top-5 %.3f %%  loss %.4f  (%s weights, %d images)%s', result['acc1'], result['acc5'],
-             result['loss'], which, result['count'],
-             '' if published is None else f'; published {published} %, difference {result["acc1"] - published:+.3f}')
+    result |= {'checkpoint': source, 'weights': which, 'model': recipe.model, 'gate': gate,
+               'test_size': recipe.test_size, 'crop_pct': recipe.crop_pct, 'crop_mode': recipe.crop_mode,
+               'interpolation': recipe.interpolation, 'precision': recipe.precision, 'seconds': seconds,
+               'images_per_second': result['count'] / seconds}
+    log.info('top-1 %.3f %%  top-5 %.3f %%  loss %.4f  (%s weights, %d images)', result['acc1'], result['acc5'],
+             result['loss'], which, result['count'])
+    for metric, label in (('acc1', 'top-1'), ('acc5', 'top-5')):
+        if (published := meta.get(metric)) is not None:
+            difference = result[metric] - published
+            result |= {f'published_{metric}': published, f'difference_{metric}': difference}
+            log.info('%s: published %.1f %%, difference %+.3f', label, published, difference)
     if real_labels is not None:
         log.info('top-1 by the reassessed labels %.3f %%', result['real_acc1'])
     if run.throughput:
         log.info('%.0f images/s, of the model alone in batches of %d', result['throughput'], len(images))
     if processes.first:
         folder = Path(run.output_dir) if run.output_dir else evaluation_folder(source, recipe)
-        folder.mkdir(parents=True, exist_ok=True)
-        utils.write_json(folder / 'eval.json', result)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            utils.write_json(folder / 'eval.json', result)
+        except OSError as error:
+            raise UserError(f'cannot write {folder / "eval.json"} ({error.strerror}); give another --output_dir'
+                            ) from None
     return result
 
 
-def read_valid_labels(path: str, recipe: Recipe) -> list[int]:
-    """The model's classes in a file, one index a line. Raises UserError."""
+def settings_of_timm(model: str) -> dict[str, Any]:
+    """Test size, crop, interpolation and normalisation by which timm itself evaluates one of its models."""
+    import timm
+    from timm.data import resolve_data_config
+    try:
+        cfg = timm.get_pretrained_cfg(model)
+    except RuntimeError as error:  # an unknown tag
+        raise UserError(f'--model {model}: {error}') from None
+    if cfg is None:
+        return {}
+    settings = resolve_data_config(pretrained_cfg=cfg.to_dict(), use_test_size=True)
+    return {'test_size': settings.pop('input_size')[-1], **settings}
+
+
+def check_classes(ours: list[str], known: list[str] | None, run: Run, *, num_classes: int) -> None:
+    """Warns where the data's classes `ours` are not those of the model: the accuracy would be that of chance."""
+    if not ours or run.valid_labels or run.class_map:
+        return
+    if len(ours) < num_classes:
+        log.warning('The data has %d classes, the model %d: say which by --valid_labels FILE or --class_map FILE, else '
+                    "they are taken for the model's first.", len(ours), num_classes)
+    elif known and list(known) != ours:
+        log.warning('The data has other classes (%s, ...) than the checkpoint was trained on (%s, ...).', ours[0],
+                    known[0])
+
+
+def read_valid_labels(path: str, recipe: Recipe, classes: list[str]) -> list[int]:
+    """The model's classes in a file, one index a line, each of one of the data's `classes`. Raises UserError."""
     try:
         labels = [int(line) for line in Path(path).read_text().split()]
     except (OSError, ValueError) as error:
         raise UserError(f'--valid_labels {path} cannot be read ({error}); give a class index a line') from None
     if not labels or min(labels) < 0 or max(labels) >= (recipe.num_classes or 0):
         raise UserError(f'--valid_labels {path}: give indices below the {recipe.num_classes} classes of the model')
+    if classes and len(labels) != len(classes):
+        raise UserError(f'--valid_labels {path} names {len(labels)} classes, but the data has {len(classes)}; give one '
+                        'for each, in the order of the data')
     return labels
 
 
@@ -581,9 +687,10 @@ def read_real_labels(path: str, val: 'ValLoader', *, num_classes: int) -> 'torch
 
 
 def evaluation_folder(source: str | None, recipe: Recipe) -> Path:
-    """Where eval.json goes without --output_dir: beside a checkpoint file, else runs/<model>."""
-    beside = Path(source) if source else None
-    return beside.parent if beside is not None and beside.is_file() else Path('runs') / recipe.model
+    """Where eval.json goes without --output_dir: beside a checkpoint file where that can be, else runs/<model>."""
+    file = Path(source).expanduser() if source else None
+    beside = file is not None and file.is_file() and os.access(file.parent, os.W_OK)
+    return file.parent if beside else Path('runs') / recipe.model
 
 
 def results_table(results: list[dict[str, Any]]) -> str:
@@ -596,17 +703,20 @@ def results_table(results: list[dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
-def append_results(path: Path, results: list[dict[str, Any]]) -> None:
-    """Appends evaluations to a CSV file, with a header where it is new."""
-    columns = ('checkpoint', 'model', 'weights', 'gate', 'test_size', 'crop_pct', 'interpolation', 'acc1', 'acc5',
-               'loss', 'count', 'published_acc1', 'difference_acc1', 'images_per_second')
-    new = not path.exists() or path.stat().st_size == 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a', newline='') as file:
-        writer = csv.DictWriter(file, columns, extrasaction='ignore')
-        if new:
-            writer.writeheader()
-        writer.writerows(results)
+def append_result(path: Path, result: dict[str, Any]) -> None:
+    """Appends an evaluation to a CSV file, with a header where it is new. Raises UserError where it cannot."""
+    columns = ('checkpoint', 'model', 'weights', 'gate', 'test_size', 'crop_pct', 'crop_mode', 'interpolation', 'acc1',
+               'acc5', 'loss', 'count', 'published_acc1', 'difference_acc1', 'published_acc5', 'difference_acc5',
+               'images_per_second')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, 'a', newline='') as file:
+            writer = csv.DictWriter(file, columns, extrasaction='ignore')
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(result)
+    except OSError as error:
+        raise UserError(f'--results_file {path} cannot be written ({error.strerror}); give a file') from None
 
 
 if __name__ == '__main__':

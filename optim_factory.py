@@ -20,10 +20,13 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
     """The level of every parameter for layer-wise decay: 0 the stem, 1..12 the blocks in order, the highest the head.
 
     The order comes from the model's own `group_matcher` (timm's convention); consecutive blocks are merged into groups
-    of nearly equal size. A model without a matcher has one level, on which layer-wise decay has no effect.
+    of nearly equal size.
+
+    Raises:
+        UserError: where the model does not name its layers.
     """
     if not hasattr(model, 'group_matcher'):
-        return {name: 0 for name, _ in model.named_parameters()}
+        raise UserError(f'--layer_decay: {type(model).__name__} does not name its layers; give 1')
     fine = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     head = max(fine.values())
     blocks = head - 1

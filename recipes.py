@@ -11,6 +11,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +127,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how a recipe is run. Nothing here changes what is computed but for round-off."""
+    """Where and how a recipe is run. Nothing here is meant to change the accuracy."""
 
     # Files
     data_path: str = doc('data/ImageNet', 'folder with train/ and val/, or the root the data set needs')
@@ -226,8 +227,8 @@ def _rsb_a3(row: Recipe, acc1: float, *, micro_batch_size: int, **changes: Any) 
     return replace(
         row, name=f'{row.model}_rsb_a3', source=O, micro_batch_size=micro_batch_size, expected_acc1=acc1,
         expected_acc5=None, input_size=160, test_size=224, crop_pct=0.95, epochs=100, opt='lamb', lr=6e-3, min_lr=1e-6,
-        total_batch_size=2048, weight_decay=0.02, mixup=0.1, aa='rand-m6-mstd0.5-inc1', reprob=0.0, smoothing=0.0,
-        loss='bce_sum', model_ema=False, precision='fp32', gate='double', gate_fp32=False, **changes)
+        total_batch_size=2048, weight_decay=0.02, opt_eps=1e-6, mixup=0.1, aa='rand-m6-mstd0.5-inc1', reprob=0.0,
+        smoothing=0.0, loss='bce_sum', model_ema=False, precision='fp32', gate='double', gate_fp32=False, **changes)
 
 
 
@@ -491,7 +492,8 @@ def _resolve_recipe(given: dict[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
     elif model in RECIPES and RECIPES[model].model == model:
         row = RECIPES[model]
     elif model.startswith('moganet'):
-        raise UserError(f'unknown model {model}{nearest(model, MOGANETS)}')
+        hint = f'; it is a recipe: say --recipe {model}' if model in RECIPES else nearest(model, MOGANETS)
+        raise UserError(f'unknown model {model}{hint}')
     else:
         row = replace(RECIPES['default'], model=model)
 
@@ -504,9 +506,7 @@ def _resolve_recipe(given: dict[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
         given['data_set'] = DATA_SETS.get(given['data_set'], given['data_set'])
     recipe_fields = {field.name for field in fields(Recipe)}
     changes = {field: value for field, value in given.items() if field in recipe_fields}
-    useless = [field for field in MOGANET_FIELDS if field in changes]
-    if useless and not changes.get('model', row.model).startswith('moganet'):
-        raise UserError(f'--{useless[0]} is for MogaNet models; {changes.get("model", row.model)} has no such part')
+    _check_parts(changes, changes.get('model', row.model))
     if 'input_size' in changes:
         changes.setdefault('test_size', changes['input_size'])
     recipe = replace(row, **changes)
@@ -514,6 +514,13 @@ def _resolve_recipe(given: dict[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
         factor = recipe.total_batch_size / row.total_batch_size
         recipe = replace(recipe, lr=recipe.lr * factor, min_lr=recipe.min_lr * factor)
     return recipe, tuple(changes)
+
+
+def _check_parts(given: Iterable[str], model: str) -> None:
+    """Refuses fields that the model has no part for. Raises UserError."""
+    useless = [field for field in MOGANET_FIELDS if field in given]
+    if useless and model and not model.startswith('moganet'):  # without a name, the checkpoint will say it
+        raise UserError(f'--{useless[0]} is for MogaNet models; {model} has no such part')
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
@@ -557,7 +564,7 @@ def of_weights(meta: dict[str, Any], gate: str | None, asked: Recipe, given: tup
         given: the names of its fields that were given there.
 
     Raises:
-        UserError: where neither the file nor the command line says which model it is.
+        UserError: where neither the file nor the command line says which model it is, or the file says nonsense.
     """
     recipe = from_dict(meta['recipe']) if isinstance(meta.get('recipe'), dict) else asked
     fields_of_test = ('model', 'test_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
@@ -566,11 +573,16 @@ def of_weights(meta: dict[str, Any], gate: str | None, asked: Recipe, given: tup
         known['gate'] = gate
     if recipe is asked and recipe.model:  # --model or --recipe says it
         known.pop('model', None)
-    recipe = replace(recipe, **{name: tuple(value) if isinstance(value, list) else value
-                                for name, value in known.items()})
-    recipe = replace(recipe, **{name: getattr(asked, name) for name in given})
+    known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()
+             if name not in given}
+    hints = typing.get_type_hints(Recipe)
+    for name, value in known.items():
+        if not _fits(value, hints[name]):
+            raise UserError(f'the checkpoint says {name} {value!r}, which cannot be; give --{name}')
+    recipe = replace(recipe, **known, **{name: getattr(asked, name) for name in given})
     if not recipe.model:
         raise UserError('the checkpoint does not say which model it is; give --model NAME')
+    _check_parts(given, recipe.model)
     return recipe
 
 
@@ -639,8 +651,12 @@ def _validate(recipe: Recipe, run: Run) -> None:
     check(all(0 <= beta < 1 for beta in recipe.opt_betas), f'--opt_betas {recipe.opt_betas}: give values in [0, 1)')
     check(recipe.bce_target_thresh is None or recipe.loss != 'ce',
           '--bce_target_thresh needs --loss bce or bce_sum; cross-entropy has no threshold')
+    check(recipe.opt == 'sgd' or 'momentum' not in run.given, f'--momentum is for --opt sgd, and this is {recipe.opt}')
+    check(recipe.opt != 'sgd' or not {'opt_betas', 'opt_eps'} & {*run.given}, '--opt_betas and --opt_eps are for AdamW '
+                                                                             'and LAMB, not for sgd')
     check(recipe.clip_grad is not None or recipe.clip_mode == 'norm', '--clip_mode needs --clip_grad')
     check(not (run.eval and not run.checkpoint and not run.pretrained), 'evaluate what? say --checkpoint FILE')
+    check(not (run.checkpoint and run.pretrained), '--checkpoint and --pretrained both name the weights; give one')
     check(not (run.eval and run.batch_size == 'auto'), '--batch_size auto is for training; give --val_batch_size')
     check(run.eval or not run.checkpoint, '--checkpoint goes with --eval; to continue a run say --resume, '
                                           'to start from its weights --finetune')

@@ -319,12 +319,13 @@ class Notes:
         """
         self._first, self._folder = first, Path(run.output_dir)
         self._bar: Any = None
+        self._board: Any = None
         if not first:
             return
-        from torch.utils.tensorboard import SummaryWriter
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._board = SummaryWriter(run.log_dir or self._folder / 'tensorboard', purge_step=step + 1)
-        self.rewind(epochs_done)
+        self._board_folder = run.log_dir or self._folder / 'tensorboard'
+        self._unwritten = ''  # lines of log.txt for which the disk had no room
+        self.rewind(epochs_done, step)
 
     def begin(self, recipe: dict[str, Any], environment: dict[str, Any]) -> None:
         """Writes the resolved recipe, and adds this start to the list of environments."""
@@ -333,10 +334,16 @@ class Notes:
             path = self._folder / 'environment.json'
             write_json(path, [*(json.loads(path.read_text()) if path.exists() else []), environment])
 
-    def rewind(self, epochs_done: int) -> None:
-        """Keeps the log's lines of the first `epochs_done` epochs, so that none is doubled."""
+    def rewind(self, epochs_done: int, step: int) -> None:
+        """Keeps of log.txt the first `epochs_done` epochs, and of TensorBoard the updates up to `step`."""
         path = self._folder / 'log.txt'
-        if not self._first or not path.exists():
+        if not self._first:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        if self._board is not None:
+            self._board.close()
+        self._board = SummaryWriter(self._board_folder, purge_step=step + 1)
+        if not path.exists():
             return
         kept = []
         for line in path.read_text().splitlines():
@@ -354,7 +361,7 @@ class Notes:
             self._board.add_scalar(f'train/{name}', getattr(progress, name), step)
         left = (epochs * progress.updates - step) * progress.seconds_per_update
         text = (f'loss {progress.loss:.4f}  lr {progress.lr:.2e}  {progress.images_per_second:.0f} images/s  '
-                f'{duration(left)} left')
+                f'{duration(left)} left' + (f'  {progress.skipped:.0f} updates skipped' if progress.skipped else ''))
         if not sys.stdout.isatty():
             log.info('epoch %d  update %d/%d  %s', epoch, progress.update, progress.updates, text)
             return
@@ -372,14 +379,21 @@ class Notes:
         """Appends an epoch to log.txt, flushed to disk: it must be there before the checkpoint that counts it."""
         if not self._first:
             return
-        with open(self._folder / 'log.txt', 'a') as file:
-            file.write(json.dumps(entry) + '\n')
-            file.flush()
-            os.fsync(file.fileno())
+        self._unwritten += json.dumps(entry) + '\n'
+        try:
+            with open(self._folder / 'log.txt', 'a') as file:
+                file.write(self._unwritten)
+                file.flush()
+                os.fsync(file.fileno())
+            self._unwritten = ''
+        except OSError as error:
+            log.error('log.txt could not be written (%s): its line is kept for the next epoch; free space in %s.',
+                      error, self._folder)
         for name, value in entry.items():
             if name.startswith('test_'):
                 self._board.add_scalar(name.replace('_', '/', 1), value, entry['step'])
-        self._board.flush()
+        with contextlib.suppress(OSError):  # a full disk, of which log.txt has told
+            self._board.flush()
         tested = ''
         if 'test_acc1' in entry:
             tested = f', top-1 {entry["test_acc1"]:.2f} %'

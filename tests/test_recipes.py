@@ -67,7 +67,8 @@ def test_row_of_rsb_a3_holds_the_published_values(name):
     drop_path, per_gpu, steps, clip_grad, acc1 = ROWS_RSB_A3[name]
     expected = COMMON | dict(
         model=name.removesuffix('_rsb_a3'), epochs=100, opt='lamb', lr=6e-3, min_lr=1e-6, warmup_epochs=5,
-        weight_decay=0.02, input_size=160, test_size=224, crop_pct=0.95, mixup=0.1, aa='rand-m6-mstd0.5-inc1',
+        opt_eps=1e-6, weight_decay=0.02, input_size=160, test_size=224, crop_pct=0.95, mixup=0.1,
+        aa='rand-m6-mstd0.5-inc1',
         reprob=0.0, smoothing=0.0, loss='bce_sum', bce_target_thresh=None, model_ema=False, precision='fp32',
         gate_fp32=False, gate='double', drop_path=drop_path, clip_grad=clip_grad, micro_batch_size=per_gpu,
         total_batch_size=2048, expected_acc1=acc1)

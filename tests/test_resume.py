@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY, make_image_folder, run, start
+from runs import TINY, Job, make_image_folder, run, start
 
 # 48 images: 4 updates of 12, in an epoch; mixup, drop path, average, erasing and accumulation are all on
 COMMAND = (*TINY, '--total_batch_size', '12', '--batch_size', '2', '--epochs', '3', '--warmup_epochs', '1',
@@ -182,6 +182,36 @@ os.fsync = slow
     assert_same_run(folder, uninterrupted(1))
 
 
+@pytest.mark.parametrize('file', ['checkpoint-best-ema.pth', 'checkpoint-best.pth'])
+def test_a_kill_between_the_files_of_a_save_leaves_the_best_right(file, command, uninterrupted, tmp_path):
+    folder = tmp_path / 'run'
+    job = start(command(folder), tmp_path / 'out.txt', before=f'''
+import os, time
+flush, seen = os.fsync, []
+def slow(descriptor):
+    if '.{file}.' in os.readlink(f'/proc/self/fd/{{descriptor}}'):
+        seen.append(1)
+        if len(seen) == 2:
+            print('between', flush=True)
+            time.sleep(60)
+    flush(descriptor)
+os.fsync = slow
+''')
+    if 'between' not in wait_or_end(job):
+        pytest.skip('only one best in this run')
+    job.kill()
+    job.wait()
+    run(command(folder), tmp_path / 'rest.txt')
+    assert_same_run(folder, uninterrupted(1))
+
+
+def wait_or_end(job: Job) -> str:
+    """What a job printed by the time that it stands between two files, or ends."""
+    while 'between' not in job.text() and any(rank.is_alive() for rank in job.ranks):
+        time.sleep(0.01)
+    return job.text()
+
+
 def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_no_litter(command, uninterrupted, tmp_path):
     folder = tmp_path / 'run'
     start(command(folder), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()
@@ -248,6 +278,63 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(command, tmp_path
     text = run(command(folder, '--lr', '0.5', '--smoothing', '0', '--resume_anyway'), tmp_path / 'anyway.txt')
     assert 'Resuming' in text and 'under another recipe' in text
     assert log_of(folder)[-1]['epoch'] == 2
+
+
+def test_hyperparameters_changed_by_resume_anyway_are_those_that_train(command, tmp_path):
+    states = {}
+    for name, words in {'same': (), 'other': ('--opt_betas', '0.5', '0.6', '--resume_anyway')}.items():
+        folder = tmp_path / name
+        start(command(folder), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()
+        run(command(folder, *words), tmp_path / 'rest.txt')
+        states[name] = state_of(folder)
+    assert differences(states['same']['model'], states['other']['model'])
+    for words in (('--layer_decay', '0.5'), ('--opt', 'lamb'), ('--total_batch_size', '24')):
+        job = start(command(tmp_path / 'same', *words, '--epochs', '4', '--resume_anyway'), tmp_path / 'refused.txt')
+        assert job.wait() == [2] and 'cannot be resumed with' in job.text()
+
+
+def test_a_training_set_of_another_length_is_refused(command, data, tmp_path):
+    folder = tmp_path / 'run'
+    start(command(folder), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()
+    longer = make_image_folder(tmp_path / 'longer', train=20)
+    job = start(command(folder, '--data_path', str(longer)), tmp_path / 'refused.txt')
+    assert job.wait() == [2]
+    assert 'counts 4 updates an epoch, but the training set now makes 5' in job.text()
+
+
+def test_another_micro_batch_is_said_not_to_be_exact(command, tmp_path):
+    folder = tmp_path / 'run'
+    start(command(folder), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()
+    text = run(command(folder, '--batch_size', '6'), tmp_path / 'rest.txt')
+    assert 'micro-batches of 2 and goes on with 6: on the same batches, but not bit for bit' in text
+
+
+def test_no_resume_opt_leaves_the_optimizer_behind_once(command, tmp_path):
+    first, whole, folder = (tmp_path / name for name in ('first', 'whole', 'run'))
+    start(command(first), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()
+    words = ('--resume', str(first / 'checkpoint-last.pth'), '--no_resume_opt')
+    run(command(whole, *words), tmp_path / 'whole.txt')
+    start(command(folder, *words), tmp_path / 'part.txt', before=stop_after(9, signal.SIGTERM)).wait()
+    run(command(folder, *words), tmp_path / 'rest.txt')
+    assert differences(state_of(folder), state_of(whole)) == []
+    steps = {float(state['step']) for state in state_of(folder)['optimizer']['state'].values()}
+    assert steps == {6.0}
+
+
+def test_what_resume_cannot_mean_is_refused_in_one_line(command, uninterrupted, tmp_path):
+    whole = uninterrupted(1)
+    cases = {
+        ('--resume', str(whole / 'checkpoint-best-ema.pth')): 'holds weights alone',
+        ('--resume', str(whole / 'checkpoint-last.pth')): 'is complete',
+        ('--resume', str(tmp_path / 'none.pth')): 'cannot be read',
+    }
+    for words, message in cases.items():
+        job = start(command(tmp_path / 'new', *words), tmp_path / 'out.txt')
+        assert job.wait() == [2] and message in job.text() and 'Traceback' not in job.text()
+        assert not (tmp_path / 'new').exists()
+    job = start(command(whole, '--auto_resume', 'false', '--resume', str(whole / 'checkpoint-12.pth')),
+                tmp_path / 'out.txt')
+    assert job.wait() == [2] and 'holds a run already' in job.text()
 
 
 def test_resume_takes_another_runs_state_and_leaves_that_run_alone(command, uninterrupted, tmp_path):
@@ -318,6 +405,23 @@ def test_a_nan_on_one_rank_stops_all_and_names_the_last_good_checkpoint(command,
     assert f'the last good checkpoint is {folder}/checkpoint-4.pth' in job.text()
     assert job.text().count('NaN or infinite') == 1 and 'Traceback' not in job.text()
     assert sorted(path.name for path in folder.glob('checkpoint-[0-9]*')) == ['checkpoint-4.pth']
+
+
+def test_all_ranks_go_back_to_the_same_checkpoint_while_one_is_being_written(command, tmp_path):
+    slow = NAN_ON_ONE_RANK + '''
+import os, time
+flush = os.fsync
+def wait(descriptor):
+    if 'checkpoint' in os.readlink(f'/proc/self/fd/{descriptor}'):
+        time.sleep(1)
+    flush(descriptor)
+os.fsync = wait
+'''
+    folder = tmp_path / 'run'
+    text = run(command(folder, '--on_nan', 'rollback', '--save_ckpt_steps', '1', '--batch_size', '6', '--epochs', '2'),
+               tmp_path / 'out.txt', world_size=2, before=slow)
+    assert 'attempt 1 of 3' in text
+    assert state_of(folder)['step'] == 8
 
 
 def test_after_a_nan_the_run_can_go_back_and_take_another_order(command, uninterrupted, tmp_path):

@@ -91,7 +91,8 @@ def measure(*, recipe: Recipe = RECIPES['moganet_xtiny'], input_size: int = 64, 
 
     state = TrainState(
         model=step.unwrapped, optimizer=step.optimizer, scaler=create_scaler(place, 'fp32'), ema=step.ema,
-        sums=step.sums, skips=step.skips, recipe=recipe, classes=[], updates_per_epoch=1)
+        sums=step.sums, skips=step.skips, recipe=recipe, classes=[], updates_per_epoch=1,
+        micro_batch_size=batch_size)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         files = CheckpointFolder(Path(temporary), keep=1)
 
