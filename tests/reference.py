@@ -58,7 +58,12 @@ def _entry(name: str, shape: list[int], seed: int) -> torch.Tensor:
 
 def seeded_state_dict(variant: str, seed: int = 0) -> dict[str, torch.Tensor]:
     """The whole state dict of a variant with 1000 classes, float32."""
-    return {name: _entry(name, shape, seed) for name, shape in shapes()[variant].items()}
+    return seeded_entries(shapes()[variant], seed)
+
+
+def seeded_entries(shapes: dict[str, list[int]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """The state dict of any MogaNet, from its names and shapes."""
+    return {name: _entry(name, shape, seed) for name, shape in shapes.items()}
 
 
 def seeded_images(*shape: int, seed: int = 0) -> torch.Tensor:

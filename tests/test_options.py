@@ -621,7 +621,7 @@ def test_eval_among_some_classes_by_other_labels_and_with_its_speed(trained, dat
         for j, path in enumerate(sorted((data / 'val' / f'class{label}').iterdir())):
             Image.open(path).save(subset / f'class{label}' / f'ILSVRC2012_val_{3 * i + j + 1:08d}.png')
     (tmp_path / 'valid.txt').write_text('0\n2\n')
-    (tmp_path / 'real.json').write_text(json.dumps([[0, 1], [], [0, 1], [0, 1], [0, 1], [1, 0]]))
+    (tmp_path / 'real.json').write_text(json.dumps([[0, 2], [], [0, 2], [0, 2], [0, 2], [2, 0]]))
 
     def evaluate(*flags: str) -> dict[str, Any]:
         assert main.main(['--eval', '--checkpoint', str(trained / 'checkpoint-last.pth'), '--data_path',
