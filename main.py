@@ -558,6 +558,8 @@ def evaluate_one(source: str | None, recipe: Recipe, run: Run, processes: utils.
     """Evaluates one checkpoint, or timm's pretrained weights where `source` is None. Returns what eval.json holds."""
     import time
 
+    import timm
+
     import datasets
     import engine
     from models import weights as weights_module
@@ -571,8 +573,9 @@ def evaluate_one(source: str | None, recipe: Recipe, run: Run, processes: utils.
         meta = settings_of_timm(name) | meta
     recipe = recipes.of_weights(meta, weights and weights.gate, recipe, run.given)
     if recipe.num_classes is None:
-        recipe = dataclasses.replace(recipe, num_classes=1000 if weights is None else weights_module.classes_of(
-            weights, recipe.model))
+        known = weights_module.classes_of(weights, recipe.model) if weights else getattr(
+            timm.get_pretrained_cfg(recipe.model), 'num_classes', None)
+        recipe = dataclasses.replace(recipe, num_classes=known)
     recipe = adapt_to_device(recipe, run, processes.device)
     loaders = datasets.build_loaders(recipe, run, rank=processes.rank, device=processes.device)
     num_classes = recipe.num_classes or loaders.num_classes
