@@ -198,7 +198,7 @@ def train(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
     if (recipe.warmup_steps or 0) > updates:
         raise UserError(f'--warmup_steps {recipe.warmup_steps} is longer than the run of {updates} updates')
     try:
-        with utils.StopRequest(processes) as stop:
+        with utils.StopRequest(processes, run.stop_signals) as stop:
             training = Training(recipe, run, processes, loaders, folder, start, initial, own=own)
             del start, initial  # gigabytes of the host's memory
             return training.fit(stop)
@@ -215,7 +215,7 @@ def find_initial(recipe: Recipe, run: Run, start: dict[str, Any] | None) -> tupl
     """
     from models import weights
     source = run.finetune
-    if run.pretrained and recipe.model in recipes.MOGANETS:
+    if run.pretrained and recipe.model in recipes.MOGANETS and 'pretrained_cfg_overlay' not in recipe.model_kwargs:
         source = f'released:{recipe.model}'
     if source is None:
         return recipe, None

@@ -165,6 +165,8 @@ class Run:
     save_ckpt_freq: int = doc(1, 'epochs between checkpoints')
     save_ckpt_steps: int | None = doc(None, 'updates between further checkpoints inside an epoch')
     save_ckpt_num: int = doc(3, 'checkpoints to keep beside the best')
+    stop_signals: tuple[Literal['TERM', 'INT', 'USR1', 'USR2'], ...] = doc(
+        ('TERM', 'INT', 'USR1', 'USR2'), 'signals on which the run saves and stops; others do what they do by default')
     max_skips: int = doc(50, 'updates that the fp16 scaler may skip in a row before the run is stopped')
     on_nan: Literal['stop', 'rollback'] = doc('stop', 'on a NaN: stop, or go back to the last checkpoint with another '
                                                       'data order, at most 3 times')
@@ -651,9 +653,6 @@ def _validate(recipe: Recipe, run: Run) -> None:
     check(all(0 <= beta < 1 for beta in recipe.opt_betas), f'--opt_betas {recipe.opt_betas}: give values in [0, 1)')
     check(recipe.bce_target_thresh is None or recipe.loss != 'ce',
           '--bce_target_thresh needs --loss bce or bce_sum; cross-entropy has no threshold')
-    check(recipe.opt == 'sgd' or 'momentum' not in run.given, f'--momentum is for --opt sgd, and this is {recipe.opt}')
-    check(recipe.opt != 'sgd' or not {'opt_betas', 'opt_eps'} & {*run.given}, '--opt_betas and --opt_eps are for AdamW '
-                                                                             'and LAMB, not for sgd')
     check(recipe.clip_grad is not None or recipe.clip_mode == 'norm', '--clip_mode needs --clip_grad')
     check(not (run.eval and not run.checkpoint and not run.pretrained), 'evaluate what? say --checkpoint FILE')
     check(not (run.checkpoint and run.pretrained), '--checkpoint and --pretrained both name the weights; give one')

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -197,16 +197,19 @@ class StopRequest:
     see a request after the same update, one later than the first that noticed it.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-    def __init__(self, processes: Processes):
+    def __init__(self, processes: Processes, names: Sequence[str] = ('TERM', 'INT', 'USR1', 'USR2')):
+        """
+        Args:
+            names: of the signals, without SIG.
+        """
         self._processes = processes
+        self._signals = [signal.Signals[f'SIG{name}'] for name in names]
         self._received, self._first_interrupt = 0, 0.0
         self._pending: tuple[Any, Any] | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> 'StopRequest':
-        for number in self.SIGNALS:
+        for number in self._signals:
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -369,8 +372,8 @@ class Notes:
             from tqdm import tqdm
             self._bar = tqdm(total=progress.updates, desc=f'epoch {epoch}', leave=False, dynamic_ncols=True,
                              bar_format='{desc} {percentage:3.0f}% |{bar}| {postfix}')
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(progress.update - self._bar.n)
+        self._bar.n = progress.update
+        self._bar.set_postfix_str(text)  # draws it, however short the time since the last
         if progress.update == progress.updates:
             self._bar.close()
             self._bar = None

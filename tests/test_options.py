@@ -7,6 +7,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -611,6 +612,24 @@ def test_results_file_takes_a_line_for_every_evaluation(trained, data, tmp_path)
         with open(tmp_path / 'results.csv') as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == count and float(rows[0]['loss']) > 0 and rows[1]['checkpoint'].endswith('best-ema.pth')
+
+
+@proves('stop_signals')
+def test_only_the_chosen_signals_save_and_stop(data, tmp_path):
+    to_itself = '''
+import os, signal, utils
+agreed = utils.StopRequest.agreed
+def signalled(self):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return agreed(self)
+utils.StopRequest.agreed = signalled
+'''
+    command = (*BASE, '--data_path', str(data), '--output_dir')
+    chosen = runs.start((*command, str(tmp_path / 'a')), tmp_path / 'a.txt', before=to_itself)
+    others = runs.start((*command, str(tmp_path / 'b'), '--stop_signals', 'TERM', 'INT'), tmp_path / 'b.txt',
+                        before=to_itself)
+    assert (chosen.wait(), others.wait()) == ([128 + signal.SIGUSR1], [-signal.SIGUSR1])
+    assert (tmp_path / 'a' / 'checkpoint-1.pth').exists() and not (tmp_path / 'b' / 'checkpoint-1.pth').exists()
 
 
 @proves('valid_labels', 'real_labels', 'throughput')
