@@ -34,7 +34,7 @@ def test_command_prints_json_or_a_table_by_size(capsys):
         ('moganet_xtiny', 32), ('moganet_xtiny', 64), ('moganet_tiny', 32), ('moganet_tiny', 64)
     ]  # fmt: skip
     complexity.main(['moganet_xtiny', '--sizes', '224'])
-    header, line = capsys.readouterr().out.splitlines()
+    _, line = capsys.readouterr().out.splitlines()
     assert line.split() == ['moganet_xtiny', '224', '2,956,066', '0.787', '0.783']
 
 
