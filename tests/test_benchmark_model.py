@@ -3,12 +3,12 @@ import json
 import time
 
 import pytest
-import reference
 import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import reference
 from tools import benchmark, benchmark_model
 from utils import UserError
 

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 import torch
-from conftest import ROOT
 
 import main
 import recipes
+import runs
+from conftest import ROOT
 
 CPU = ('--device', 'cpu', '--num_workers', '0')
 TINY = (*runs.TINY, *CPU, '--batch_size', '8', '--total_batch_size', '8', '--epochs', '2', '--warmup_epochs', '0')

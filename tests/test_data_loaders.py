@@ -10,11 +10,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 import datasets
 import image_ops
+from conftest import ROOT
 from recipes import RECIPES, Run
 from utils import UserError
 

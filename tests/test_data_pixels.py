@@ -10,12 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from skimage import data as photos
 from timm.data import auto_augment, create_transform
 
 import image_ops
+from conftest import ROOT
 from recipes import RECIPES
 
 PHOTOS = [Image.fromarray(getattr(photos, name)()) for name in ('astronaut', 'chelsea', 'coffee', 'rocket')]

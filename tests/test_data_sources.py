@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 from skimage import data as photos
 
 import datasets
 import image_ops
 import image_sources
+from conftest import ROOT
 from image_sources import ImageFiles
 from recipes import RECIPES, Run
 from tools import check_dataset

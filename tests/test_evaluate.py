@@ -15,10 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
-import runs
 import safetensors.torch
-import test_weights as files
 import timm
 import torch
 from PIL import Image
@@ -27,6 +24,9 @@ from torch.nn import functional as F
 
 import main
 import recipes
+import reference
+import runs
+import test_weights as files
 from models import weights
 from models.weights import RELEASED
 

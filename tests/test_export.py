@@ -10,16 +10,16 @@ from typing import Any
 import onnx
 import onnxruntime
 import pytest
-import reference
 import safetensors
 import timm
 import torch
-from conftest import ROOT
-from test_weights import cache, mmcv_file, put, seeded, training_file
 from torch import Tensor, nn
 
+import reference
+from conftest import ROOT
 from models.moganet import MogaNet
 from models.weights import build_model, load_weights, sha256_of
+from test_weights import cache, mmcv_file, put, seeded, training_file
 from tools import export, strip_checkpoint
 from utils import UserError
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import TINY, make_image_folder
 
 import engine
 import main
 from recipes import RECIPES, resolve
+from runs import TINY, make_image_folder
 
 FEW = ('--device', 'cpu', '--num_workers', '0', '--warmup_epochs', '0', '--batch_size', '12', '--total_batch_size',
        '12', '--epochs', '1')

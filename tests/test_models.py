@@ -4,7 +4,6 @@ import inspect
 import re
 
 import pytest
-import reference
 import timm
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from timm.models import group_parameters
 from torch import nn
 
 import models
+import reference
 
 VARIANTS = list(reference.shapes())
 XT = 'moganet_xtiny'

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
 import torch
 from PIL import Image
 
@@ -22,6 +21,7 @@ import datasets
 import engine
 import main
 import recipes
+import runs
 
 MODEL = ('--model', 'moganet_xtiny', '--model_kwargs', 'dims=[8,8,16,16]', 'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]',
          '--input_size', '32')

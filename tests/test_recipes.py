@@ -6,9 +6,9 @@ import sys
 import typing
 
 import pytest
-from conftest import ROOT
 
 import recipes
+from conftest import ROOT
 from recipes import RECIPES, Recipe, resolve
 from utils import UserError
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from runs import TINY, Job, make_image_folder, run, start
 
 # 48 images: 4 updates of 12, in an epoch; mixup, drop path, average, erasing and accumulation are all on

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
-from runs import TINY, make_image_folder, run
-from test_resume import assert_same_run
 
 import recipes
 import run_with_submitit
+from conftest import ROOT
 from run_with_submitit import Task
+from runs import TINY, make_image_folder, run
+from test_resume import assert_same_run
 from utils import UserError
 
 MODEL = ('--model', 'moganet_tiny', '--data_path', 'images')

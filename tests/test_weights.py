@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import safetensors.torch
 import timm
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 import models  # noqa: F401  registers MogaNet
 import recipes
+import reference
 from models import weights
 from models.weights import RELEASED, Weights, apply_weights, build_model, load_weights
 from utils import UserError

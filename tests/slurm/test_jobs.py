@@ -10,14 +10,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+from submitit.core.utils import UncompletedJobError
+
 import cluster
 import held
-import pytest
-from runs import TINY
-from submitit.core.utils import UncompletedJobError
-from test_resume import assert_same_run, log_of
-
 import run_with_submitit
+from runs import TINY
+from test_resume import assert_same_run, log_of
 from utils import UserError
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures('slurm')]
