@@ -1,0 +1,348 @@
+"""What the pages say is so: every command is one that the program takes, some are run, the generated parts are current."""
+import argparse
+import ast
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+import main
+import recipes
+import run_with_submitit
+import runs
+from conftest import ROOT
+from models.weights import RELEASED
+from recipes import RECIPES
+from test_data_sources import encoded, tar, write, write_meta, write_parquet, write_shards
+from tools import docs
+from utils import UserError
+
+PAGES = ('README.md', 'INSTALL.md', 'TRAINING.md', 'CONTRIBUTING.md')
+CPU = ('--device', 'cpu', '--num_workers', '0')
+SMALL = (*runs.TINY[2:], *CPU, '--batch_size', '8', '--total_batch_size', '8', '--epochs', '1', '--warmup_epochs', '0')
+
+
+def split_page(text: str) -> tuple[list[str], list[str], str]:
+    """The lines of a page's shell blocks (indented, or fenced as bash), the languages of its fences, and the rest."""
+    commands, languages, prose, fence, before = [], [], [], None, ''
+    for line in text.splitlines():
+        if line.startswith('```'):
+            fence = (line[3:] if fence is None else None)
+            languages += [fence] if fence is not None else []
+        elif fence == 'bash' or (fence is None and line.startswith('    ') and (not before or before[:4] == '    ')):
+            commands.append(line.strip())
+        elif fence is None:
+            prose.append(line)
+        before = line
+    return commands, languages, '\n'.join(prose)
+
+
+def spans(text: str) -> list[str]:
+    """What stands between backticks in the prose of a page."""
+    return re.findall(r'`([^`]+)`', split_page(text)[2])
+
+
+def commands(page: str) -> Iterator[tuple[str, ...]]:
+    """The commands of a page as words: of its blocks, and those between backticks."""
+    text = (ROOT / page).read_text()
+    inline = [span for span in spans(text) if re.match(r'(python|torchrun|sbatch|make|pip) |main\.py ', span)]
+    for line in (*split_page(text)[0], *inline):
+        words = shlex.split(line, comments=True)
+        while words:
+            end = words.index('&&') if '&&' in words else len(words)
+            if end:
+                yield tuple(words[:end])
+            words = words[end + 1:]
+
+
+ALL = list(dict.fromkeys((page, words) for page in PAGES for words in commands(page)))
+
+
+# ---- Every command is taken by the program it names -----------------------------------------------------------------
+
+def resolve(argv: list[str], world_size: int, monkeypatch: pytest.MonkeyPatch) -> recipes.Run | None:
+    """What main.py makes of its words; None where they ask for a text."""
+    for word in argv:
+        assert not word.startswith('released:') or word.removeprefix('released:') in RELEASED, word
+    monkeypatch.setenv('WORLD_SIZE', str(world_size))
+    try:
+        return recipes.resolve(argv)[1]
+    except SystemExit as done:
+        assert not done.code and {'--help', '--list_recipes', '--print_recipe'} & set(argv)
+
+
+class Parsed(Exception):
+    """Raised in place of the work that would follow."""
+
+
+def parse_only(script: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a tool parse its words, and stops it there."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, args=None, namespace=None):
+        parse(self, args, namespace)
+        raise Parsed
+
+    module = importlib.import_module(script.removesuffix('.py').replace('/', '.'))
+    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', stop)
+    with pytest.raises(Parsed):
+        module.main(argv)
+
+
+def check(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes a command as its program would. Fails for one that has no place here."""
+    match [words[0].removeprefix('.venv/bin/'), *words[1:]]:
+        case ['torchrun', *rest]:
+            args = get_args_parser().parse_args(rest)
+            assert args.training_script == 'main.py'
+            resolve(args.training_script_args, int(args.nproc_per_node) * int(args.nnodes), monkeypatch)
+        case ['python', 'main.py', *rest] | ['main.py', *rest]:
+            resolve(rest, 1, monkeypatch)
+        case ['python', 'run_with_submitit.py', *rest]:
+            args, rest = run_with_submitit.parse(rest)
+            for line in run_with_submitit.commands(args, rest):
+                resolve(line, args.nodes * args.gpus, monkeypatch)
+        case ['sbatch', *rest]:
+            at = rest.index('tools/train.sbatch')
+            script = dict(re.findall(r'^#SBATCH --([\w-]+)=(\S+)', (ROOT / rest[at]).read_text(), re.MULTILINE))
+            options = script | dict(word.removeprefix('--').split('=') for word in rest[:at])
+            resolve(rest[at + 1:], int(options['nodes']) * int(options['gpus-per-node']), monkeypatch)
+        case ['python', '-c', code]:
+            ast.parse(code)
+        case ['python', script, *rest] if (ROOT / script).is_file():
+            parse_only(script, rest, monkeypatch)
+        case ['make', *targets]:
+            assert set(targets) <= set(re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE))
+        case ['pip', 'install', '-e', here]:
+            assert here == '.' or f'{here[2:-1]} = [' in (ROOT / 'pyproject.toml').read_text()
+        case ['pip', 'install', *names]:
+            assert names and all(re.fullmatch(r'[a-z][\w-]+(<\d+)?', name) for name in names)
+        case (['git', 'clone', *_] | ['cd', _] | ['python3', '-m', 'venv', _] | ['source', '.venv/bin/activate']
+              | ['conda', 'create' | 'activate', *_] | ['tensorboard', '--logdir', _]):
+            pass
+        case _:
+            pytest.fail(f'the tests know no place for: {shlex.join(words)}')
+
+
+@pytest.mark.parametrize(('page', 'words'), ALL, ids=[f'{page}: {shlex.join(words)}' for page, words in ALL])
+def test_command_is_taken_by_its_program(page, words, tmp_path, monkeypatch):
+    """In a folder with the files that a user would have made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'recipes.txt').write_text('moganet_tiny --lr 2e-3\n--model moganet_xtiny\n')
+    saved = tmp_path / 'runs' / 'moganet_small' / 'recipe.json'
+    saved.parent.mkdir(parents=True)
+    saved.write_text(json.dumps(dataclasses.asdict(RECIPES['moganet_small'])))
+    check(words, monkeypatch)
+
+
+def test_a_wrong_command_is_found(monkeypatch):
+    for line in ('torchrun --nproc_per_node=3 main.py --model moganet_small', 'python main.py --modle moganet_small',
+                 'torchrun --gpus=8 main.py --model moganet_small', 'sbatch --nodes=3 tools/train.sbatch --model '
+                 'moganet_base', 'python run_with_submitit.py --nodes 3 --model moganet_base', 'make coffee',
+                 'python tools/complexity.py --size 224', "pip install -e '.[cuda]'", 'python main.py --eval --checkpoint'
+                 ' released:moganet_tin', 'rm -rf runs', 'python train.py'):
+        with monkeypatch.context() as patch, pytest.raises((UserError, SystemExit, AssertionError,
+                                                            pytest.fail.Exception)):
+            check(tuple(shlex.split(line)), patch)
+
+
+def test_pages_have_the_commands_that_they_must():
+    programs = {words[0] if words[0] != 'python' else words[1] for _, words in ALL}
+    assert {'torchrun', 'main.py', 'run_with_submitit.py', 'sbatch', 'make', 'tools/check_dataset.py'} <= programs
+    assert len(ALL) > 60
+
+
+def test_flags_and_files_between_backticks_exist():
+    parsers = (recipes._parser(), run_with_submitit.parser(), get_args_parser())
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    known |= {f'--{name}' for name in run_with_submitit.SPELLINGS}
+    for source in (*(ROOT / 'tools').glob('*.py'), ROOT / 'predict.py'):
+        known |= set(re.findall(r"'(--\w+)'", source.read_text() if source.exists() else ''))
+    for page in PAGES:
+        for span in spans((ROOT / page).read_text()):
+            if span.startswith('--'):
+                assert set(re.findall(r'(?<![\w-])--[\w-]+', span)) <= known, f'{page}: {span}'
+            if re.fullmatch(r'[\w/]+\.(py|sbatch|md|toml)', span) and 'NAME' not in span:
+                assert (ROOT / span).exists(), f'{page}: {span}'
+
+
+# ---- Some are run ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory) -> dict[str, str]:
+    """Small data in the place of each path of the pages."""
+    root = tmp_path_factory.mktemp('data')
+    names = {1: 'n01440764', 2: 'n01443537'}
+    for split in ('train', 'val'):
+        for name in names.values():
+            for number in range(8):
+                write(root / 'imagenet' / split / name / f'{number}.JPEG')
+    images = {f'ILSVRC2012_val_{number:08d}.JPEG': encoded() for number in (1, 2, 3)}
+    shutil.copytree(root / 'imagenet' / 'train', root / 'flat' / 'train')
+    for name, content in images.items():
+        write(root / 'flat' / 'val' / name, content)
+    write(root / 'tars' / 'ILSVRC2012_img_val.tar', tar(images))
+    write(root / 'tars' / 'ILSVRC2012_img_train.tar', tar({f'{name}.tar': tar({
+        f'{name}_{number}.JPEG': encoded() for number in range(8)}) for name in names.values()}))
+    for folder in ('tars', 'work'):
+        write(root / folder / 'ILSVRC2012_validation_ground_truth.txt', b'2\n1\n2\n')
+        write_meta(root / folder / 'meta.mat', names)
+    write_parquet(root / 'parquet')
+    write_shards(root / 'shards')
+    return {f'/path/to/{name}': str(root / name) for name in ('imagenet', 'tars', 'parquet', 'shards', 'cache')} | {
+        'own/classes': 'imagenet', 'flat': str(root / 'flat'), 'work': str(root / 'work')}
+
+
+@pytest.fixture
+def run(places, tmp_path, monkeypatch):
+    """Runs a command in this process, on small data and with a small model."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.chdir(places['work'])
+
+    def start(words: list[str], *more: str) -> int | None:
+        text = '\n'.join(words)
+        for path, place in places.items():
+            text = text.replace(path, places['flat'] if '--sort_val' in words else place)
+        match text.split('\n'):
+            case ['python', '-c', code]:
+                exec(code, {})
+            case ['python', 'main.py', *rest]:
+                small = CPU if '--eval' in rest or '--print_recipe' in rest else SMALL
+                return main.main([*rest, *small, *more])
+            case ['python', tool, *rest]:
+                return importlib.import_module(tool.removesuffix('.py').replace('/', '.')).main(rest)
+    return start
+
+
+def test_the_commands_of_installation_run(run, capsys):
+    chosen = [list(words) for page, words in ALL if page == 'INSTALL.md' and words[0] == 'python']
+    for words in chosen:
+        assert not run(words), f'{shlex.join(words)}\n{capsys.readouterr().out}'
+    printed = capsys.readouterr().out
+    assert len(chosen) == 9 and '2,956,066' in printed and '0.787' in printed
+    assert printed.count('train: {"path"') == 4 and '3 images of' in printed
+
+
+SHAPES = re.findall(r'^\| [^|]+ \| `(--data_[^`]+)` \|$', (ROOT / 'INSTALL.md').read_text(), re.MULTILINE)
+NOT_HERE = {'torch/cifar10': 'its files cannot be made: tests/test_data_sources.py reads made-up ones',
+            'tfds/imagenet2012': 'needs TensorFlow'}
+
+
+@pytest.mark.parametrize('flags', SHAPES)
+def test_each_shape_of_images_trains(flags, run, tmp_path, capsys):
+    for name, reason in NOT_HERE.items():
+        if name in flags:
+            pytest.skip(reason)
+    assert not run(['python', 'main.py', '--model', 'moganet_xtiny', *flags.split()], '--output_dir',
+                   str(tmp_path / 'run')), capsys.readouterr().out
+    assert 'Training is complete: 1 epochs' in capsys.readouterr().out
+
+
+def test_every_shape_has_its_line():
+    assert len(SHAPES) == 8
+
+
+def test_the_transfer_recipe_trains_on_own_classes(run, tmp_path, capsys):
+    argv = ['python', 'main.py', '--model', 'moganet_xtiny', '--data_path', '/path/to/imagenet']
+    assert not run(argv, '--output_dir', str(tmp_path / 'before'))
+    words = shlex.split(docs.command(RECIPES['moganet_small_transfer']).replace(
+        'released:moganet_small', str(tmp_path / 'before' / 'checkpoint-best-ema.pth')))
+    assert not run(words, '--output_dir', str(tmp_path / 'after')), capsys.readouterr().out
+    assert json.loads((tmp_path / 'after' / 'recipe.json').read_text())['freeze_stages'] == 2
+
+
+def test_recipes_are_listed_and_printed(capsys):
+    assert main.main(['--list_recipes']) == main.main(['--recipe', 'moganet_large', '--print_recipe']) == 0
+    printed = capsys.readouterr().out
+    assert 'moganet_large_rsb_a3' in printed and '"drop_path": 0.3' in printed
+
+
+# ---- Links and languages --------------------------------------------------------------------------------------------
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r'^#+ (.*)$', split_page(path.read_text())[2], re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_lead_somewhere_and_fences_say_their_language(page):
+    text = (ROOT / page).read_text()
+    assert set(split_page(text)[1]) <= {'bash', 'text', 'json', 'python'}
+    for target in re.findall(r'\]\(([^)]+)\)', text):
+        if not target.startswith('https://'):
+            name, _, anchor = target.partition('#')
+            path = ROOT / (name or page)
+            assert path.exists(), f'{page}: {target}'
+            assert not anchor or anchor in anchors(path), f'{page}: {target}'
+
+
+# ---- The generated parts --------------------------------------------------------------------------------------------
+
+def test_generated_parts_are_current(capsys):
+    assert docs.main(['--check']) == 0, capsys.readouterr().out
+
+
+def test_every_row_has_its_block_with_the_batches_of_the_run(monkeypatch):
+    text = (ROOT / 'TRAINING.md').read_text()
+    for row in RECIPES.values():
+        if row.name == 'default':
+            continue
+        found = re.search(rf'#### `{row.name}`\n\n    (.*)\n(.*?)Source: ', text, re.DOTALL)
+        launcher, argv = found[1].split(' main.py ')
+        for world_size, column in zip((1, 2, 4, 8, 16), re.findall(r'\d+ x \d+ x \d+', found[2]), strict=False):
+            made = resolve(argv.split(), world_size, monkeypatch)
+            assert column == f'{made.world_size} x {made.batch_size} x {made.update_freq}', row.name
+            assert world_size * made.batch_size * made.update_freq == row.total_batch_size
+        assert (launcher != 'python') == (found[2].count('|---') == 5), row.name
+
+
+def test_counts_are_those_of_the_tools():
+    """To 1 %: another release of torch may launch another kernel. What is written has two digits."""
+    counted, kept = docs.count('moganet_xtiny', 224), docs.load_costs()['moganet_xtiny']['224']
+    assert counted == pytest.approx(kept, rel=0.01) and counted['parameters'] == kept['parameters']
+
+
+@pytest.mark.slow
+def test_all_counts_are_those_of_the_tools():
+    for model, sizes in docs.count_all().items():
+        for size, counted in sizes.items():
+            assert counted == pytest.approx(docs.load_costs()[model][size], rel=0.01), (model, size)
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch) -> Path:
+    """Copies of the generated pages, which the tool takes for the true ones."""
+    for page in ('README.md', 'TRAINING.md'):
+        shutil.copy(ROOT / page, tmp_path)
+    monkeypatch.setattr(docs, 'ROOT', tmp_path)
+    return tmp_path
+
+
+def test_a_changed_recipe_is_stale_until_it_is_written(copy, monkeypatch, capsys):
+    changed = dataclasses.replace(RECIPES['moganet_small'], expected_acc1=84.9, total_batch_size=2048)
+    monkeypatch.setitem(RECIPES, 'moganet_small', changed)
+    before = (copy / 'README.md').read_text()
+    assert docs.main(['--check']) == 1
+    assert capsys.readouterr().out == 'stale: README.md (results), TRAINING.md (recipes)\n'
+    assert (copy / 'README.md').read_text() == before
+    assert docs.main([]) == 0 and docs.main(['--check']) == 0
+    assert '| 84.9 | single |' in (copy / 'README.md').read_text()
+    assert '| 1 x 128 x 16 | 2 x 128 x 8 |' in (copy / 'TRAINING.md').read_text()
+
+
+def test_a_page_without_its_markers_and_a_model_without_counts_are_refused(copy, monkeypatch):
+    (copy / 'README.md').write_text('# MogaNet\n')
+    with pytest.raises(UserError, match=r'there are 0 parts `<!-- results: '):
+        docs.main([])
+    monkeypatch.setitem(RECIPES, 'moganet_small', dataclasses.replace(RECIPES['moganet_small'], input_size=192))
+    with pytest.raises(UserError, match=r'no counts of moganet_small at 192 pixels; run tools/docs\.py --count'):
+        docs.load_costs()

@@ -1,0 +1,192 @@
+"""Writes what the documents say about the recipes: blocks of TRAINING.md, the results table of README.md.
+
+    python tools/docs.py            # rewrites what is stale
+    python tools/docs.py --check    # names what is stale, with exit status 1, and changes nothing
+    python tools/docs.py --count    # first counts the models anew (docs.json): minutes, after a change of the models
+
+A generated part stands between `<!-- NAME: ... -->` and `<!-- end of NAME -->`.
+"""
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from recipes import RECIPES, Recipe, Run, S, fit_batch
+from utils import UserError, run_cli, write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+# {model: {image side: parameters, GMACs, and MB that a training step in 16 bits moves for an image}}
+COSTS = ROOT / 'tools' / 'docs.json'
+Costs = dict[str, dict[str, dict[str, float]]]
+
+# The paper's table: millions of parameters by model, GMACs by model and test size (XL: the authors' repository)
+PUBLISHED_PARAMETERS = {'moganet_xtiny': '2.97', 'moganet_tiny': '5.20', 'moganet_small': '25.3', 'moganet_base': '43.9',
+                        'moganet_large': '82.5', 'moganet_xlarge': '180.8'}
+PUBLISHED_GMACS = {('moganet_xtiny', 224): '0.80', ('moganet_tiny', 224): '1.10', ('moganet_tiny', 256): '1.44',
+                   ('moganet_small', 224): '4.97', ('moganet_base', 224): '9.93', ('moganet_large', 224): '15.9',
+                   ('moganet_xlarge', 224): '34.5'}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a GPU's data sheet promises, a second."""
+
+    memory: float  # bytes
+    fp32: float  # operations, without TF32
+    half: float  # operations in fp16 and bf16, dense
+
+
+CARDS = {'A100': Card(memory=2.04e12, fp32=19.5e12, half=312e12),  # 80 GB, SXM
+         'H100': Card(memory=3.35e12, fp32=67e12, half=989e12)}  # SXM
+PROCESSES = {1: '1 GPU', 2: '2 GPUs', 4: '4 GPUs', 8: '8 GPUs', 16: '2 nodes of 8'}
+
+
+def count(model: str, size: int) -> dict[str, float]:
+    """What docs.json holds of a model at an image size."""
+    from tools.benchmark_model import measure_traffic
+    from tools.complexity import complexity
+    counts, (traffic,) = complexity(model, size), measure_traffic([model], input_size=size)
+    return {'parameters': counts['parameters'], 'gmacs': round(counts['macs'] / 1e9, 3), 'mb': round(traffic['mb'])}
+
+
+def count_all() -> Costs:
+    """Counts every model at every image size of its recipes."""
+    sizes: dict[str, set[int]] = {}
+    for row in RECIPES.values():
+        sizes.setdefault(row.model, set()).update((row.input_size, row.test_size))
+    return {model: {str(size): count(model, size) for size in sorted(chosen)} for model, chosen in sizes.items()}
+
+
+def load_costs() -> Costs:
+    """The counts in docs.json. Raises UserError where there are none for a recipe."""
+    costs = json.loads(COSTS.read_text()) if COSTS.exists() else {}
+    for row in RECIPES.values():
+        for size in (row.input_size, row.test_size):
+            if str(size) not in costs.get(row.model, {}):
+                raise UserError(f'{COSTS.name} has no counts of {row.model} at {size} pixels; run tools/docs.py --count')
+    return costs
+
+
+# ---- What is written ------------------------------------------------------------------------------------------------
+
+def most_images_per_second(row: Recipe, card: Card, costs: Costs) -> int:
+    """What a training step can take on a card, to two digits, upwards.
+
+    The smaller of what its memory and its arithmetic allow. A step in fp32 moves twice the bytes, and has three times
+    the multiply-accumulates of the forward pass, of two operations each.
+    """
+    cost = costs[row.model][str(row.input_size)]
+    moved = 1e6 * cost['mb'] * (2 if row.precision == 'fp32' else 1)
+    rate = min(card.memory / moved, (card.fp32 if row.precision == 'fp32' else card.half) / (6e9 * cost['gmacs']))
+    digits = 10 ** (math.floor(math.log10(rate)) - 1)
+    return math.ceil(rate / digits) * digits
+
+
+def command(row: Recipe) -> str:
+    """The command line that trains a row on the hardware of the row."""
+    gpus = int(row.hardware.split()[0]) if 'GPU' in row.hardware else 1
+    words = ['python' if gpus == 1 else f'torchrun --nproc_per_node={gpus}', 'main.py',
+             f'--model {row.model}' if row.name == row.model else f'--recipe {row.name}']
+    if row.name.endswith(('_ft384', '_transfer')):
+        words.append(f'--finetune released:{row.model}')
+    if row.data_set != 'digits':
+        words.append(f'--data_path /path/to/{"own/classes" if row.name.endswith("_transfer") else "imagenet"}')
+    return ' '.join(words)
+
+
+def block(row: Recipe, costs: Costs) -> str:
+    """Command, batches and figures of a row. One that is at home on one device is not spread over several."""
+    cost = costs[row.model][str(row.test_size)]
+    accuracy = 'no accuracy was published' if row.expected_acc1 is None else f'top-1 {row.expected_acc1:.1f} %'
+    if row.expected_acc5 is not None:
+        accuracy += f', top-5 {row.expected_acc5:.1f} %'
+    lines = [f'#### `{row.name}`', '', f'    {command(row)}', '']
+    figures = [accuracy, f'{cost["parameters"] / 1e6:.2f} M parameters', f'{cost["gmacs"]:.3f} GMACs at {row.test_size}',
+               row.hardware]
+    if row.hardware.startswith('8'):
+        batches = [fit_batch(row, Run(world_size=processes)) for processes in PROCESSES]
+        lines += [f'| {" | ".join(PROCESSES.values())} |', '|---' * len(PROCESSES) + '|',
+                  f'| {" | ".join(f"{run.world_size} x {run.batch_size} x {run.update_freq}" for run in batches)} |', '']
+        rates = ', '.join(f'{most_images_per_second(row, card, costs):,} on an {name}' for name, card in CARDS.items())
+        figures.append(f'{row.precision}: at most {rates}')
+    return '\n'.join([*lines, f'{"; ".join(figures)}. Source: {row.source}.'])
+
+
+def blocks(*suffixes: str) -> str:
+    """The blocks of the rows whose names are a model's with one of these suffixes."""
+    costs = load_costs()
+    rows = [row for row in RECIPES.values() if row.name.removeprefix(row.model) in suffixes]
+    return '\n\n'.join(block(row, costs) for row in rows)
+
+
+def results() -> str:
+    """The table of the published rows."""
+    costs = load_costs()
+    lines = ['| recipe | train/test | parameters, M (published) | GMACs (published) | top-1, % | gate |',
+             '|---|---|---|---|---|---|']
+
+    def counted(value: str, published: str | None) -> str:
+        return f'{value} ({published})' if published else value
+
+    for row in RECIPES.values():
+        if row.expected_acc1 is None or row.data_set != 'image_folder':
+            continue
+        cost = costs[row.model][str(row.test_size)]
+        size = f'{row.test_size}' if row.input_size == row.test_size else f'{row.input_size}/{row.test_size}'
+        parameters = counted(f'{cost["parameters"] / 1e6:.3f}', PUBLISHED_PARAMETERS[row.model])
+        gmacs = counted(f'{cost["gmacs"]:.3f}', PUBLISHED_GMACS.get((row.model, row.test_size)))
+        accuracy = f'{row.expected_acc1:.1f}' if row.source.startswith(S) else f'({row.expected_acc1:.1f})'
+        name = f'[`{row.name}`](TRAINING.md#{row.name}){"" if row.epochs == 300 else f", {row.epochs} epochs"}'
+        lines.append(f'| {name} | {size} | {parameters} | {gmacs} | {accuracy} | {row.gate} |')
+    return '\n'.join(lines)
+
+
+PARTS = {
+    ('README.md', 'results'): results,
+    ('TRAINING.md', 'demo'): lambda: blocks('_digits'),
+    ('TRAINING.md', 'recipes'): lambda: blocks('', '_256', '_3aug_256', '_rsb_a3'),
+    ('TRAINING.md', 'fine-tuning'): lambda: blocks('_ft384', '_transfer'),
+}
+
+
+def rewrite(text: str, name: str, content: str) -> str:
+    """A document with the content of a generated part in place. Raises UserError where its markers are not there."""
+    part = re.compile(f'(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)', re.DOTALL)
+    new, places = part.subn(lambda match: f'{match[1]}\n{content}\n\n{match[2]}', text)
+    if places != 1:
+        raise UserError(f'there are {places} parts `<!-- {name}: ... -->` to `<!-- end of {name} -->`; make it one')
+    return new
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes or checks the documents. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='change nothing, and name what is stale')
+    parser.add_argument('--count', action='store_true', help='count the models anew, too')
+    args = parser.parse_args(argv)
+    stale = []
+
+    def update(path: Path, text: str, what: str) -> None:
+        if not path.exists() or path.read_text() != text:
+            stale.append(f'{path.name}{what}')
+            if not args.check:
+                write_atomically(path, lambda file: file.write(text.encode()))
+
+    if args.count:
+        update(COSTS, json.dumps(count_all(), indent=1) + '\n', '')
+    for (name, part), content in PARTS.items():
+        path = ROOT / name
+        update(path, rewrite(path.read_text(), part, content()), f' ({part})')
+    if stale:
+        print(f'{"stale" if args.check else "rewritten"}: {", ".join(stale)}')
+    return 1 if stale and args.check else 0
+
+
+if __name__ == '__main__':
+    run_cli(main)
