@@ -35,16 +35,7 @@ FOUR_BLOCKS = {'dims': [8, 8, 16, 16], 'depths': [1, 1, 1, 1], 'ffn_ratios': [2,
 SMALL = ('--test_size', '64')
 ROUND_OFF = 1e-5  # relative, of the loss: float32 in batches of another size; the settings tested change it by 1e-4
 State = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _one_thread_and_own_caches(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread', 'own_cache')
 
 
 @pytest.fixture(scope='module')

@@ -31,6 +31,8 @@ BASE = (*MODEL, '--device', 'cpu', '--precision', 'fp32', '--gate_fp32', 'false'
         '--total_batch_size', '8', '--num_workers', '0', '--epochs', '1', '--warmup_epochs', '0', '--lr', '1e-2',
         '--min_lr', '1e-3')
 
+pytestmark = pytest.mark.usefixtures('one_thread', 'own_cache')
+
 PROVEN: set[str] = set()
 
 
@@ -38,16 +40,6 @@ def proves(*options: str) -> Callable[[Any], Any]:
     """Marks a test as the case of these options."""
     PROVEN.update(options)
     return lambda test: test
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _one_thread(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-        yield
-    torch.set_num_threads(threads)
 
 
 def make_images(root: Path, *, train: int, val: int, seed: int = 0) -> Path:
