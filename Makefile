@@ -2,11 +2,12 @@
 # make test       the tests that need neither GPU nor Slurm, but for the slow ones; make test-all adds those
 # make test-slurm the tests on a Slurm of this machine alone; needs root, and apt where Slurm is not installed
 # make lint       ruff
+# make benchmark  measures this machine, minutes, and writes BENCHMARKS.md; tools/gpu_check.sh does it for a GPU
 
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test test-all test-slurm lint
+.PHONY: demo test test-all test-slurm lint benchmark
 
 # Made anew when the dependencies change; a broken installation leaves no stamp
 $(VENV)/installed: pyproject.toml
@@ -30,3 +31,6 @@ test-slurm: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(PYTHON) -m ruff check .
+
+benchmark: $(VENV)/installed
+	$(PYTHON) tools/benchmark.py report --device cpu

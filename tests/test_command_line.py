@@ -16,16 +16,7 @@ from conftest import ROOT
 
 CPU = ('--device', 'cpu', '--num_workers', '0')
 TINY = (*runs.TINY, *CPU, '--batch_size', '8', '--total_batch_size', '8', '--epochs', '2', '--warmup_epochs', '0')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _one_thread(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread', 'own_cache')
 
 
 @pytest.fixture(scope='module')

@@ -35,16 +35,7 @@ FOUR_BLOCKS = {'dims': [8, 8, 16, 16], 'depths': [1, 1, 1, 1], 'ffn_ratios': [2,
 SMALL = ('--test_size', '64')
 ROUND_OFF = 1e-5  # relative, of the loss: float32 in batches of another size; the settings tested change it by 1e-4
 State = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _one_thread_and_own_caches(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread', 'own_cache')
 
 
 @pytest.fixture(scope='module')
@@ -310,7 +301,7 @@ def test_several_checkpoints_make_a_table_and_each_its_own_settings(
     training_file(tmp_path / 'ours.pth', 1, 0)
     cached('moganet_xtiny', files.timm_file, state_of(0), None)
     sources = [str(tmp_path / 'ours.pth'), 'released:moganet_xtiny']
-    last = evaluate(data, tmp_path, '--checkpoint', *sources, '--results_file', tmp_path / 'r' / 'results.csv')
+    both = evaluate(data, tmp_path, '--checkpoint', *sources, '--results_file', tmp_path / 'r' / 'results.csv')
     table = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
     ours = expected_of_training(0, data)
     released = expected(0, data, size=224)
@@ -320,9 +311,9 @@ def test_several_checkpoints_make_a_table_and_each_its_own_settings(
         [f'{released["acc1"]:.3f}', f'{released["acc5"]:.3f}', '76.5', 'raw', '224', sources[1]]]
     with open(tmp_path / 'r' / 'results.csv') as file:
         rows = list(csv.DictReader(file))
-    assert [row['checkpoint'] for row in rows] == sources and last['checkpoint'] == sources[1]
-    assert float(rows[0]['loss']) == pytest.approx(ours['loss'], rel=ROUND_OFF)
-    assert float(rows[1]['loss']) == last['loss'] == pytest.approx(released['loss'], rel=ROUND_OFF)
+    assert [row['checkpoint'] for row in rows] == [result['checkpoint'] for result in both] == sources
+    assert float(rows[0]['loss']) == both[0]['loss'] == pytest.approx(ours['loss'], rel=ROUND_OFF)
+    assert float(rows[1]['loss']) == both[1]['loss'] == pytest.approx(released['loss'], rel=ROUND_OFF)
     assert [(row['gate'], row['crop_pct']) for row in rows] == [('double', '0.8'), ('single', '0.9')]
 
 

@@ -104,25 +104,39 @@ def traffic(parser: argparse.ArgumentParser) -> Measure:
 
 
 def engine(parser: argparse.ArgumentParser) -> Measure:
-    """What the training engine costs over a bare loop, and an asynchronous save over none."""
+    """What the training engine costs over a bare loop."""
     parser.add_argument('--input_size', type=int, default=64)
     parser.add_argument('--batch_size', type=int, default=16)
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--steps', type=int, default=5, help='updates of each contender in a round')
     parser.add_argument('--device', default='cpu')
+
+    def measure(args: argparse.Namespace) -> Row:
+        from tools import benchmark_engine
+        return benchmark_engine.measure(input_size=args.input_size, batch_size=args.batch_size, rounds=args.rounds,
+                                        steps=args.steps, device=args.device)
+    return measure
+
+
+def checkpoint(parser: argparse.ArgumentParser) -> Measure:
+    """What training waits for while a checkpoint is saved, over a plain torch.save."""
+    parser.add_argument('--recipe', default='moganet_xtiny', choices=RECIPES, metavar='NAME',
+                        help='whose state is saved')
+    parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--device', default='cpu')
     parser.add_argument('--folder', help='where the saves go (default: a temporary folder)')
 
     def measure(args: argparse.Namespace) -> Row:
         from tools import benchmark_engine
-        return benchmark_engine.measure(
-            input_size=args.input_size, batch_size=args.batch_size, rounds=args.rounds, steps=args.steps,
-            device=args.device, folder=args.folder)
+        return benchmark_engine.measure_save(recipe=RECIPES[args.recipe], rounds=args.rounds, device=args.device,
+                                             folder=args.folder)
     return measure
 
 
 def data(parser: argparse.ArgumentParser) -> Measure:
     """Images a second and core of the data path and of the common pipeline, and the cores that the GPUs need."""
-    parser.add_argument('--data_path', required=True, help='folder with train/, as for training')
+    parser.add_argument('--data_path', help='folder with train/, as for training (default: photographs of scikit-image '
+                                            'as JPEGs of the size of ImageNet\'s)')
     parser.add_argument('--images', type=int, default=256, help='images of a round')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--gpus', type=int, default=1, help='of the machine to feed')
@@ -139,11 +153,23 @@ def data(parser: argparse.ArgumentParser) -> Measure:
     return measure
 
 
+def report(parser: argparse.ArgumentParser) -> Measure:
+    """All of it on one device, into benchmarks/<device>.json and, with what other devices gave, BENCHMARKS.md."""
+    parser.add_argument('--device', default='auto', help='auto, cpu, cuda')
+    parser.add_argument('--data_path', help='as for data')
+    parser.add_argument('--rounds', type=int, default=7)
+
+    def measure(args: argparse.Namespace) -> Row:
+        from tools import benchmark_report
+        return benchmark_report.measure(args.device, data_path=args.data_path, rounds=args.rounds)
+    return measure
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures one subject and prints its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar='SUBJECT')
-    for subject in (model, traffic, engine, data):
+    for subject in (model, traffic, engine, checkpoint, data, report):
         command = commands.add_parser(subject.__name__, description=subject.__doc__, help=subject.__doc__)
         command.set_defaults(measure=subject(command))
         command.add_argument('--json', action='store_true', help='JSON in place of a table')

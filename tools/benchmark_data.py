@@ -4,6 +4,7 @@ The common pipeline is torchvision's ImageFolder loader with timm's `create_tran
 """
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torchvision.datasets.folder import default_loader
 
 import image_ops
 from datasets import Finish, MapBatches
-from image_sources import ImageFiles, find_files
+from image_sources import ImageFiles, cache_folder, find_files
 from recipes import RECIPES, Recipe
+from tools.benchmark import spread
 from utils import UserError, derive_seed
 
 BATCH = 32  # images; the C library takes larger float batches from the kernel page by page, each time anew
@@ -58,16 +61,43 @@ class _Worker:
         self._process.join()
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {'median': round(statistics.median(values), 3), 'min': round(min(values), 3), 'max': round(max(values), 3)}
+def photos(count: int = 256) -> Path:
+    """A folder with JPEGs of 500x375 pixels and some 70 kB, as ImageNet's are on average; made once, in the cache.
+
+    Parts of scikit-image's photographs at random scales, with a camera's noise of 4 grey levels, without which they
+    would be enlarged and smooth, and their files small.
+    """
+    folder = cache_folder() / 'photos'
+    if folder.exists():
+        return folder
+    try:
+        from skimage import data
+    except ImportError:
+        raise UserError('without --data_path, photographs come from scikit-image: pip install scikit-image') from None
+    originals = [Image.fromarray(getattr(data, name)()) for name in ('astronaut', 'chelsea', 'coffee', 'rocket')]
+    rng = np.random.default_rng(0)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        target = Path(beside) / 'photos' / 'train' / 'all'
+        target.mkdir(parents=True)
+        for number in range(count):
+            photo = originals[number % len(originals)]
+            width = rng.uniform(0.6, 1.0) * min(photo.width, photo.height * 4 / 3)
+            left, top = rng.uniform(0, photo.width - width), rng.uniform(0, photo.height - width * 3 / 4)
+            pixels = np.asarray(photo.resize((500, 375), Image.Resampling.BICUBIC,
+                                             box=(left, top, left + width, top + width * 3 / 4)))
+            noisy = np.clip(pixels + rng.normal(0, 4, (375, 500, 1)), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(target / f'{number}.jpg', quality=93)
+        (Path(beside) / 'photos').rename(folder)
+    return folder
 
 
-def measure(data_path: str, *, recipe: Recipe = RECIPES['moganet_small'], images: int = 256, rounds: int = 7,
+def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'], images: int = 256, rounds: int = 7,
             gpus: int = 1, images_per_second: float | None = None, device: str | None = None) -> dict[str, Any]:
     """Measures both pipelines on the same images, one thread, files in the page cache.
 
     Args:
-        data_path: folder with `train/`, as for training.
+        data_path: folder with `train/`, as for training; None for `photos`.
         recipe: whose augmentation is measured.
         images: how many of them a round takes.
         rounds: alternations; ratios are formed within a round.
@@ -79,8 +109,9 @@ def measure(data_path: str, *, recipe: Recipe = RECIPES['moganet_small'], images
         `ratio` (float tensors, normalised and erased, on both sides) and `ratio_uint8` (before that), with their
         spread; images per second and core; milliseconds of each part; and the cores that the GPUs need.
     """
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    source = ImageFiles(find_files(Path(data_path), 'train'))
+    source = ImageFiles(find_files(Path(data_path) if data_path else photos(), 'train'))
     chosen = np.random.default_rng(0).permutation(len(source))[:images]
     chosen = np.resize(chosen, -(-max(len(chosen), BATCH) // BATCH) * BATCH)
     keys = np.stack([np.zeros_like(chosen), chosen, np.zeros_like(chosen)], axis=1).reshape(-1, BATCH, 3)
@@ -123,11 +154,12 @@ def measure(data_path: str, *, recipe: Recipe = RECIPES['moganet_small'], images
     result = {
         'recipe': recipe.name, 'images': len(chosen), 'rounds': rounds,
         'kilobytes_per_image': round(statistics.mean(Path(path).stat().st_size for path in paths) / 1e3, 1),
-        'ratio': _spread([each['common'] / each['this'] for each in taken]),
-        'ratio_uint8': _spread([each['timm_uint8'] / each['this_uint8'] for each in taken]),
+        'ratio': spread([each['common'] / each['this'] for each in taken]),
+        'ratio_uint8': spread([each['timm_uint8'] / each['this_uint8'] for each in taken]),
         'images_per_second_and_core': {name: round(rate, 1) for name, rate in rates.items()},
         'milliseconds': _parts(source, recipe, chosen, batches, finish, keys),
     }
+    torch.set_num_threads(threads)
     if device and not images_per_second:
         images_per_second = step_rate(recipe, torch.device(device))
     if images_per_second:
@@ -163,6 +195,10 @@ def _parts(source: ImageFiles, recipe: Recipe, chosen: np.ndarray, batches: MapB
     pixels = [image_ops.decode(file) for file in files]
     crops = [transform.resized_crop(image) for image in pixels]
 
+    def seconds(work: Callable[[], Any]) -> float:
+        work()  # fresh memory costs more than the work on it
+        return _seconds(work)
+
     def seeded(work: Callable[[Any], Any], items: Sequence[Any]) -> Callable[[], None]:
         def run() -> None:
             for number, item in enumerate(items):
@@ -175,14 +211,14 @@ def _parts(source: ImageFiles, recipe: Recipe, chosen: np.ndarray, batches: MapB
             image = step(image)
 
     made = [batches[each] for each in keys]
-    seeding = _seconds(seeded(lambda _: None, files))
+    seeding = seconds(seeded(lambda _: None, files))
     parts = {
-        'read': _seconds(lambda: [len(source.read(int(index))[0]) for index in chosen]),
-        'decode_whole': _seconds(seeded(image_ops.decode, files)) - seeding,
-        'decode_crop_and_resize': _seconds(seeded(transform.resized_crop, files)) - seeding,
-        'crop_and_resize': _seconds(seeded(transform.resized_crop, pixels)) - seeding,
-        'flip_and_augment': _seconds(seeded(augment, crops)) - seeding,
-        'seeds': seeding + _seconds(lambda: [derive_seed(0, 0, int(index), 0) for index in chosen]),
-        'normalise_and_erase': _seconds(lambda: [len(finish(batch)) for batch in made]),
+        'read': seconds(lambda: [len(source.read(int(index))[0]) for index in chosen]),
+        'decode_whole': seconds(seeded(image_ops.decode, files)) - seeding,
+        'decode_crop_and_resize': seconds(seeded(transform.resized_crop, files)) - seeding,
+        'crop_and_resize': seconds(seeded(transform.resized_crop, pixels)) - seeding,
+        'flip_and_augment': seconds(seeded(augment, crops)) - seeding,
+        'seeds': seeding + seconds(lambda: [derive_seed(0, 0, int(index), 0) for index in chosen]),
+        'normalise_and_erase': seconds(lambda: [len(finish(batch)) for batch in made]),
     }
-    return {name: round(1e3 * seconds / len(chosen), 3) for name, seconds in parts.items()}
+    return {name: round(1e3 * taken / len(chosen), 3) for name, taken in parts.items()}

@@ -17,6 +17,7 @@ from engine import TrainStep, create_scaler, train_one_epoch
 from optim_factory import ModelEma, create_optimizer
 from recipes import RECIPES, Recipe
 from tools.benchmark import spread
+from utils import write_atomically
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -35,19 +36,17 @@ def _model(recipe: Recipe, device: torch.device) -> torch.nn.Module:
 
 
 def measure(*, recipe: Recipe = RECIPES['moganet_xtiny'], input_size: int = 64, batch_size: int = 16, rounds: int = 9,
-            steps: int = 5, device: str = 'cpu', folder: str | None = None) -> dict[str, Any]:
+            steps: int = 5, device: str = 'cpu') -> dict[str, Any]:
     """Measures the engine beside a bare loop of forward, backward and optimizer, in fp32, in this process.
 
     Args:
         recipe: whose model, loss and optimizer are used.
         rounds: alternations; ratios are formed within a round.
         steps: updates of each contender in a round.
-        folder: where the saves go; a temporary folder by default.
 
     Returns:
-        milliseconds of a bare step; the ratios to it of the engine, of the engine with the moving average, and of both
-        with a report every update; the seconds of a plain torch.save, flushed to disk, and the ratio to it of what
-        training waits for in an asynchronous save.
+        milliseconds of a bare step; and the ratios to it of the engine, of the engine with the moving average, and of
+        both with a report every update.
     """
     place = torch.device(device)
     generator = torch.Generator().manual_seed(0)
@@ -63,7 +62,7 @@ def measure(*, recipe: Recipe = RECIPES['moganet_xtiny'], input_size: int = 64, 
             bare_optimizer.step()
             bare_optimizer.zero_grad()
 
-    def engine(*, average: bool, print_freq: int) -> tuple[Callable[[], None], TrainStep]:
+    def engine(*, average: bool, print_freq: int) -> Callable[[], None]:
         model = _model(recipe, place)
         step = TrainStep(model, F.cross_entropy, create_optimizer(model, recipe), device=place,
                          ema=ModelEma(model, decay=0.9999) if average else None)
@@ -71,12 +70,11 @@ def measure(*, recipe: Recipe = RECIPES['moganet_xtiny'], input_size: int = 64, 
         def run() -> None:
             train_one_epoch(step, itertools.repeat((images, targets)), epoch=0, updates=steps,
                             set_schedule=lambda update: recipe.lr, images_per_update=batch_size, print_freq=print_freq)
-        return run, step
+        return run
 
-    (plain, _), (average, step), (logging, _) = (
-        engine(average=False, print_freq=10 ** 9), engine(average=True, print_freq=10 ** 9),
-        engine(average=True, print_freq=1))
-    contenders = {'engine': plain, 'engine_ema': average, 'engine_ema_report_every_update': logging}
+    contenders = {
+        'engine': engine(average=False, print_freq=10 ** 9), 'engine_ema': engine(average=True, print_freq=10 ** 9),
+        'engine_ema_report_every_update': engine(average=True, print_freq=1)}
     times: dict[str, list[float]] = {name: [] for name in ('bare', *contenders)}
     for work in (bare, *contenders.values()):
         work()
@@ -88,23 +86,44 @@ def measure(*, recipe: Recipe = RECIPES['moganet_xtiny'], input_size: int = 64, 
         'bare_step_ms': round(1e3 * statistics.median(times['bare']) / steps, 2)}
     for name in contenders:
         result[f'ratio_{name}'] = spread([a / b for a, b in zip(times[name], times['bare'], strict=True)])
+    return result
 
+
+def measure_save(*, recipe: Recipe = RECIPES['moganet_xtiny'], rounds: int = 9, device: str = 'cpu',
+                 folder: str | None = None) -> dict[str, Any]:
+    """Measures what training waits for in a save, beside a plain `torch.save` of the same state, alternated.
+
+    Args:
+        recipe: whose model, moving average and optimizer are saved.
+        folder: where the saves go; a temporary folder by default.
+
+    Returns:
+        megabytes of a checkpoint; milliseconds of `torch.save`, written and flushed to disk as ours is; and the ratio
+        to it of the time until training goes on.
+    """
+    place = torch.device(device)
+    model = _model(recipe, place)
+    ema, optimizer = ModelEma(model, decay=0.9999), create_optimizer(model, recipe)
+    step = TrainStep(model, F.cross_entropy, optimizer, device=place, ema=ema)
+    step(iter([(torch.zeros(2, 3, 64, 64, device=place), torch.zeros(2, dtype=torch.int64, device=place))]), 0)
     state = TrainState(
-        model=step.unwrapped, optimizer=step.optimizer, scaler=create_scaler(place, 'fp32'), ema=step.ema,
-        sums=step.sums, skips=step.skips, recipe=recipe, classes=[], updates_per_epoch=1,
-        micro_batch_size=batch_size)
+        model=model, optimizer=optimizer, scaler=create_scaler(place, 'fp32'), ema=ema, sums=step.sums,
+        skips=step.skips, recipe=recipe, classes=[], updates_per_epoch=1, micro_batch_size=2)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        files = CheckpointFolder(Path(temporary), keep=1)
+        files, plain = CheckpointFolder(Path(temporary), keep=1), Path(temporary) / 'plain.pth'
 
         def synchronous() -> None:
-            with open(Path(temporary) / 'plain.pth', 'wb') as file:
-                torch.save(state.state_dict(), file)
+            write_atomically(plain, lambda file: torch.save(state.state_dict(), file))
 
         waits: dict[str, list[float]] = {'torch.save': [], 'stall': []}
-        for _ in range(rounds):
-            waits['torch.save'].append(_seconds(synchronous, place))
-            waits['stall'].append(_seconds(lambda: files.save(state.state_dict()), place))
+        for number in range(-1, rounds):  # the first does not count
+            for name, work in (('torch.save', synchronous), ('stall', lambda: files.save(state.state_dict()))):
+                seconds = _seconds(work, place)
+                if number >= 0:
+                    waits[name].append(seconds)
             files.wait()
-    result['torch_save_ms'] = round(1e3 * statistics.median(waits['torch.save']), 1)
-    result['ratio_save_stall'] = spread([a / b for a, b in zip(waits['stall'], waits['torch.save'], strict=True)])
-    return result
+        size = plain.stat().st_size
+    return {
+        'model': recipe.model, 'device': device, 'megabytes': round(size / 1e6, 1),
+        'torch_save_ms': round(1e3 * statistics.median(waits['torch.save']), 1),
+        'ratio_save_stall': spread([a / b for a, b in zip(waits['stall'], waits['torch.save'], strict=True)])}

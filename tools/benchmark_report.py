@@ -1,0 +1,162 @@
+"""All measurements in one document: benchmarks/<device>.json for each kind of device, BENCHMARKS.md from them all."""
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools import benchmark_data, benchmark_engine, benchmark_model
+from tools.benchmark import Row
+from utils import choose_device, write_atomically, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICES = {'cpu': 'CPU', 'cuda': 'GPU'}
+# What a model is measured with: one that such a device can be expected to run, in the time of a coffee
+MODELS: dict[str, dict[str, Any]] = {
+    'cpu': {'names': ['moganet_xtiny'], 'batch_size': 16, 'precisions': ['fp32'],
+            'inference': ['eager', 'channels_last', 'fused', 'compiled', 'fused+compiled'],
+            'training': ['authors', 'eager', 'compiled']},
+    'cuda': {'names': ['moganet_xtiny', 'moganet_small', 'moganet_base'], 'batch_size': 128,
+             'precisions': ['fp32', 'bf16', 'fp16'],
+             'inference': ['eager', 'channels_last', 'fused', 'compiled', 'fused+compiled'],
+             'training': ['authors', 'eager', 'channels_last', 'compiled', 'channels_last+compiled']},
+}
+
+
+def measure(device: str, *, data_path: str | None = None, rounds: int = 7) -> Row:
+    """Runs every benchmark on a device, keeps the figures, and writes BENCHMARKS.md anew. Returns the figures."""
+    place = choose_device(device)
+    kind = 'cuda' if place.type == 'cuda' else 'cpu'
+    figures = {
+        'machine': machine(place),
+        'data': benchmark_data.measure(data_path, rounds=rounds),
+        'engine': benchmark_engine.measure(device=str(place), rounds=rounds),
+        'checkpoint': benchmark_engine.measure_save(device=str(place), rounds=rounds),
+        'model': benchmark_model.measure(device=str(place), rounds=rounds, **MODELS[kind]),
+        'traffic': benchmark_model.measure_traffic([]),
+    }
+    write_json(ROOT / 'benchmarks' / f'{kind}.json', figures)
+    write_atomically(ROOT / 'BENCHMARKS.md', lambda file: file.write(render(load()).encode()))
+    return figures
+
+
+def load() -> dict[str, Row]:
+    """The figures kept so far, by the kind of device."""
+    files = {kind: ROOT / 'benchmarks' / f'{kind}.json' for kind in DEVICES}
+    return {kind: json.loads(path.read_text()) for kind, path in files.items() if path.exists()}
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What it was measured on: processor, device, versions, date."""
+    names = [line.split(':')[1].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')]
+    versions = [f'{name} {importlib.metadata.version(name)}' for name in ('torch', 'torchvision', 'timm', 'numpy')]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    about = {'processor': f'{cores} cores of {names[0] if names else platform.processor() or platform.machine()}'}
+    if device.type == 'cuda':
+        about['device'] = torch.cuda.get_device_name(device)
+    return about | {'versions': f'Python {platform.python_version()}, {", ".join(versions)}',
+                    'date': time.strftime('%Y-%m-%d')}
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+# ---- The document ----------------------------------------------------------------------------------------------------
+
+def cell(value: Any) -> str:
+    """A figure as text: a spread as `median (min-max)`, None as 'not measured'."""
+    if value is None:
+        return 'not measured'
+    if isinstance(value, dict):
+        return f'{value["median"]:.2f} ({value["min"]:.2f}-{value["max"]:.2f})'
+    return f'{value:,.4g}' if isinstance(value, float) else str(value)
+
+
+def table(head: tuple[str, ...], rows: list[list[Any]]) -> str:
+    """A table in Markdown."""
+    lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
+    return '\n'.join(lines + ['| ' + ' | '.join(map(cell, row)) + ' |' for row in rows])
+
+
+def by_device(figures: dict[str, Row], subject: str, rows: dict[str, str]) -> str:
+    """A table of one subject's figures: a row each, a column for each kind of device."""
+    return table(('', *DEVICES.values()), [
+        [text, *(figures.get(kind, {}).get(subject, {}).get(name) for kind in DEVICES)] for name, text in rows.items()])
+
+
+def render(figures: dict[str, Row]) -> str:
+    """BENCHMARKS.md from the figures of `load`."""
+    models = [[DEVICES[kind], *(row[name] for name in ('model', 'precision', 'mode', 'form', 'images_per_second',
+                                                       'speedup', 'mb', 'share_of_product', 'share_of_copy'))]
+              for kind in figures for row in figures[kind]['model']]
+    unmeasured = [[name, None, *[''] * 8] for kind, name in DEVICES.items() if kind not in figures]
+    any_device = next(iter(figures.values()))
+    traffic = [[row[name] for name in ('model', 'authors_mb', 'mb', 'ratio', 'convolutions_mb', 'authors_kernels',
+                                       'kernels')] for row in any_device['traffic']]
+    data = {kind: {'data': {**figures[kind]['data'], **figures[kind]['data']['images_per_second_and_core'],
+                            **figures[kind]['data']['milliseconds']}} for kind in figures}
+    measured = '\n'.join(f'- {name}: ' + ('; '.join(figures[kind]['machine'].values()) if kind in figures else
+                                          'not measured; `tools/gpu_check.sh` fills it in on a machine that has one')
+                         for kind, name in DEVICES.items())
+    return f'''# Benchmarks
+
+Written by `make benchmark` (`python tools/benchmark.py report`); do not edit. Numbers that other pages quote come from
+here. A ratio is formed within a round of alternated runs, since a shared machine changes its speed within seconds, and
+given as median (smallest-largest) over the rounds.
+
+{measured}
+
+## Data path
+
+`python tools/benchmark.py data`: this data path beside the common one (Pillow decodes, timm's `create_transform`
+augments), the recipe `moganet_small`, one core each, JPEGs of 500x375 pixels. The GPU column is of that machine's own
+processor.
+
+{by_device(data, 'data', {
+    'ratio': 'over the common pipeline, float tensors, normalised and erased',
+    'ratio_uint8': "over timm's uint8 path, uint8 tensors",
+    'this': 'images/s and core, float', 'common': 'images/s and core, the common pipeline',
+    'this_uint8': 'images/s and core, uint8', 'timm_uint8': "images/s and core, timm's uint8 path",
+    'kilobytes_per_image': 'kB a file', 'read': 'ms an image: reading the file',
+    'decode_crop_and_resize': 'ms an image: decoding down to the crop, and resizing it',
+    'crop_and_resize': 'ms an image: of that, resizing', 'flip_and_augment': 'ms an image: flip and RandAugment',
+    'normalise_and_erase': 'ms an image: normalising and erasing, on this core',
+    'seeds': 'ms an image: deriving seeds'})}
+
+## Training engine
+
+`python tools/benchmark.py engine`: over a bare loop of forward, backward and optimizer (XT, batch 16 at 64 pixels).
+
+{by_device(figures, 'engine', {
+    'bare_step_ms': 'ms of the bare step', 'ratio_engine': 'the engine', 'ratio_engine_ema': 'with the moving average',
+    'ratio_engine_ema_report_every_update': 'and with a report every update'})}
+
+## Checkpoints
+
+`python tools/benchmark.py checkpoint`: how long training waits for a save, over writing the same state by `torch.save`.
+
+{by_device(figures, 'checkpoint', {
+    'megabytes': 'MB of the checkpoint (XT with average and optimizer)', 'torch_save_ms': 'ms of torch.save',
+    'ratio_save_stall': 'the wait over that'})}
+
+## Models
+
+`python tools/benchmark.py model`: speed-ups over the first form of each mode; `authors` is the authors' formulation of
+the same arithmetic. MB an image are counted, for compiled forms by the compiler; the last columns are the shares of
+what the device reaches in a large matrix product and in a large copy.
+
+{table(('', 'model', 'precision', 'mode', 'form', 'images/s', 'speed-up', 'MB an image', 'share of product',
+        'share of copy'), models + unmeasured)}
+
+## Memory traffic
+
+`python tools/benchmark.py traffic`: MB an image and kernels of a training step in bf16 at batch 64 and drop path 0.1,
+counted on meta tensors, so that no device is needed and nothing is noisy.
+
+{table(('model', "authors' MB", 'MB', 'ratio', 'of it convolutions', "authors' kernels", 'kernels'), traffic)}
+'''
