@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.run import get_args_parser
 
 import main
@@ -52,7 +53,7 @@ def spans(text: str) -> list[str]:
 def commands(page: str) -> Iterator[tuple[str, ...]]:
     """The commands of a page as words: of its blocks, and those between backticks."""
     text = (ROOT / page).read_text()
-    inline = [span for span in spans(text) if re.match(r'(python|torchrun|sbatch|make|pip) |main\.py ', span)]
+    inline = [span for span in spans(text) if re.match(r'(python|sbatch|make|pip) |(torchrun .*)?main\.py ', span)]
     for line in (*split_page(text)[0], *inline):
         words = shlex.split(line, comments=True)
         while words:
@@ -102,7 +103,7 @@ def check(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
         case ['torchrun', *rest]:
             args = get_args_parser().parse_args(rest)
             assert args.training_script == 'main.py'
-            resolve(args.training_script_args, int(args.nproc_per_node) * int(args.nnodes), monkeypatch)
+            resolve(args.training_script_args, int(args.nproc_per_node) * int(args.nnodes.split(':')[-1]), monkeypatch)
         case ['python', 'main.py', *rest] | ['main.py', *rest]:
             resolve(rest, 1, monkeypatch)
         case ['python', 'run_with_submitit.py', *rest]:
@@ -146,7 +147,7 @@ def test_a_wrong_command_is_found(monkeypatch):
     for line in ('torchrun --nproc_per_node=3 main.py --model moganet_small', 'python main.py --modle moganet_small',
                  'torchrun --gpus=8 main.py --model moganet_small', 'sbatch --nodes=3 tools/train.sbatch --model '
                  'moganet_base', 'python run_with_submitit.py --nodes 3 --model moganet_base', 'make coffee',
-                 'python tools/complexity.py --size 224', "pip install -e '.[cuda]'", 'python main.py --eval --checkpoint'
+                 'python tools/complexity.py --sise 224', "pip install -e '.[cuda]'", 'python main.py --eval --checkpoint'
                  ' released:moganet_tin', 'rm -rf runs', 'python train.py'):
         with monkeypatch.context() as patch, pytest.raises((UserError, SystemExit, AssertionError,
                                                             pytest.fail.Exception)):
@@ -176,8 +177,8 @@ def test_flags_and_files_between_backticks_exist():
 # ---- Some are run ---------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
-def places(tmp_path_factory) -> dict[str, str]:
-    """Small data in the place of each path of the pages."""
+def data(tmp_path_factory) -> Path:
+    """A folder with small data for each `/path/to/` of the pages."""
     root = tmp_path_factory.mktemp('data')
     names = {1: 'n01440764', 2: 'n01443537'}
     for split in ('train', 'val'):
@@ -196,22 +197,29 @@ def places(tmp_path_factory) -> dict[str, str]:
         write_meta(root / folder / 'meta.mat', names)
     write_parquet(root / 'parquet')
     write_shards(root / 'shards')
-    return {f'/path/to/{name}': str(root / name) for name in ('imagenet', 'tars', 'parquet', 'shards', 'cache')} | {
-        'own/classes': 'imagenet', 'flat': str(root / 'flat'), 'work': str(root / 'work')}
+    return root
+
+
+@pytest.fixture(scope='module')
+def one_thread() -> Iterator[None]:
+    """Of torch: on small models, and beside other tests, more of them only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def run(places, tmp_path, monkeypatch):
+def run(one_thread, data, tmp_path, monkeypatch):
     """Runs a command in this process, on small data and with a small model."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    monkeypatch.chdir(places['work'])
+    monkeypatch.chdir(data / 'work')
 
     def start(words: list[str], *more: str) -> int | None:
-        text = '\n'.join(words)
-        for path, place in places.items():
-            text = text.replace(path, places['flat'] if '--sort_val' in words else place)
-        match text.split('\n'):
+        folder = {'own/classes': 'imagenet', 'imagenet': 'flat' if '--sort_val' in words else 'imagenet'}
+        match [re.sub('/path/to/(own/classes|[a-z]+)', lambda path: f'{data}/{folder.get(path[1], path[1])}', word)
+               for word in words]:
             case ['python', '-c', code]:
                 exec(code, {})
             case ['python', 'main.py', *rest]:
@@ -296,8 +304,8 @@ def test_every_row_has_its_block_with_the_batches_of_the_run(monkeypatch):
     for row in RECIPES.values():
         if row.name == 'default':
             continue
-        found = re.search(rf'#### `{row.name}`\n\n    (.*)\n(.*?)Source: ', text, re.DOTALL)
-        launcher, argv = found[1].split(' main.py ')
+        found = re.search(rf'#### `{row.name}`\n\n    ([^\n]*)\n(.*?)Source: ', text, re.DOTALL)
+        launcher, argv = found[1].split(' main.py ', 1)
         for world_size, column in zip((1, 2, 4, 8, 16), re.findall(r'\d+ x \d+ x \d+', found[2]), strict=False):
             made = resolve(argv.split(), world_size, monkeypatch)
             assert column == f'{made.world_size} x {made.batch_size} x {made.update_freq}', row.name
