@@ -1,4 +1,4 @@
-"""What the pages say is so: every command is one that the program takes, some are run, the generated parts are current."""
+"""What the pages say is so: every command is taken by its program, some are run, the generated parts are current."""
 import argparse
 import ast
 import dataclasses
@@ -147,8 +147,8 @@ def test_a_wrong_command_is_found(monkeypatch):
     for line in ('torchrun --nproc_per_node=3 main.py --model moganet_small', 'python main.py --modle moganet_small',
                  'torchrun --gpus=8 main.py --model moganet_small', 'sbatch --nodes=3 tools/train.sbatch --model '
                  'moganet_base', 'python run_with_submitit.py --nodes 3 --model moganet_base', 'make coffee',
-                 'python tools/complexity.py --sise 224', "pip install -e '.[cuda]'", 'python main.py --eval --checkpoint'
-                 ' released:moganet_tin', 'rm -rf runs', 'python train.py'):
+                 'python tools/complexity.py --sise 224', "pip install -e '.[cuda]'", 'rm -rf runs', 'python train.py',
+                 'python main.py --eval --checkpoint released:moganet_tin'):
         with monkeypatch.context() as patch, pytest.raises((UserError, SystemExit, AssertionError,
                                                             pytest.fail.Exception)):
             check(tuple(shlex.split(line)), patch)

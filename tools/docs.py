@@ -26,8 +26,8 @@ COSTS = ROOT / 'tools' / 'docs.json'
 Costs = dict[str, dict[str, dict[str, float]]]
 
 # The paper's table: millions of parameters by model, GMACs by model and test size (XL: the authors' repository)
-PUBLISHED_PARAMETERS = {'moganet_xtiny': '2.97', 'moganet_tiny': '5.20', 'moganet_small': '25.3', 'moganet_base': '43.9',
-                        'moganet_large': '82.5', 'moganet_xlarge': '180.8'}
+PUBLISHED_PARAMETERS = {'moganet_xtiny': '2.97', 'moganet_tiny': '5.20', 'moganet_small': '25.3',
+                        'moganet_base': '43.9', 'moganet_large': '82.5', 'moganet_xlarge': '180.8'}
 PUBLISHED_GMACS = {('moganet_xtiny', 224): '0.80', ('moganet_tiny', 224): '1.10', ('moganet_tiny', 256): '1.44',
                    ('moganet_small', 224): '4.97', ('moganet_base', 224): '9.93', ('moganet_large', 224): '15.9',
                    ('moganet_xlarge', 224): '34.5'}
@@ -69,7 +69,8 @@ def load_costs() -> Costs:
     for row in RECIPES.values():
         for size in (row.input_size, row.test_size):
             if str(size) not in costs.get(row.model, {}):
-                raise UserError(f'{COSTS.name} has no counts of {row.model} at {size} pixels; run tools/docs.py --count')
+                raise UserError(f'{COSTS.name} has no counts of {row.model} at {size} pixels; run tools/docs.py '
+                                '--count')
     return costs
 
 
@@ -107,14 +108,15 @@ def block(row: Recipe, costs: Costs) -> str:
     if row.expected_acc5 is not None:
         accuracy += f', top-5 {row.expected_acc5:.1f} %'
     lines = [f'#### `{row.name}`', '', f'    {command(row)}', '']
-    figures = [accuracy, f'{cost["parameters"] / 1e6:.2f} M parameters', f'{cost["gmacs"]:.3f} GMACs at {row.test_size}',
-               row.hardware]
+    figures = [accuracy, row.hardware, f'{cost["parameters"] / 1e6:.2f} M parameters',
+               f'{cost["gmacs"]:.3f} GMACs at {row.test_size}']
     if row.hardware.startswith('8'):
-        batches = [fit_batch(row, Run(world_size=processes)) for processes in PROCESSES]
-        lines += [f'| {" | ".join(PROCESSES.values())} |', '|---' * len(PROCESSES) + '|',
-                  f'| {" | ".join(f"{run.world_size} x {run.batch_size} x {run.update_freq}" for run in batches)} |', '']
+        fitted = [fit_batch(row, Run(world_size=processes)) for processes in PROCESSES]
+        batches = [f'{run.world_size} x {run.batch_size} x {run.update_freq}' for run in fitted]
+        lines += [f'| {" | ".join(PROCESSES.values())} |', '|---' * len(PROCESSES) + '|', f'| {" | ".join(batches)} |',
+                  '']
         rates = ', '.join(f'{most_images_per_second(row, card, costs):,} on an {name}' for name, card in CARDS.items())
-        figures.append(f'{row.precision}: at most {rates}')
+        figures.append(f'{row.precision}, images/s of one GPU: at most {rates}')
     return '\n'.join([*lines, f'{"; ".join(figures)}. Source: {row.source}.'])
 
 
