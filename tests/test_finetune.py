@@ -103,6 +103,7 @@ def test_the_rows_of_fine_tuning_are_convnexts():
 
 @pytest.mark.slow
 def test_fine_tuning_from_five_digits_beats_training_from_scratch_on_ten(tmp_path):
+    """Three updates: 76 % against 43. From ten updates on, digits are so easy that 85 % stand against 81."""
     from sklearn.datasets import load_digits
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
@@ -118,7 +119,7 @@ def test_fine_tuning_from_five_digits_beats_training_from_scratch_on_ten(tmp_pat
         return root
 
     five = save(tmp_path / 'five', range(5), order[:1437])
-    ten = save(tmp_path / 'ten', range(10), order[:640])
+    ten = save(tmp_path / 'ten', range(10), order[:192])
     command = ['--recipe', 'moganet_xtiny_digits', '--data_set', 'image_folder', '--num_workers', '0',
                '--warmup_epochs', '0', '--model_ema', 'false', '--device', 'cpu']
     assert main.main([*command, '--data_path', str(five), '--epochs', '4', '--output_dir', str(tmp_path / 'a')]) == 0
