@@ -126,16 +126,16 @@ def draw(pixels: np.ndarray, rows: list[Row], title: str) -> 'Figure':
     figure = Figure(figsize=(2 * len(columns) + 0.5, 2.05 * len(rows) + 1), dpi=120, layout='constrained')
     figure.suptitle(title, fontsize=12)
     height, width = pixels.shape[:2]
+    maps = {'interpolation': 'bilinear', 'extent': (0, width, height, 0)}
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         line[0].set_ylabel(row.label, fontsize=9)
-        line[0].imshow(pixels)
-        line[1].imshow(pixels)
-        line[1].imshow(row.cam, cmap='jet', alpha=0.5, vmin=0, vmax=row.cam.max() or 1, interpolation='bilinear',
-                       extent=(0, width, height, 0))
+        for axis in line[:2]:
+            axis.imshow(pixels, extent=maps['extent'])
+        line[1].imshow(row.cam, cmap='jet', alpha=0.5, vmin=0, vmax=row.cam.max() or 1, **maps)
         strongest = max((part.max() for part in row.parts[:3]), default=1)
         for axis, part, limit in zip(line[2:], row.parts, (strongest,) * 3 + (None,), strict=False):
-            axis.imshow(part, cmap='magma', vmin=0, vmax=limit, interpolation='bilinear', extent=(0, width, height, 0))
+            axis.imshow(part, cmap='magma', vmin=0, vmax=limit, **maps)
     for axis, name in zip(axes[0], columns, strict=True):
         axis.set_title(name, fontsize=10)
     for axis in axes.flat:
