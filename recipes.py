@@ -281,6 +281,8 @@ _rows = (
 RECIPES: dict[str, Recipe] = {row.name: row for row in _rows}
 MOGANETS = tuple(dict.fromkeys(row.model for row in _rows))
 
+# Fields that compute nothing: they say where a row comes from, or have been carried out when it was resolved
+DESCRIPTIVE = ('name', 'source', 'hardware', 'micro_batch_size', 'expected_acc1', 'expected_acc5', 'scale_lr')
 # Fields that only a MogaNet has: given for another model they would do nothing, so they are refused
 MOGANET_FIELDS = ('proj_drop', 'layer_scale_init_value', 'head_init_scale', 'gate', 'gate_fp32')
 
@@ -601,9 +603,8 @@ def load_recipe(path: str) -> Recipe:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """The fields in which two recipes compute something else, as `name: old -> new`."""
-    told = {'name', 'source', 'hardware', 'micro_batch_size', 'expected_acc1', 'expected_acc5', 'scale_lr'}
     return [f'{field.name}: {getattr(old, field.name)} -> {getattr(new, field.name)}' for field in fields(Recipe)
-            if field.name not in told and getattr(old, field.name) != getattr(new, field.name)]
+            if field.name not in DESCRIPTIVE and getattr(old, field.name) != getattr(new, field.name)]
 
 
 def _validate(recipe: Recipe, run: Run) -> None:
