@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -404,15 +405,18 @@ class TrainLoader(_Loader):
         """
         mixing = epoch < self._recipe.epochs - self._recipe.mixup_off_epochs
         first = epoch * self.updates_per_epoch + start_update
+        bad: deque[int] = deque()  # of the batches that are prepared ahead: a run that stops now will see them again
 
         def finished() -> Iterator[Pair]:
             for number, batch in enumerate(self._batches(epoch, start_update, attempt)):
-                self.bad_images += int(batch.bad)
+                bad.append(int(batch.bad))
                 update, micro_step = divmod(number, self._run.update_freq)
                 key = ('mixup', first + update, micro_step, self._rank) if mixing else None
                 yield self._finish(batch, mixup_key=key)
 
-        return self._finish.ahead(finished())
+        for pair in self._finish.ahead(finished()):
+            self.bad_images += bad.popleft()
+            yield pair
 
     def _batches(self, epoch: int, start_update: int, attempt: int) -> Iterator[Batch]:
         if self._stream is None:

@@ -246,13 +246,17 @@ class TrainTransform:
 
     def __init__(self, recipe: Recipe):
         warn_if_slow()
-        self.size = recipe.input_size
+        self._recipe, self.size = recipe, recipe.input_size
         composed = create_transform(
             recipe.input_size, is_training=True, scale=recipe.scale, ratio=recipe.ratio, hflip=recipe.hflip,
             vflip=recipe.vflip, color_jitter=recipe.color_jitter, auto_augment=recipe.aa,
             interpolation=recipe.train_interpolation, mean=recipe.mean, std=recipe.std, use_prefetcher=True)
         self._crop: RandomResizedCropAndInterpolation = composed.transforms[0]
         self.steps = [self._on_arrays(step) for step in composed.transforms[1:-1]]  # the last makes a tensor
+
+    def __reduce__(self) -> tuple[type, tuple[Recipe]]:
+        """Worker processes that are spawned, not forked, make their own: functions on the way cannot be pickled."""
+        return type(self), (self._recipe,)
 
     @staticmethod
     def _on_arrays(step: Any) -> Callable[[np.ndarray], np.ndarray]:

@@ -22,7 +22,7 @@ TINY = ('--model', 'moganet_xtiny', '--model_kwargs', 'dims=[8,8,16,16]', 'depth
 
 os.environ['TORCH_CPP_LOG_LEVEL'] = 'ERROR'  # as main.py sets it, before torch is imported
 _context = multiprocessing.get_context('forkserver')
-_context.set_forkserver_preload(['torch', 'timm', 'main', 'datasets', 'engine', 'models.moganet', 'models.weights',
+_context.set_forkserver_preload(['torch', 'timm', 'main', 'trainer', 'evaluation', 'models.moganet', 'models.weights',
                                  'torch.utils.tensorboard', 'timm.loss'])
 
 

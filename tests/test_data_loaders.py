@@ -65,6 +65,19 @@ def test_number_of_workers_changes_no_pixel():
     assert all(same(first, other) for other in others)
 
 
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])  # the defaults of macOS and of Python 3.14
+def test_workers_that_are_not_forked_make_the_same_pixels(method):
+    code = ('import multiprocessing, torch, test_data_loaders as t\n'
+            f'multiprocessing.set_start_method({method!r})\n'
+            'loader = t.open_train(t.STRONG, t.replace(t.run_of(), num_workers=1))\n'
+            'batches = loader.epoch(1)\n'
+            'first = [next(batches)]\n'
+            'loader.close()\n'
+            'print(t.same(first, [next(t.open_train(t.STRONG).epoch(1))]))')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT / 'tests', timeout=120, capture_output=True, text=True)
+    assert done.stdout == 'True\n', done.stderr
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_epoch_resumed_at_an_update_equals_its_rest(workers):
     run = replace(run_of(batch_size=6, update_freq=4), num_workers=workers)
@@ -340,6 +353,23 @@ def test_corrupt_image_stops_the_run_by_name_or_is_replaced_and_counted(tmp_path
     assert [len(labels) for _, labels in batches] == [4, 4, 4] and loader.bad_images == 1
     assert same(batches, list(open_train(skipping, run_of(total=4, data_path=str(tmp_path))).epoch(0)))
     loader.close()
+
+
+def test_bad_images_are_counted_when_their_batch_is_trained_on_not_when_it_is_prepared(numbered, monkeypatch):
+    """CUDA prepares a batch ahead; a run that stops before it is trained on prepares it again."""
+    def one_ahead(_, batches):
+        waiting = next(batches)
+        for batch in batches:
+            yield waiting
+            waiting = batch
+        yield waiting
+
+    monkeypatch.setattr(datasets.Finish, 'ahead', one_ahead)
+    monkeypatch.setattr(datasets.MapBatches, '__getitem__', lambda self, keys: datasets.Batch(
+        torch.zeros(24, 32, 32, 3, dtype=torch.uint8), torch.zeros(24, dtype=torch.int64),
+        torch.zeros(24, 1, 4, dtype=torch.int32), torch.zeros(24, dtype=torch.int64), bad=1))
+    loader = open_train(numbered)
+    assert [loader.bad_images for _ in loader.epoch(0)] == [1, 2, 3, 4]
 
 
 def test_evaluation_refuses_a_corrupt_image(tmp_path, monkeypatch):

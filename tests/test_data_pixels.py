@@ -1,5 +1,6 @@
 """The fast image operations against Pillow's and timm's, on photographs: each one, their sampling, the whole."""
 import io
+import json
 import logging
 import os
 import random
@@ -206,7 +207,7 @@ def test_test_transform_equals_timms_within_one_level(changes):
         torch.testing.assert_close(got, expected, rtol=0, atol=1 / 255)
 
 
-def test_without_the_fast_packages_the_same_images_are_made():
+def test_without_the_fast_packages_the_same_images_are_made(tmp_path):
     code = (
         "import sys\nfor name in sys.argv[1].split(): sys.modules[name] = None\n"
         "import logging; logging.basicConfig(format='%(message)s')\n"
@@ -224,11 +225,9 @@ def test_without_the_fast_packages_the_same_images_are_made():
                               check=True, capture_output=True, text=True)
         return np.load(path), done.stderr
 
-    import tempfile
-    with tempfile.TemporaryDirectory() as folder:
-        PHOTOS[2].save(os.path.join(folder, 'photo.jpg'))
-        fast, silence = run('', folder)
-        slow, warning = run('numba simplejpeg', folder)
+    PHOTOS[2].save(tmp_path / 'photo.jpg')
+    fast, silence = run('', tmp_path)
+    slow, warning = run('numba simplejpeg', tmp_path)
     assert 'simplejpeg and numba cannot be imported' in warning and warning.count('imported') == 1
     assert 'imported' not in silence
     means = np.abs(fast.astype(int) - slow).mean((1, 2, 3))
@@ -238,7 +237,6 @@ def test_without_the_fast_packages_the_same_images_are_made():
 @pytest.mark.slow
 def test_digits_trained_on_both_pipelines_reach_the_same_accuracy(tmp_path):
     """With RandAugment, three seeds each: the means differ by less than the seeds do."""
-    import json
     code = ("import sys\nfor name in sys.argv[1].split(): sys.modules[name] = None\n"
             'from main import main; raise SystemExit(main(sys.argv[2:]))')
     accuracies = []

@@ -310,7 +310,7 @@ def test_several_checkpoints_make_a_table_and_each_its_own_settings(
     training_file(tmp_path / 'ours.pth', 1, 0)
     cached('moganet_xtiny', files.timm_file, state_of(0), None)
     sources = [str(tmp_path / 'ours.pth'), 'released:moganet_xtiny']
-    last = evaluate(data, tmp_path, '--checkpoint', *sources, '--results_file', tmp_path / 'r' / 'results.csv')
+    both = evaluate(data, tmp_path, '--checkpoint', *sources, '--results_file', tmp_path / 'r' / 'results.csv')
     table = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
     ours = expected_of_training(0, data)
     released = expected(0, data, size=224)
@@ -320,9 +320,9 @@ def test_several_checkpoints_make_a_table_and_each_its_own_settings(
         [f'{released["acc1"]:.3f}', f'{released["acc5"]:.3f}', '76.5', 'raw', '224', sources[1]]]
     with open(tmp_path / 'r' / 'results.csv') as file:
         rows = list(csv.DictReader(file))
-    assert [row['checkpoint'] for row in rows] == sources and last['checkpoint'] == sources[1]
-    assert float(rows[0]['loss']) == pytest.approx(ours['loss'], rel=ROUND_OFF)
-    assert float(rows[1]['loss']) == last['loss'] == pytest.approx(released['loss'], rel=ROUND_OFF)
+    assert [row['checkpoint'] for row in rows] == [result['checkpoint'] for result in both] == sources
+    assert float(rows[0]['loss']) == both[0]['loss'] == pytest.approx(ours['loss'], rel=ROUND_OFF)
+    assert float(rows[1]['loss']) == both[1]['loss'] == pytest.approx(released['loss'], rel=ROUND_OFF)
     assert [(row['gate'], row['crop_pct']) for row in rows] == [('double', '0.8'), ('single', '0.9')]
 
 

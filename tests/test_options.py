@@ -20,8 +20,10 @@ from PIL import Image
 import datasets
 import engine
 import main
+import parts
 import recipes
 import runs
+import trainer
 
 MODEL = ('--model', 'moganet_xtiny', '--model_kwargs', 'dims=[8,8,16,16]', 'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]',
          '--input_size', '32')
@@ -161,7 +163,7 @@ def test_model_chooses_the_architecture():
     sizes = {}
     for name in ('moganet_xtiny', 'moganet_tiny', 'resnet10t'):
         recipe, run = recipes.resolve(['--model', name])
-        model = main.build_model(recipe, run, num_classes=1000, device=torch.device('cpu'))
+        model = parts.build_model(recipe, run, num_classes=1000, device=torch.device('cpu'))
         sizes[name] = sum(param.numel() for param in model.parameters())
     assert sizes == {'moganet_xtiny': 2_956_066, 'moganet_tiny': 5_197_332, 'resnet10t': 5_435_488}
 
@@ -229,7 +231,7 @@ def test_dist_bn_chooses_whose_statistics_are_saved(data, tmp_path):
 def test_sync_bn_converts_every_norm_and_is_refused_without_cuda(train, capsys):
     for name in ('moganet_xtiny', 'resnetv2_50'):
         recipe, run = recipes.resolve(['--model', name, '--sync_bn'])
-        norms = {type(module).__name__ for module in main.build_model(
+        norms = {type(module).__name__ for module in parts.build_model(
             recipe, run, num_classes=3, device=torch.device('cpu')).modules() if 'Norm' in type(module).__name__}
         assert norms and all('Sync' in norm for norm in norms)
     train('--sync_bn', status=2)
@@ -444,13 +446,13 @@ def test_moving_average_is_kept_on_the_cpu(train, monkeypatch, tmp_path):
     devices = {}
     for value in ('true', 'false'):
         with monkeypatch.context() as patch:
-            fit = main.Training.fit
+            fit = trainer.Training.fit
 
             def spy(self: Any, stop: Any, value: str = value, fit: Any = fit) -> int:
                 devices[value] = next(self.state.ema.module.parameters()).device.type
                 return fit(self, stop)
 
-            patch.setattr(main.Training, 'fit', spy)
+            patch.setattr(trainer.Training, 'fit', spy)
             train('--device', 'cuda', '--model_ema', '--model_ema_force_cpu', value, folder=tmp_path / value)
     assert devices == {'true': 'cpu', 'false': 'cuda'}
 
