@@ -1,5 +1,6 @@
 """tools/plot.py draws what the logs say, of runs that are finished, under way, or barely begun."""
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -131,3 +132,11 @@ def test_more_runs_than_colours_still_look_different(trained):
     run = plot.read_run(trained)
     lines = plot.draw([run] * 20, [str(i) for i in range(20)]).axes[0].lines
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
+
+
+def test_long_curves_show_what_comes_after_the_first_fifth_of_the_shortest(trained):
+    run = plot.read_run(trained)
+    long, short = (dataclasses.replace(run, entries=[{'epoch': epoch, 'test_acc1': float(epoch)} for epoch in range(end)])
+                   for end in (100, 50))
+    bottom, top = plot.draw([long, short], ['long', 'short']).axes[2].get_ylim()
+    assert bottom == pytest.approx(10 - 0.05 * 89) and top == pytest.approx(99 + 0.05 * 89)

@@ -29,14 +29,14 @@ MARK = 'MogaNet tools/plot.py'  # in both files: they may be written again, a fo
 # Okabe and Ito's colours, told apart with every kind of colour vision; without their yellow, too pale for a line
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 MARKERS = ('o', '^', 's', 'D', 'v', 'P')  # a run beyond the colours takes the next
-# title, factor, and the columns of log.txt with their line styles
-PANELS: tuple[tuple[str, float, dict[str, str]], ...] = (
-    ('training loss', 1, {'train_loss': '-'}),
-    ('test loss', 1, {'test_loss': '-', 'test_loss_ema': '--'}),
-    ('test top-1, %', 1, {'test_acc1': '-', 'test_acc1_ema': '--'}),
-    ('learning rate', 1, {'lr': '-'}),
-    ('time spent waiting for data, %', 100, {'data_wait': '-'}),
-    ('images/s', 1, {'images_per_second': '-'}),
+# title, factor, the columns of log.txt with their line styles, and for an axis from zero, where it ends at least
+PANELS: tuple[tuple[str, float, dict[str, str], float | None], ...] = (
+    ('training loss', 1, {'train_loss': '-'}, None),
+    ('test loss', 1, {'test_loss': '-', 'test_loss_ema': '--'}, None),
+    ('test top-1, %', 1, {'test_acc1': '-', 'test_acc1_ema': '--'}, None),
+    ('learning rate', 1, {'lr': '-'}, 0),
+    ('time spent waiting for data, %', 100, {'data_wait': '-'}, 10),  # from there on the run itself warns
+    ('images/s', 1, {'images_per_second': '-'}, 0),
 )
 STYLE = '''
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1300px; margin: 2em auto; padding: 0 1em }
@@ -123,27 +123,34 @@ def draw(runs: Sequence[RunLog], names: Sequence[str]) -> 'Figure':
     except ImportError:
         raise UserError("matplotlib is missing: pip install 'matplotlib>=3.8'") from None
     figure = Figure(figsize=(13, 7.5), layout='constrained')
+    figure.get_layout_engine().set(hspace=0.06, wspace=0.03)
     looks = [{'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[i // len(COLOURS) % len(MARKERS)]}
              for i in range(len(runs))]
-    last_epoch = max(run.entries[-1]['epoch'] + 1 for run in runs if run.entries)
+    ends = [run.entries[-1]['epoch'] + 1 for run in runs if run.entries]
     averages = False
-    for axes, (title, factor, columns) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+    for axes, (title, factor, columns, least_top) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         axes.set_title(title, loc='left', fontsize=11)
+        settled = []  # values after the first fifth of the shortest run, which would leave the rest a flat line
         for run, look in zip(runs, looks, strict=True):
             for column, style in columns.items():
                 epochs, values = run.series(column)
-                axes.plot(epochs, [factor * value for value in values], style, **look, linewidth=1.5, markersize=4,
+                axes.plot(epochs, [factor * value for value in values], style, **look, linewidth=1.5, markersize=3.5,
                           markevery=max(1, len(epochs) // 15))
                 averages |= bool(values) and style == '--'
-        axes.set_xlim(0, last_epoch + last_epoch / 50)
+                settled += [value for epoch, value in zip(epochs, values, strict=True) if epoch > min(ends) / 5]
+        axes.set_xlim(0, 1.02 * max(ends))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter('{x:g}')
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(alpha=0.25)
         if all(not len(line.get_xdata()) for line in axes.lines):
             axes.text(0.5, 0.5, 'not in the log yet', transform=axes.transAxes, ha='center', color='0.5')
             axes.set_yticks([])
-        elif title not in ('training loss', 'test loss', 'test top-1, %'):
-            axes.set_ylim(bottom=0)
+        elif least_top is not None:
+            axes.set_ylim(0, max(least_top, axes.get_ylim()[1]))
+        elif max(ends) >= 20 and len(set(settled)) > 1:
+            margin = 0.05 * (max(settled) - min(settled))
+            axes.set_ylim(min(settled) - margin, max(settled) + margin)
     for axes in figure.axes[3:]:
         axes.set_xlabel('epoch')
     handles = [Line2D([], [], **look, label=name) for look, name in zip(looks, names, strict=True)]
