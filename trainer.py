@@ -20,6 +20,7 @@ from torch import nn
 import checkpoint
 import datasets
 import engine
+import notes
 import optim_factory
 import recipes
 import utils
@@ -269,9 +270,9 @@ class Training:
             log.warning('The moving average looks back %.0f updates, but the run has %d: it will still hold initial '
                         'weights. Give --model_ema_decay %.4g.', horizon, recipe.epochs * updates,
                         1 - 10 / max(recipe.epochs * updates, 20))
-        self.notes = utils.Notes(run, first=self.processes.first, epochs_done=state.epoch, step=state.step)
+        self.notes = notes.Notes(run, first=self.processes.first, epochs_done=state.epoch, step=state.step)
         self.notes.begin(dataclasses.asdict(recipe), {'run': dataclasses.asdict(run), 'device': str(
-            self.processes.device), **utils.environment()})
+            self.processes.device), **notes.environment()})
 
     def _epoch(self, stop: utils.StopRequest) -> int:
         """Trains what is left of the epoch, evaluates and saves. Returns the signal to stop on, or 0."""

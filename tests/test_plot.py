@@ -81,7 +81,7 @@ def test_columns_that_an_old_log_lacks_stay_empty(pair):
     old = plot.read_run(pair[1])
     axes = plot.draw([old], ['old']).axes
     assert [bool(one.texts) for one in axes] == [False, True, True, False, True, False]
-    assert old.accuracies('test_acc1') == ('–', '–')
+    assert old.accuracies('test_acc1') == ('-', '-')
     both = plot.draw([plot.read_run(pair[0]), old], ['new', 'old']).axes
     assert not any(one.texts for one in both)
 
@@ -136,7 +136,7 @@ def test_more_runs_than_colours_still_look_different(trained):
 
 def test_long_curves_show_what_comes_after_the_first_fifth_of_the_shortest(trained):
     run = plot.read_run(trained)
-    long, short = (dataclasses.replace(run, entries=[{'epoch': epoch, 'test_acc1': float(epoch)} for epoch in range(end)])
-                   for end in (100, 50))
+    log = [{'epoch': epoch, 'test_acc1': float(epoch)} for epoch in range(100)]
+    long, short = (dataclasses.replace(run, entries=log[:end]) for end in (100, 50))
     bottom, top = plot.draw([long, short], ['long', 'short']).axes[2].get_ylim()
     assert bottom == pytest.approx(10 - 0.05 * 89) and top == pytest.approx(99 + 0.05 * 89)

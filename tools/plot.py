@@ -2,8 +2,8 @@
 
     python tools/plot.py runs/moganet_small [runs/other ...] [--output STEM]
 
-Read from the log.txt and the recipe.json of each folder. The files are STEM.png and STEM.html, by default curves.png and
-curves.html in the first folder; the page holds the picture, a table of the runs and one of what their recipes differ in.
+Read from the log.txt and the recipe.json of each folder. The files are STEM.png and STEM.html, by default curves.png
+and curves.html in the first folder; the page holds the picture, a table of the runs and what their recipes differ in.
 """
 import argparse
 import base64
@@ -73,7 +73,7 @@ class RunLog:
         """The best value of a column with its epoch, and the last, as text."""
         epochs, values = self.series(column)
         if not values:
-            return '–', '–'
+            return '-', '-'
         best = max(values)
         return f'{best:.2f} (epoch {epochs[values.index(best)]})', f'{values[-1]:.2f}'
 
@@ -193,7 +193,7 @@ def show(value: Any) -> str:
     """A recipe's value as one would write it."""
     if isinstance(value, (list, tuple)):
         return ', '.join(map(show, value))
-    return f'{value:g}' if isinstance(value, float) else '–' if value is None else str(value)
+    return f'{value:g}' if isinstance(value, float) else '-' if value is None else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
