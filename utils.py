@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -275,8 +276,10 @@ def flush_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, atomically."""
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + '\n').encode()))
+    """Writes a value as indented JSON, atomically; a list of numbers in one line."""
+    text = json.dumps(value, indent=2)
+    text = re.sub(r'\[\n([^][{}"]*)\n *\]', lambda match: f'[{" ".join(match[1].split())}]', text)
+    write_atomically(path, lambda file: file.write(f'{text}\n'.encode()))
 
 
 def setup_logging(rank: int) -> None:
