@@ -1,4 +1,4 @@
-"""What rank 0 writes about a run: recipe, starts and log; and what it shows: terminal, TensorBoard, Weights & Biases."""
+"""What rank 0 writes about a run, its recipe, starts and log, and shows: terminal, TensorBoard, Weights & Biases."""
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -43,7 +43,8 @@ class WeightsAndBiases:
     """A run on Weights & Biases: one for a run's folder, however often that is started and continued.
 
     Its charts want every update once, rising. wandb.json in the folder keeps the id and the last update sent; what is
-    computed again after an interruption or a rollback is not sent again.
+    computed again after an interruption or a rollback is not sent again. The package itself writes every 15 s: what a
+    kill takes from it is missing from the charts, and is in log.txt.
     """
 
     def __init__(self, folder: Path, *, project: str, config: dict[str, Any], step: int):
@@ -65,7 +66,7 @@ class WeightsAndBiases:
                 project=project, id=self._sent['id'], name=folder.name, dir=folder, resume='allow', config=config,
                 allow_val_change=True, settings=wandb.Settings(console='off'))
         except wandb.Error as error:
-            raise UserError(f'--wandb: {" ".join(str(error).split())}; say `wandb login`, or set '
+            raise UserError(f'--wandb: {" ".join(str(error).split()).rstrip(".")}; say `wandb login`, or set '
                             'WANDB_MODE=offline and send the run later by `wandb sync`') from None
         write_json(self._file, self._sent)
 

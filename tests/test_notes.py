@@ -1,6 +1,7 @@
 """What a run writes beside its checkpoints is what it computed: TensorBoard, its pictures, Weights & Biases."""
 import io
 import json
+import shutil
 import signal
 import struct
 import sys
@@ -154,12 +155,16 @@ def offline(monkeypatch, tmp_path):
     for name, value in {'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true', 'WANDB_DATA_DIR': str(tmp_path / 'data'),
                         'WANDB_CACHE_DIR': str(tmp_path / 'cache')}.items():
         monkeypatch.setenv(name, value)
-    return wandb
+    wandb.teardown()  # the settings are read once a process
+    yield wandb
+    wandb.teardown()
 
 
 def records_of(folder: Path) -> list[Any]:
     """What the package recorded, by all starts of a run: protobufs in LevelDB's log format, in blocks of 32 KiB."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
+    wandb.teardown()  # waits for the service, which writes after `finish` has returned
     found = []
     for path in sorted((folder / 'wandb').glob('offline-run-*/*.wandb')):
         content, place, parts = path.read_bytes(), 7, b''
@@ -191,29 +196,33 @@ def test_wandb_gets_the_log_the_recipe_and_the_checkpoints_and_changes_no_bit(of
     config = {item.key: json.loads(item.value_json) for item in records['run'].run.config.update}
     assert config['lr'] == 1e-3 and config['run']['batch_size'] == 8
     rows = {row['_step']: row for row in history_of(folder)}
-    assert list(rows) == [0, 2, 4, 6, 8, 10, 12] and rows[0]['train/images']['_type'] == 'image-file'
-    assert rows[12]['test/confusion_ema']['_type'] == 'image-file'
+    assert list(rows) == [0, 2, 4, 6, 8, 10, 12] and rows[0]['train/images/_type'] == 'image-file'
+    assert rows[12]['test/confusion_ema/_type'] == 'image-file'
     for entry in log_of(folder):
         for name, column in (('epoch/train_loss', 'train_loss'), ('test/acc1', 'test_acc1'), ('epoch/lr', 'lr')):
             assert rows[entry['step']][name] == entry[column]
-    assert {entry.path for entry in records['artifact'].artifact.manifest.contents} or True
+    uploaded = {Path(entry.path).name for entry in records['artifact'].artifact.manifest.contents}
+    assert uploaded == {'checkpoint-best.pth', 'checkpoint-best-ema.pth'}
     assert records['exit'].exit.exit_code == 0
     states = [torch.load(path / 'checkpoint-last.pth', weights_only=True)['model'] for path in (finished, folder)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_wandb_continues_one_run_and_gets_no_update_twice(offline, data, tmp_path):
-    """Killed after its fifth update, without a checkpoint since the first epoch: updates 6 to 10 are computed again."""
+    """Killed after update 11, without a checkpoint since update 6: updates 7 to 11 are computed again, and not sent."""
     command = (*COMMAND, '--data_path', str(data), '--output_dir', str(tmp_path / 'run'), '--wandb')
-    killed = stopping_after(11).replace('SIGTERM', 'SIGKILL')
+    # The server from which processes are forked has the environment of its own start
+    environment = "import os; os.environ |= {'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'}\n"
+    killed = environment + stopping_after(11).replace('SIGTERM', 'SIGKILL')
     job = runs.start(command, tmp_path / 'out.txt', before=killed)
     assert job.wait() == [-signal.SIGKILL], job.text()
-    runs.run(command, tmp_path / 'out.txt')
-    assert len(list((tmp_path / 'run' / 'wandb').glob('offline-run-*'))) == 2
-    ids = {record.run.run_id for record in records_of(tmp_path / 'run') if record.WhichOneof('record_type') == 'run'}
-    assert len(ids) == 1
-    steps = [row['_step'] for row in history_of(tmp_path / 'run')]
-    assert steps == sorted(set(steps)) and {6, 12} <= set(steps)
+    sent = json.loads((tmp_path / 'run' / 'wandb.json').read_text())
+    assert sent['step'] == 10
+    shutil.rmtree(tmp_path / 'run' / 'wandb')  # the package writes every 15 s: how much it has is chance
+    runs.run(command, tmp_path / 'out.txt', before=environment)
+    (start,) = [record.run for record in records_of(tmp_path / 'run') if record.WhichOneof('record_type') == 'run']
+    assert start.run_id == sent['id']
+    assert [row['_step'] for row in history_of(tmp_path / 'run')] == [12]
 
 
 def test_rollback_sends_no_update_twice(offline, finished, tmp_path):
