@@ -23,6 +23,7 @@ from checkpoint import Buffers
 from optim_factory import ModelEma
 from utils import UserError, derive_seed
 
+MAX_CONFUSION = 100  # classes of which a confusion matrix is still one that a person reads
 AUTOCAST = {'fp32': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
@@ -331,7 +332,7 @@ def train_one_epoch(step: TrainStep, batches: Iterable[tuple[torch.Tensor, torch
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, count: int,
              precision: str = 'fp32', valid_labels: Sequence[int] | None = None,
-             real_labels: torch.Tensor | None = None) -> dict[str, float]:
+             real_labels: torch.Tensor | None = None, confusion: int = 0) -> dict[str, Any]:
     """Accuracy and cross-entropy over a data set that the ranks share out, each image once.
 
     Args:
@@ -341,17 +342,19 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tenso
         valid_labels: the model's classes that the data set has, in the order of its labels; all of them by default.
         real_labels: bool [images of this rank, classes], all the labels that are right for an image; an image without
             any is left out (ReaL, arXiv 2006.07159).
+        confusion: the number of classes, where their confusion matrix is wanted.
 
     Returns:
-        'acc1' and 'acc5' in % (top-5 is top-k where there are k < 5 classes), 'loss' per image, 'count', and with
-        `real_labels` 'real_acc1' in %.
+        'acc1' and 'acc5' in % (top-5 is top-k where there are k < 5 classes), 'loss' per image, 'count', with
+        `real_labels` 'real_acc1' in %, and with `confusion` 'confusion', the images [true][predicted].
 
     Raises:
         RuntimeError: where the images seen by all ranks are not `count`.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    sums = torch.zeros(6, device=device, dtype=sum_dtype(device))
+    sums = torch.zeros(6 + confusion**2, device=device, dtype=sum_dtype(device))
+    matrix = sums[6:].view(confusion, confusion)
     seen = 0
     for images, targets in batches:
         images, targets = images.to(device), targets.to(device)
@@ -366,6 +369,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tenso
         if real_labels is not None:
             real = real_labels[seen:seen + len(images)].to(device)
             sums[3:5] += torch.stack([real.gather(1, top[:, :1]).sum(), real.any(1).sum()])
+        if confusion:
+            matrix.index_put_((targets, top[:, 0]), torch.ones_like(sums[0]), accumulate=True)
         seen += len(images)
     sums[5] = seen
     if was_training:
@@ -373,12 +378,14 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tenso
     if dist.is_initialized():
         sums = sums.cuda() if dist.get_backend() == 'nccl' else sums  # a moving average may be kept on the CPU
         dist.all_reduce(sums)
-    correct1, correct5, loss, real_correct, real_count, total = sums.tolist()
+    correct1, correct5, loss, real_correct, real_count, total = sums[:6].tolist()
     if total != count:
         raise RuntimeError(f'{total:.0f} images were evaluated, but the data set has {count}')
     result = {'acc1': 100 * correct1 / total, 'acc5': 100 * correct5 / total, 'loss': loss / total, 'count': int(total)}
     if real_labels is not None:
         result['real_acc1'] = 100 * real_correct / max(real_count, 1)
+    if confusion:
+        result['confusion'] = sums[6:].view(confusion, confusion).long().tolist()
     return result
 
 

@@ -5,6 +5,7 @@ imports torch, so that `--help`, `--list_recipes` and a misspelt flag answer at 
 """
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -188,6 +189,9 @@ class Run:
     # Reporting
     print_freq: int = doc(50, 'updates between log lines, and between checks for NaN')
     print_param_groups: bool = doc(False, "print the optimizer's parameter groups")
+    wandb: bool = doc(False, 'show the run on Weights & Biases too')
+    project: str = doc('moganet', 'project on Weights & Biases')
+    wandb_ckpt: bool = doc(False, 'upload the best checkpoints there when the run is complete')
 
 
 # ---- The rows -------------------------------------------------------------------------------------------------------
@@ -281,6 +285,8 @@ _rows = (
 RECIPES: dict[str, Recipe] = {row.name: row for row in _rows}
 MOGANETS = tuple(dict.fromkeys(row.model for row in _rows))
 
+# Fields that compute nothing: they say where a row comes from, or have been carried out when it was resolved
+DESCRIPTIVE = ('name', 'source', 'hardware', 'micro_batch_size', 'expected_acc1', 'expected_acc5', 'scale_lr')
 # Fields that only a MogaNet has: given for another model they would do nothing, so they are refused
 MOGANET_FIELDS = ('proj_drop', 'layer_scale_init_value', 'head_init_scale', 'gate', 'gate_fp32')
 
@@ -297,11 +303,9 @@ RETIRED = {
     'world_size': 'the launcher sets it: torchrun --nproc_per_node=N main.py ...',
     'dist_on_itp': 'use torchrun',
     'dist_url': 'use torchrun --rdzv-endpoint=HOST:PORT',
-    'enable_wandb': 'the scalars are in <output_dir>/tensorboard',
-    'project': 'the scalars are in <output_dir>/tensorboard',
-    'wandb_ckpt': 'checkpoints are in <output_dir>',
 }
-ALIASES = {'nb_classes': 'num_classes', 'amp': 'use_amp', 'val_path': 'eval_data_path', 'b': 'batch_size'}
+ALIASES = {'nb_classes': 'num_classes', 'amp': 'use_amp', 'val_path': 'eval_data_path', 'b': 'batch_size',
+           'enable_wandb': 'wandb'}
 # Values of other repositories' --data_set
 DATA_SETS = {'IMNET': 'image_folder', 'CIFAR': 'torch/cifar100', 'folder': 'image_folder'}
 
@@ -601,9 +605,8 @@ def load_recipe(path: str) -> Recipe:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """The fields in which two recipes compute something else, as `name: old -> new`."""
-    told = {'name', 'source', 'hardware', 'micro_batch_size', 'expected_acc1', 'expected_acc5', 'scale_lr'}
     return [f'{field.name}: {getattr(old, field.name)} -> {getattr(new, field.name)}' for field in fields(Recipe)
-            if field.name not in told and getattr(old, field.name) != getattr(new, field.name)]
+            if field.name not in DESCRIPTIVE and getattr(old, field.name) != getattr(new, field.name)]
 
 
 def _validate(recipe: Recipe, run: Run) -> None:
@@ -661,6 +664,11 @@ def _validate(recipe: Recipe, run: Run) -> None:
                                           'to start from its weights --finetune')
     check(not (run.finetune and run.pretrained), '--finetune and --pretrained both name the initial weights; give one')
     check(run.resume is not None or not run.no_resume_opt, '--no_resume_opt goes with --resume FILE')
+    check(not (run.wandb and run.eval), '--wandb shows a training; leave it out with --eval')
+    check(run.wandb or run.project == Run.project, '--project goes with --wandb')
+    check(run.wandb or not run.wandb_ckpt, '--wandb_ckpt goes with --wandb')
+    check(not run.wandb or importlib.util.find_spec('wandb') is not None,
+          '--wandb needs its package: pip install wandb')
 
 
 def fit_batch(recipe: Recipe, run: Run) -> Run:

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import itertools
 import signal as signals
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import utils
 from checkpoint import CheckpointFolder, TrainState
 from datasets import Loaders
 from models.weights import Weights, load_weights
+from notes import Notes
 from parts import Criterion, adapt_to_device, build_model
 from recipes import Recipe, Run
 from utils import UserError, log
@@ -242,6 +244,8 @@ class Training:
                     log.info('Stopped by %s at epoch %d, update %d. %s', signals.Signals(signal).name, self.state.epoch,
                              self.state.step, 'The same command continues.' if saved else 'It was not saved.')
                     return 128 + signal if saved else 1
+            if self.folder.wait():
+                self.notes.complete()
         finally:
             self.notes.close()
         if not self._written():
@@ -269,9 +273,7 @@ class Training:
             log.warning('The moving average looks back %.0f updates, but the run has %d: it will still hold initial '
                         'weights. Give --model_ema_decay %.4g.', horizon, recipe.epochs * updates,
                         1 - 10 / max(recipe.epochs * updates, 20))
-        self.notes = utils.Notes(run, first=self.processes.first, epochs_done=state.epoch, step=state.step)
-        self.notes.begin(dataclasses.asdict(recipe), {'run': dataclasses.asdict(run), 'device': str(
-            self.processes.device), **utils.environment()})
+        self.notes = Notes(recipe, run, self.processes, epochs_done=state.epoch, step=state.step)
 
     def _epoch(self, stop: utils.StopRequest) -> int:
         """Trains what is left of the epoch, evaluates and saves. Returns the signal to stop on, or 0."""
@@ -296,12 +298,13 @@ class Training:
                     self._save()
             return bool(signal)
 
+        batches = self.loaders.train.epoch(epoch, begin, state.attempt)
         metrics = engine.train_one_epoch(
-            self.step, self.loaders.train.epoch(epoch, begin, state.attempt), epoch=epoch, updates=updates, start=begin,
+            self.step, batches if state.step else self._show_first(batches), epoch=epoch, updates=updates, start=begin,
             set_schedule=lambda update: optim_factory.set_schedule(
                 self.step.optimizer, self.recipe, update=update, updates_per_epoch=updates),
             images_per_update=self.recipe.total_batch_size, print_freq=run.print_freq, max_skips=run.max_skips,
-            report=lambda progress: self.notes.progress(progress, epoch=epoch, epochs=self.recipe.epochs),
+            report=lambda progress: self.notes.progress(progress, epoch=epoch),
             after_update=after_update)
         if metrics.pop('updates') < updates:
             return signal
@@ -309,12 +312,20 @@ class Training:
         last = state.epoch == self.recipe.epochs
         evaluating = self.loaders.val is not None and (state.epoch % run.val_interval == 0 or last)
         with state.buffers.agreed(self.recipe.dist_bn, first=self._precise_bn if evaluating else None):
-            improved = self._evaluate(entry) if evaluating else set()
-            self.notes.epoch(entry, epochs=self.recipe.epochs)  # before the checkpoint that counts the epoch
+            improved, confusion = self._evaluate(entry, last=last) if evaluating else (set(), {})
+            self.notes.epoch(entry, confusion, self.loaders.classes)  # before the checkpoint that counts the epoch
             due = run.save_ckpt_steps and state.step % run.save_ckpt_steps == 0
             if state.epoch % run.save_ckpt_freq == 0 or due or last or improved or signal:
                 self._save(improved)
         return signal
+
+    def _show_first(self, batches: Iterator[datasets.Pair]) -> Iterator[datasets.Pair]:
+        """Passes micro-batches on; the images of the first go to the notes too."""
+        batch = next(batches)
+        self.notes.images(batch[0])
+        yield batch
+        del batch  # the device's memory
+        yield from batches
 
     def _models(self) -> dict[str, nn.Module]:
         """The models to evaluate, by the suffix of their columns in the log."""
@@ -334,19 +345,27 @@ class Training:
             engine.precise_bn(model, itertools.islice(batches, micro_batches), precision=self.recipe.precision,
                               frozen=frozen)
 
-    def _evaluate(self, entry: dict[str, Any]) -> set[str]:
-        """Evaluates the weights and their average into the epoch's entry. Returns which of the two are the best yet."""
-        improved = set()
+    def _evaluate(self, entry: dict[str, Any], *, last: bool) -> tuple[set[str], dict[str, list[list[int]]]]:
+        """Evaluates the weights and their average into the epoch's entry.
+
+        Returns:
+            which of the two are the best yet, and in the last epoch the confusion matrices of both, where the classes
+            are not too many.
+        """
+        improved, confusion = set(), {}
+        classes = self.loaders.num_classes if last and self.loaders.num_classes <= engine.MAX_CONFUSION else 0
         for suffix, model in self._models().items():
             if next(model.parameters()).device != self.processes.device:  # an average kept on the CPU
                 model = copy.deepcopy(model).to(self.processes.device)
             result = engine.evaluate(model, self.loaders.val, count=self.loaders.val.count,
-                                     precision=self.recipe.precision)
+                                     precision=self.recipe.precision, confusion=classes)
+            if classes:
+                confusion[f'test/confusion{suffix}'] = result['confusion']
             entry |= {f'test_{name}{suffix}': result[name] for name in ('acc1', 'acc5', 'loss')}
             if result['acc1'] > self.state.best.get(f'test_acc1{suffix}', -1.0):
                 self.state.best[f'test_acc1{suffix}'] = result['acc1']
                 improved.add(suffix)
-        return improved
+        return improved, confusion
 
     def _save(self, improved: set[str] = frozenset()) -> None:
         """Hands the state to the writer. All ranks call it; rank 0 writes."""

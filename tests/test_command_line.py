@@ -344,13 +344,14 @@ WORKING = {
     'save_ckpt_num': ('7', {'save_ckpt_num': 7}), 'eval': ('true --checkpoint c.pth', {'eval': True}),
     'disable_eval': ('true', {'disable_eval': True}), 'num_workers': ('4', {'num_workers': 4}),
     'pin_mem': ('false', {'pin_mem': False}), 'local_rank': ('3', {}), 'use_amp': ('true', {'precision': 'fp16'}),
+    'enable_wandb': ('true', {'wandb': True}), 'project': ('other --enable_wandb', {'project': 'other'}),
+    'wandb_ckpt': ('true --enable_wandb', {'wandb_ckpt': True}),
 }
 # flag: its words, and what the refusal must name in its place
 REFUSED = {
     'resplit': ('', 'leave it out'), 'model_key': ('model', 'leave it out'), 'model_prefix': ('x', 'leave it out'),
     'start_epoch': ('5', '--resume'), 'dist_eval': ('true', 'leave it out'), 'world_size': ('8', 'torchrun'),
-    'dist_on_itp': ('', 'torchrun'), 'dist_url': ('env://', '--rdzv-endpoint'), 'enable_wandb': ('true', 'tensorboard'),
-    'project': ('moganet', 'tensorboard'), 'wandb_ckpt': ('true', '<output_dir>'),
+    'dist_on_itp': ('', 'torchrun'), 'dist_url': ('env://', '--rdzv-endpoint'),
 }
 
 

@@ -681,6 +681,28 @@ def test_evaluation_happens_as_often_as_asked(train):
     assert evaluated('true') == [False, False, False]
 
 
+@proves('wandb', 'project', 'wandb_ckpt')
+def test_wandb_options_choose_what_is_sent_where(train, tmp_path, monkeypatch, capsys):
+    wandb = pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    assert not (train() / 'wandb').exists()
+    recorded = {}
+    for flags in ('--wandb', '--wandb --project other', '--wandb --wandb_ckpt --disable_eval false'):
+        wandb.teardown()
+        folder = train(*flags.split(), folder=tmp_path / str(len(recorded)))
+        wandb.teardown()  # waits for what is still being written
+        (file,) = (folder / 'wandb').glob('offline-run-*/*.wandb')
+        recorded[flags] = file.read_bytes()
+    plain, other, uploaded = recorded.values()
+    assert b'epoch/train_loss' in plain and b'checkpoint-best.pth' not in plain
+    assert b'\x07moganet' in plain and b'\x05other' in other and b'\x05other' not in plain  # protobuf: length, text
+    assert b'checkpoint-best.pth' in uploaded
+    for flags, cure in (('--wandb_ckpt', 'goes with --wandb'), ('--project other', 'goes with --wandb')):
+        train(*flags.split(), status=2)
+        assert cure in capsys.readouterr().err
+
+
 @proves('print_freq', 'print_param_groups')
 def test_what_is_printed(train, tmp_path, capsys):
     lines = {}

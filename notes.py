@@ -1,0 +1,305 @@
+"""What rank 0 writes about a run, its recipe, starts and log, and shows: terminal, TensorBoard, Weights & Biases."""
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from recipes import Recipe, Run
+from utils import Processes, UserError, log, write_atomically, write_json
+
+
+def environment() -> dict[str, Any]:
+    """What a run was started with: command, versions, host, and the git revision of this repository."""
+    def git(*words: str) -> str | None:
+        try:
+            return subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True,
+                                  timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    versions = {name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'timm', 'numpy', 'pillow')}
+    return {'command': sys.argv, 'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'host': platform.node(),
+            'python': platform.python_version(), **versions, 'cuda': torch.version.cuda,
+            'git': git('rev-parse', 'HEAD'), 'git_dirty': bool(git('status', '--porcelain'))}
+
+
+class WeightsAndBiases:
+    """A run on Weights & Biases: one for a run's folder, however often that is started and continued.
+
+    Its charts want every update once, rising. wandb.json in the folder keeps the id and the last update sent; what is
+    computed again after an interruption or a rollback is not sent again. The package itself writes every 15 s: what a
+    kill takes from it is missing from the charts, and is in log.txt.
+    """
+
+    def __init__(self, folder: Path, *, project: str, config: dict[str, Any], step: int):
+        """
+        Args:
+            config: the recipe and how it is run.
+            step: updates done; with none, the folder begins a new run there too.
+
+        Raises:
+            UserError: where it cannot be reached.
+        """
+        import wandb
+        self._file = folder / 'wandb.json'
+        self._sent = {'id': secrets.token_hex(4), 'step': -1}
+        if step and self._file.exists():
+            self._sent = json.loads(self._file.read_text())
+        try:  # its console capture would take the terminal away from the progress bar
+            self._run: Any = wandb.init(
+                project=project, id=self._sent['id'], name=folder.name, dir=folder, resume='allow', config=config,
+                allow_val_change=True, settings=wandb.Settings(console='off'))
+        except wandb.Error as error:
+            raise UserError(f'--wandb: {" ".join(str(error).split()).rstrip(".")}; say `wandb login`, or set '
+                            'WANDB_MODE=offline and send the run later by `wandb sync`') from None
+        write_json(self._file, self._sent)
+
+    @contextlib.contextmanager
+    def _optional(self) -> Iterator[None]:
+        """Charts are not worth a run: what fails is told, and the run goes on without them."""
+        try:
+            yield
+        except Exception as error:
+            log.error('--wandb: %s; the run goes on without it.', error)
+            self._run = None
+
+    def add(self, values: dict[str, Any], step: int) -> None:
+        """Sends the numbers and pictures of an update, unless that was done before."""
+        if self._run is None or step <= self._sent['step']:
+            return
+        import wandb
+        with self._optional():
+            self._run.log({name: wandb.Image(value) if isinstance(value, Image.Image) else value
+                           for name, value in values.items()}, step=step, commit=True)
+            self._sent['step'] = step
+            write_json(self._file, self._sent)
+
+    def upload(self, files: Iterable[Path]) -> None:
+        """Adds files as an artifact of the run."""
+        if self._run is None:
+            return
+        import wandb
+        with self._optional():
+            artifact = wandb.Artifact(f'checkpoints-{self._sent["id"]}', type='model')
+            for file in files:
+                artifact.add_file(str(file))
+            self._run.log_artifact(artifact)
+
+    def close(self, *, complete: bool) -> None:
+        """Waits until all is sent; an incomplete run is marked as failed until it is continued."""
+        if self._run is not None:
+            with self._optional():
+                self._run.finish(exit_code=0 if complete else 1)
+
+
+class Notes:
+    """What rank 0 writes about a run. On the other ranks nothing happens."""
+
+    def __init__(self, recipe: Recipe, run: Run, processes: Processes, *, epochs_done: int, step: int):
+        """Writes the recipe and this start into the run's folder, and opens its log.
+
+        Args:
+            epochs_done: epochs that the log may hold; later ones are about to be computed again.
+            step: updates done; TensorBoard hides what an earlier start wrote beyond.
+
+        Raises:
+            UserError: where --wandb cannot begin.
+        """
+        self._recipe, self._run, self._first, self._folder = recipe, run, processes.first, Path(run.output_dir)
+        self._bar: Any = None
+        self._board: Any = None
+        self._wandb: WeightsAndBiases | None = None
+        self._complete = False
+        if not self._first:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._unwritten = ''  # lines of log.txt for which the disk had no room
+        start = {'run': dataclasses.asdict(run), 'device': str(processes.device), **environment()}
+        if run.wandb:
+            self._wandb = WeightsAndBiases(self._folder, project=run.project, step=step,
+                                           config={**dataclasses.asdict(recipe), **start})
+        write_json(self._folder / 'recipe.json', dataclasses.asdict(recipe))
+        path = self._folder / 'environment.json'
+        write_json(path, [*(json.loads(path.read_text()) if path.exists() else []), start])
+        self.rewind(epochs_done, step)
+
+    def rewind(self, epochs_done: int, step: int) -> None:
+        """Keeps of log.txt the first `epochs_done` epochs, and of TensorBoard the updates up to `step`."""
+        path = self._folder / 'log.txt'
+        if not self._first:
+            return
+        if self._board is not None:
+            self._board.close()
+        self._board = SummaryWriter(self._run.log_dir or self._folder / 'tensorboard',
+                                    purge_step=step + 1 if step else 0)
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that a kill cut off
+                if json.loads(line)['epoch'] < epochs_done:
+                    kept.append(line + '\n')
+        write_atomically(path, lambda file: file.write(''.join(kept).encode()))
+
+    def _show(self, values: dict[str, float | Image.Image], step: int, *, wandb: bool = True) -> None:
+        """Shows numbers and pictures of an update on TensorBoard, and on Weights & Biases."""
+        if wandb and self._wandb is not None:
+            self._wandb.add(values, step)
+        for name, value in values.items():
+            if isinstance(value, Image.Image):
+                self._board.add_image(name, np.asarray(value), step, dataformats='HWC')
+            else:
+                self._board.add_scalar(name, value, step)
+
+    def images(self, images: torch.Tensor) -> None:
+        """Shows what the network sees first, normalised images [B, 3, H, W]: crops, augmentation, erasing, mixing."""
+        if self._first:
+            self._show({'train/images': draw_images(images, self._recipe)}, 0)
+
+    def progress(self, progress: Any, *, epoch: int) -> None:
+        """Shows an `engine.Progress`: a bar on a terminal, a line elsewhere."""
+        if not self._first:
+            return
+        step = epoch * progress.updates + progress.update
+        names = ('loss', 'lr', 'images_per_second', 'data_wait')
+        # Weights & Biases takes an update once, and the epoch's own figures come with its last
+        self._show({f'train/{name}': getattr(progress, name) for name in names}, step,
+                   wandb=progress.update < progress.updates)
+        left = (self._recipe.epochs * progress.updates - step) * progress.seconds_per_update
+        text = (f'loss {progress.loss:.4f}  lr {progress.lr:.2e}  {progress.images_per_second:.0f} images/s  '
+                f'{duration(left)} left' + (f'  {progress.skipped:.0f} updates skipped' if progress.skipped else ''))
+        if not sys.stdout.isatty():
+            log.info('epoch %d  update %d/%d  %s', epoch, progress.update, progress.updates, text)
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+            self._bar = tqdm(total=progress.updates, desc=f'epoch {epoch}', leave=False, dynamic_ncols=True,
+                             bar_format='{desc} {percentage:3.0f}% |{bar}| {postfix}')
+        self._bar.n = progress.update
+        self._bar.set_postfix_str(text)  # draws it, however short the time since the last
+        if progress.update == progress.updates:
+            self._bar.close()
+            self._bar = None
+
+    def epoch(self, entry: dict[str, Any], confusion: dict[str, list[list[int]]], classes: list[str]) -> None:
+        """Appends an epoch to log.txt, flushed to disk: it must be there before the checkpoint that counts it.
+
+        Args:
+            confusion: confusion matrices by the name that they are shown under.
+            classes: their names.
+        """
+        if not self._first:
+            return
+        self._unwritten += json.dumps(entry) + '\n'
+        try:
+            with open(self._folder / 'log.txt', 'a') as file:
+                file.write(self._unwritten)
+                file.flush()
+                os.fsync(file.fileno())
+            self._unwritten = ''
+        except OSError as error:
+            log.error('log.txt could not be written (%s): its line is kept for the next epoch; free space in %s.',
+                      error, self._folder)
+        figures = {name.replace('_', '/', 1) if name.startswith('test_') else f'epoch/{name}': value
+                   for name, value in entry.items() if name not in ('epoch', 'step', 'n_parameters')}
+        pictures = {name: draw_confusion(matrix, classes) for name, matrix in confusion.items()}
+        self._show(figures | pictures, entry['step'])
+        with contextlib.suppress(OSError):  # a full disk, of which log.txt has told
+            self._board.flush()
+        tested = ''
+        if 'test_acc1' in entry:
+            tested = f', top-1 {entry["test_acc1"]:.2f} %'
+        if 'test_acc1_ema' in entry:
+            tested += f' (average {entry["test_acc1_ema"]:.2f} %)'
+        log.info('epoch %d of %d done: train loss %.4f%s, %.0f images/s', entry['epoch'] + 1, self._recipe.epochs,
+                 entry['train_loss'], tested, entry['images_per_second'])
+        if entry['bad_images']:
+            log.warning('%d unreadable images were replaced in this epoch; tools/check_dataset.py names them.',
+                        entry['bad_images'])
+        if entry['data_wait'] > 0.1:
+            log.info('%.0f %% of the time went into waiting for data: raise --num_workers, up to the cores this '
+                     'process has', 100 * entry['data_wait'])
+
+    def complete(self) -> None:
+        """To be called when the run is complete and its last checkpoint written."""
+        self._complete = True
+        if self._wandb is not None and self._run.wandb_ckpt:
+            self._wandb.upload(sorted(self._folder.glob('checkpoint-best*.pth')))
+
+    def close(self) -> None:
+        """Closes what is open."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.close(complete=self._complete)
+        if self._first:
+            self._board.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 3d 04h, 4h 05m, 5m 06s."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f'{days}d {hour:02d}h'
+    return f'{hour}h {minute:02d}m' if hours else f'{minute}m {second:02d}s'
+
+
+# ---- Pictures -------------------------------------------------------------------------------------------------------
+
+def draw_images(images: torch.Tensor, recipe: Recipe) -> Image.Image:
+    """The first 32 of a batch of normalised images [B, 3, H, W], eight in a row."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
+    return to_pil_image(make_grid((images[:32].cpu() * std + mean).clamp(0, 1), nrow=8))
+
+
+def draw_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Image.Image:
+    """A confusion matrix, rows for the true classes: blue what is right, orange what is wrong, deeper for more.
+
+    Args:
+        matrix: counts, [true][predicted].
+        classes: their names; may be empty.
+    """
+    counts = np.array(matrix)
+    size = len(counts)
+    cell, font = (40, ImageFont.load_default(14)) if size <= 20 else (12, ImageFont.load_default(10))
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    depth = np.sqrt(share)[..., None]  # a mistake in a hundred is to be seen
+    colour = np.where(np.eye(size, dtype=bool)[..., None], (0, 114, 178), (213, 94, 0))
+    pixels = (255 - depth * (255 - colour)).astype(np.uint8)
+    cells = Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1))
+    if size <= 20:
+        draw = ImageDraw.Draw(cells)
+        for row, column in zip(*counts.nonzero(), strict=True):
+            draw.text(((column + 0.5) * cell, (row + 0.5) * cell), str(counts[row, column]), font=font, anchor='mm',
+                      fill='white' if depth[row, column, 0] > 0.7 else 'black')
+    names = [name[:20] for name in classes] or [str(label) for label in range(size)]
+    width = 10 + max(int(font.getlength(name)) for name in names)
+    labels = Image.new('RGB', (width, size * cell), 'white')
+    for row, name in enumerate(names):
+        ImageDraw.Draw(labels).text((width - 5, (row + 0.5) * cell), name, font=font, anchor='rm', fill='black')
+    head = 24
+    picture = Image.new('RGB', (width + size * cell, head + size * cell + width), 'white')
+    ImageDraw.Draw(picture).text((width, head / 2), 'rows: true class; columns: predicted', anchor='lm', fill='black',
+                                 font=ImageFont.load_default(13))
+    picture.paste(labels, (0, head))
+    picture.paste(cells, (width, head))
+    picture.paste(labels.rotate(90, expand=True), (width, head + size * cell))
+    return picture

@@ -1,0 +1,229 @@
+"""Curves of runs, finished or not: losses, top-1, learning rate, waiting for data, speed. A picture and an HTML page.
+
+    python tools/plot.py runs/moganet_small [runs/other ...] [--output STEM]
+
+Read from the log.txt and the recipe.json of each folder. The files are STEM.png and STEM.html, by default curves.png
+and curves.html in the first folder; the page holds the picture, a table of the runs and what their recipes differ in.
+"""
+import argparse
+import base64
+import dataclasses
+import html
+import io
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from recipes import DESCRIPTIVE
+from utils import UserError, run_cli, write_atomically
+
+MARK = 'MogaNet tools/plot.py'  # in both files: they may be written again, a foreign file may not
+# Okabe and Ito's colours, told apart with every kind of colour vision; without their yellow, too pale for a line
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+MARKERS = ('o', '^', 's', 'D', 'v', 'P')  # a run beyond the colours takes the next
+# title, factor, the columns of log.txt with their line styles, and for an axis from zero, where it ends at least
+PANELS: tuple[tuple[str, float, dict[str, str], float | None], ...] = (
+    ('training loss', 1, {'train_loss': '-'}, None),
+    ('test loss', 1, {'test_loss': '-', 'test_loss_ema': '--'}, None),
+    ('test top-1, %', 1, {'test_acc1': '-', 'test_acc1_ema': '--'}, None),
+    ('learning rate', 1, {'lr': '-'}, 0),
+    ('time spent waiting for data, %', 100, {'data_wait': '-'}, 10),  # from there on the run itself warns
+    ('images/s', 1, {'images_per_second': '-'}, 0),
+)
+STYLE = '''
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1300px; margin: 2em auto; padding: 0 1em }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+img { width: 100% } div { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .3em .9em; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
+th { border-bottom: 2px solid #999 }
+i { display: inline-block; width: 1.4em; height: .35em; margin-right: .6em; vertical-align: middle }
+'''
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLog:
+    """What a run's folder tells."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    entries: list[dict[str, Any]]  # of log.txt: one an epoch
+
+    @property
+    def progress(self) -> str:
+        """Whether the run is finished."""
+        done, epochs = (self.entries[-1]['epoch'] + 1 if self.entries else 0), self.recipe['epochs']
+        return f'finished, {done} epochs' if done >= epochs else f'{done} of {epochs} epochs'
+
+    def series(self, column: str) -> tuple[list[int], list[float]]:
+        """A column of the log: the epochs (from 1) that have a finite value in it, and the values."""
+        pairs = [(entry['epoch'] + 1, value) for entry in self.entries
+                 if (value := entry.get(column)) is not None and math.isfinite(value)]
+        return [epoch for epoch, _ in pairs], [value for _, value in pairs]
+
+    def accuracies(self, column: str) -> tuple[str, str]:
+        """The best value of a column with its epoch, and the last, as text."""
+        epochs, values = self.series(column)
+        if not values:
+            return '-', '-'
+        best = max(values)
+        return f'{best:.2f} (epoch {epochs[values.index(best)]})', f'{values[-1]:.2f}'
+
+
+def read_run(folder: Path) -> RunLog:
+    """Reads a run's folder, also while the run writes to it. Raises UserError where it is none."""
+    try:
+        recipe = json.loads((folder / 'recipe.json').read_text())
+        recipe['name'], recipe['epochs']
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f'{folder} is no run: its recipe.json cannot be read ({error!r}); give the --output_dir of a '
+                        'training') from None
+    entries, log = [], folder / 'log.txt'
+    for line in log.read_text(errors='replace').splitlines() if log.exists() else ():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:  # half-written
+            continue
+    return RunLog(folder, recipe, entries)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The fewest closing parts of each path that no other path ends in."""
+    parts = [folder.resolve().parts for folder in folders]
+    names = []
+    for own in parts:
+        others = [other for other in parts if other is not own]
+        count = next((count for count in range(1, len(own))
+                      if all(other[-count:] != own[-count:] for other in others)), len(own))
+        names.append(str(Path(*own[-count:])))
+    return names
+
+
+def differences(runs: Sequence[RunLog]) -> dict[str, list[Any]]:
+    """The fields in which the recipes compute something else, with each run's value; None where it knows no such."""
+    fields = dict.fromkeys(field for run in runs for field in run.recipe if field not in DESCRIPTIVE)
+    values = {field: [run.recipe.get(field) for run in runs] for field in fields}
+    return {field: row for field, row in values.items() if any(value != row[0] for value in row)}
+
+
+def draw(runs: Sequence[RunLog], names: Sequence[str]) -> 'Figure':
+    """The curves: a colour a run, dashed for the moving average. Raises UserError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise UserError("matplotlib is missing: pip install 'matplotlib>=3.8'") from None
+    figure = Figure(figsize=(13, 7.5), layout='constrained')
+    figure.get_layout_engine().set(hspace=0.06, wspace=0.03)
+    looks = [{'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[i // len(COLOURS) % len(MARKERS)]}
+             for i in range(len(runs))]
+    ends = [run.entries[-1]['epoch'] + 1 for run in runs if run.entries]
+    averages = False
+    for axes, (title, factor, columns, least_top) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        axes.set_title(title, loc='left', fontsize=11)
+        settled = []  # values after the first fifth of the shortest run, which would leave the rest a flat line
+        for run, look in zip(runs, looks, strict=True):
+            for column, style in columns.items():
+                epochs, values = run.series(column)
+                axes.plot(epochs, [factor * value for value in values], style, **look, linewidth=1.5, markersize=3.5,
+                          markevery=max(1, len(epochs) // 15))
+                averages |= bool(values) and style == '--'
+                settled += [value for epoch, value in zip(epochs, values, strict=True) if epoch > min(ends) / 5]
+        axes.set_xlim(0, 1.02 * max(ends))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter('{x:g}')
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(alpha=0.25)
+        if all(not len(line.get_xdata()) for line in axes.lines):
+            axes.text(0.5, 0.5, 'not in the log yet', transform=axes.transAxes, ha='center', color='0.5')
+            axes.set_yticks([])
+        elif least_top is not None:
+            axes.set_ylim(0, max(least_top, axes.get_ylim()[1]))
+        elif max(ends) >= 20 and len(set(settled)) > 1:
+            margin = 0.05 * (max(settled) - min(settled))
+            axes.set_ylim(min(settled) - margin, max(settled) + margin)
+    for axes in figure.axes[3:]:
+        axes.set_xlabel('epoch')
+    handles = [Line2D([], [], **look, label=name) for look, name in zip(looks, names, strict=True)]
+    if averages:
+        handles += [Line2D([], [], color='0.4', linestyle=style, label=label)
+                    for style, label in (('-', 'weights'), ('--', 'their moving average (EMA)'))]
+    figure.legend(handles=handles, loc='outside upper left', ncols=min(len(handles), 4), frameon=False, fontsize=11)
+    return figure
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table; the first cell of a row is HTML, the others are text."""
+    lines = [f'<tr>{"".join(f"<th>{html.escape(cell)}</th>" for cell in head)}</tr>']
+    for first, *others in rows:
+        lines.append(f'<tr><td>{first}</td>{"".join(f"<td>{html.escape(cell)}</td>" for cell in others)}</tr>')
+    return '<div><table>\n' + '\n'.join(lines) + '\n</table></div>'
+
+
+def page(runs: Sequence[RunLog], names: Sequence[str], picture: bytes) -> str:
+    """The HTML page: no script, and nothing outside of it."""
+    swatches = [f'<i style="background:{COLOURS[i % len(COLOURS)]}"></i>{html.escape(name)}'
+                for i, name in enumerate(names)]
+    head = ('run', 'recipe', 'state', 'best top-1, %', 'last', 'best of the EMA, %', 'last', 'folder')
+    rows = [(swatch, run.recipe['name'], run.progress, *run.accuracies('test_acc1'), *run.accuracies('test_acc1_ema'),
+             str(run.folder)) for swatch, run in zip(swatches, runs, strict=True)]
+    parts = [f'<h1>{html.escape(", ".join(names))}</h1>',
+             f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
+             '<h2>Runs</h2>', table(head, rows)]
+    if len(runs) > 1:
+        different = [(f'<code>{html.escape(field)}</code>', *map(show, values))
+                     for field, values in differences(runs).items()]
+        parts += ['<h2>What the recipes differ in</h2>',
+                  table(('field', *names), different) if different else '<p>Nothing.</p>']
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{MARK}">'
+            f'<title>{html.escape(", ".join(names))}</title><style>{STYLE}</style></head>\n<body>\n'
+            + '\n'.join(parts) + '\n</body></html>\n')
+
+
+def show(value: Any) -> str:
+    """A recipe's value as one would write it."""
+    if isinstance(value, (list, tuple)):
+        return ', '.join(map(show, value))
+    return f'{value:g}' if isinstance(value, float) else '-' if value is None else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help="a run's folder (--output_dir of main.py)")
+    parser.add_argument('--output', metavar='STEM', help='of the files (default: curves in the first folder)')
+    args = parser.parse_args(argv)
+    folders = list({folder.resolve(): folder for folder in args.runs}.values())
+    runs, names = [read_run(folder) for folder in folders], short_names(folders)
+    for run, name in zip(runs, names, strict=True):
+        if not run.entries:
+            print(f'{name}: no epoch in log.txt yet')
+    if not any(run.entries for run in runs):
+        raise UserError('nothing to draw before the first epoch is finished; see the log on the terminal')
+    stem = args.output or str(folders[0] / 'curves')
+    files = {suffix: Path(stem + suffix) for suffix in ('.png', '.html')}
+    try:
+        for path in files.values():
+            if path.exists() and MARK.encode() not in path.read_bytes():
+                raise UserError(f'{path} was not made by this tool and stays as it is; give another --output')
+        picture = io.BytesIO()
+        draw(runs, names).savefig(picture, dpi=150, metadata={'Software': MARK})
+        text = page(runs, names, picture.getvalue())
+        for path, content in ((files['.png'], picture.getvalue()), (files['.html'], text.encode())):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda file, content=content: file.write(content))
+            print(path)
+    except OSError as error:
+        raise UserError(f'cannot write {stem} ({error.strerror}); give another --output') from None
+
+
+if __name__ == '__main__':
+    run_cli(main)
