@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -233,8 +234,11 @@ class Notes:
             log.warning('%d unreadable images were replaced in this epoch; tools/check_dataset.py names them.',
                         entry['bad_images'])
         if entry['data_wait'] > 0.1:
-            log.info('%.0f %% of the time went into waiting for data: raise --num_workers, up to the cores this '
-                     'process has', 100 * entry['data_wait'])
+            missing = [name for name in ('numba', 'simplejpeg') if importlib.util.find_spec(name) is None]
+            cure = (f'pip install {" ".join(missing)}, for a faster decoder' if missing else
+                    'raise --num_workers up to the cores of this process, or give it more: tools/benchmark.py data '
+                    'says how many it takes')
+            log.info('%.0f %% of the time went into waiting for data: %s.', 100 * entry['data_wait'], cure)
 
     def complete(self) -> None:
         """To be called when the run is complete and its last checkpoint written."""

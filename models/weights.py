@@ -435,7 +435,7 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
     if lacking and not drop_classifier:
         has = ' x '.join(map(str, given[lacking[0]].shape)) if lacking[0] in given else 'none'
         raise UserError(f'{weights.source}: the classifier\'s {lacking[0]} is {has} in the file and '
-                        f'{" x ".join(map(str, ours[lacking[0]].shape))} in the model: give --nb_classes as the file '
+                        f'{" x ".join(map(str, ours[lacking[0]].shape))} in the model: give --num_classes as the file '
                         f'has it, or train a new one with --finetune')
     dropped = [name for name in wrong_shape if name in of_head]
     model.load_state_dict({name: given[name] for name in matched}, strict=False)

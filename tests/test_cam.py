@@ -24,14 +24,7 @@ TINY = {'dims': [16, 16, 24, 32], 'depths': [1, 2, 1, 1], 'ffn_ratios': [2, 2, 2
 CLASSES = ['cat', 'great grey owl, great gray owl', '3']
 # Relative, in float32: another order of the same sums; a wrong formula shows in the first digits
 ROUND_OFF = 1e-5
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def tiny(**options: Any) -> nn.Module:

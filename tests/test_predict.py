@@ -29,16 +29,7 @@ from test_weights import seeded, stripped_timm_file, timm_file
 from utils import UserError
 
 XT = 'moganet_xtiny'
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _one_thread_and_own_caches(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread', 'own_cache')
 
 
 @pytest.fixture(scope='module')
