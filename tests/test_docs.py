@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from torch.distributed.run import get_args_parser
 
 import main
@@ -198,15 +197,6 @@ def data(tmp_path_factory) -> Path:
     write_parquet(root / 'parquet')
     write_shards(root / 'shards')
     return root
-
-
-@pytest.fixture(scope='module')
-def one_thread() -> Iterator[None]:
-    """Of torch: on small models, and beside other tests, more of them only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
