@@ -184,6 +184,9 @@ def test_line_before_the_result_says_what_is_evaluated_and_eval_json_holds_it_al
     assert f'top-1 {result["acc1"]:.3f} %  top-5 {result["acc5"]:.3f} %  loss {result["loss"]:.4f}' in said
     assert result.pop('seconds') > 0 and result.pop('images_per_second') > 0
     wanted = expected_of_training(0, data)
+    confusion = result.pop('confusion')
+    right = sum(row[label] for label, row in enumerate(confusion))
+    assert sum(map(sum, confusion)) == 13 and 100 * right / 13 == pytest.approx(result['acc1'])
     assert result == {
         'acc1': pytest.approx(wanted['acc1']), 'acc5': pytest.approx(wanted['acc5']),
         'loss': pytest.approx(wanted['loss'], rel=ROUND_OFF), 'count': 13, 'checkpoint': str(path), 'weights': 'ema',
