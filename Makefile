@@ -34,3 +34,4 @@ lint: $(VENV)/installed
 
 benchmark: $(VENV)/installed
 	$(PYTHON) tools/benchmark.py report --device cpu
+	$(PYTHON) tools/docs.py

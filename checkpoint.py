@@ -4,7 +4,6 @@ A checkpoint is a zip of tensors and primitives that `torch.load(weights_only=Tr
 target, flushed and renamed; the zip's own CRC-32 of every record tells a damaged one when it is read.
 """
 import contextlib
-import logging
 import os
 import re
 import shutil
@@ -21,9 +20,7 @@ from torch import nn
 
 from optim_factory import ModelEma
 from recipes import Recipe, differences, from_dict
-from utils import UserError, flush_folder, write_atomically
-
-log = logging.getLogger('moganet')
+from utils import UserError, flush_folder, log, write_atomically
 
 VERSION = 1
 KEYS = {'version', 'model', 'model_ema', 'optimizer', 'scaler', 'epoch', 'step', 'best', 'recipe', 'classes', 'attempt',

@@ -10,7 +10,6 @@ device, on CUDA in a stream of their own, ahead of the step.
 import atexit
 import importlib
 import importlib.machinery
-import logging
 import math
 import os
 import signal
@@ -29,9 +28,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from image_ops import UNREADABLE, TestTransform, TrainTransform, erasing_boxes, normalise, seed_image
 from image_sources import check_files, class_names, open_source
 from recipes import Recipe, Run
-from utils import UserError, derive_seed, rank_zero_first
+from utils import UserError, derive_seed, log, rank_zero_first
 
-log = logging.getLogger('moganet')
 Pair = tuple[torch.Tensor, torch.Tensor]  # images and targets
 
 
@@ -270,10 +268,14 @@ def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
 def _start_worker(_: int) -> None:
     """Signals are the main process's business: a preempted job saves while its workers go on."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 # ---- In the main process --------------------------------------------------------------------------------------------
@@ -315,7 +317,12 @@ class _Workers:
     def batches(self, keys: Iterable[np.ndarray] = ()) -> Iterator[Batch]:
         """The batches of these keys, in their order. Raises UserError for what a worker could not read."""
         self._keys.batches = keys
-        self._iterator = iter(self._loader)
+        # A new worker inherits the mask, and is safe from signals before it has come to ignore them
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self._iterator = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for batch in self._iterator:
             if isinstance(batch, str):
                 raise UserError(batch)

@@ -167,7 +167,7 @@ def read_real_labels(path: str, val: ValLoader, *, num_classes: int) -> torch.Te
         real = torch.zeros(len(val.names), num_classes, dtype=torch.bool)
         for row, name in enumerate(val.names):
             real[row, labels[int(Path(name).stem.rsplit('_', 1)[-1]) - 1]] = True
-    except (OSError, ValueError, TypeError, IndexError) as error:
+    except (OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f'--real_labels {path} does not fit the images ({error}); give ReaL\'s real.json and the '
                         'ImageNet test images under their own names (ILSVRC2012_val_00000001.JPEG)') from None
     return real

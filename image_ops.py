@@ -7,7 +7,6 @@ simplejpeg or numba is missing, Pillow does its part of the work: the same pixel
 import contextlib
 import functools
 import io
-import logging
 import math
 import random
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from recipes import Recipe
+from utils import log
 
 try:
     import simplejpeg
@@ -34,7 +34,6 @@ try:
 except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder to keep its code in
     kernels = None
 
-log = logging.getLogger('moganet')
 UNREADABLE = (OSError, ValueError, SyntaxError)  # what `decode` raises on damaged files
 TINY = np.zeros((8, 8, 3), np.uint8)
 

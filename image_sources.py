@@ -6,7 +6,6 @@ them is one array, which the workers share.
 """
 import hashlib
 import json
-import logging
 import os
 import re
 import tarfile
@@ -23,9 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from recipes import Recipe, Run
-from utils import UserError, derive_seed, nearest, write_atomically, write_json
-
-log = logging.getLogger('moganet')
+from utils import UserError, derive_seed, log, nearest, write_atomically, write_json
 
 Split = Literal['train', 'val']
 EXTENSIONS = (*IMG_EXTENSIONS, '.gif')

@@ -54,8 +54,9 @@ def main(argv: list[str] | None = None, *, report: Callable[[str], None] = utils
     except Exception as error:
         if type(error).__name__ == 'OutOfMemoryError':  # of torch, which may not be imported yet
             if utils.claim_error(rank):
-                report('error: the device is out of memory; give a smaller --batch_size, --batch_size auto, or '
-                       '--grad_checkpointing')
+                cure = 'a smaller --val_batch_size' if run.eval else (
+                    'a smaller --batch_size (or auto), --grad_checkpointing, or a smaller --val_batch_size')
+                report(f'error: the device is out of memory; give {cure}')
             return 2
         if utils.claim_error(rank):
             report(traceback.format_exc())

@@ -10,7 +10,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,39 @@ def environment() -> dict[str, Any]:
             'git': git('rev-parse', 'HEAD'), 'git_dirty': bool(git('status', '--porcelain'))}
 
 
+class TensorBoard:
+    """A run on TensorBoard, which hides what an earlier start, or an attempt that is rolled back, wrote beyond."""
+
+    def __init__(self, folder: Path, *, step: int):
+        """
+        Args:
+            step: updates done.
+        """
+        self._folder = folder
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        self._writer = SummaryWriter(self._folder, purge_step=step + 1 if step else 0)
+
+    def add(self, values: dict[str, float | Image.Image], step: int) -> None:
+        """Writes the numbers and pictures of an update."""
+        for name, value in values.items():
+            if isinstance(value, Image.Image):
+                self._writer.add_image(name, np.asarray(value), step, dataformats='HWC')
+            else:
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def rewind(self, step: int) -> None:
+        """Goes back to an earlier update."""
+        self._writer.close()
+        self._open(step)
+
+    def close(self, *, complete: bool) -> None:
+        """Ends the file."""
+        self._writer.close()
+
+
 class WeightsAndBiases:
     """A run on Weights & Biases: one for a run's folder, however often that is started and continued.
 
@@ -53,102 +86,114 @@ class WeightsAndBiases:
         Args:
             config: the recipe and how it is run.
             step: updates done; with none, the folder begins a new run there too.
-
-        Raises:
-            UserError: where it cannot be reached.
         """
         import wandb
         self._file = folder / 'wandb.json'
         self._sent = {'id': secrets.token_hex(4), 'step': -1}
         if step and self._file.exists():
             self._sent = json.loads(self._file.read_text())
-        try:  # its console capture would take the terminal away from the progress bar
-            self._run: Any = wandb.init(
-                project=project, id=self._sent['id'], name=folder.name, dir=folder, resume='allow', config=config,
-                allow_val_change=True, settings=wandb.Settings(console='off'))
-        except wandb.Error as error:
-            raise UserError(f'--wandb: {" ".join(str(error).split()).rstrip(".")}; say `wandb login`, or set '
-                            'WANDB_MODE=offline and send the run later by `wandb sync`') from None
+        # Console capture would take the terminal away from the progress bar; and without a limit, a run that was told
+        # to stop would wait for a lost network until its scheduler kills it
+        settings = wandb.Settings(console='off', finish_timeout=60)
+        self._run = wandb.init(project=project, id=self._sent['id'], name=folder.name, dir=folder, resume='allow',
+                               config=config, allow_val_change=True, settings=settings)
         write_json(self._file, self._sent)
 
-    @contextlib.contextmanager
-    def _optional(self) -> Iterator[None]:
-        """Charts are not worth a run: what fails is told, and the run goes on without them."""
-        try:
-            yield
-        except Exception as error:
-            log.error('--wandb: %s; the run goes on without it.', error)
-            self._run = None
-
-    def add(self, values: dict[str, Any], step: int) -> None:
+    def add(self, values: dict[str, float | Image.Image], step: int) -> None:
         """Sends the numbers and pictures of an update, unless that was done before."""
-        if self._run is None or step <= self._sent['step']:
+        if step <= self._sent['step']:
             return
         import wandb
-        with self._optional():
-            self._run.log({name: wandb.Image(value) if isinstance(value, Image.Image) else value
-                           for name, value in values.items()}, step=step, commit=True)
-            self._sent['step'] = step
-            write_json(self._file, self._sent)
+        self._run.log({name: wandb.Image(value) if isinstance(value, Image.Image) else value
+                       for name, value in values.items()}, step=step, commit=True)
+        self._sent['step'] = step
+        write_json(self._file, self._sent)
+
+    def rewind(self, step: int) -> None:
+        """Nothing: the updates that follow are not sent again."""
 
     def upload(self, files: Iterable[Path]) -> None:
         """Adds files as an artifact of the run."""
-        if self._run is None:
-            return
         import wandb
-        with self._optional():
-            artifact = wandb.Artifact(f'checkpoints-{self._sent["id"]}', type='model')
-            for file in files:
-                artifact.add_file(str(file))
-            self._run.log_artifact(artifact)
+        artifact = wandb.Artifact(f'checkpoints-{self._sent["id"]}', type='model')
+        for file in files:
+            artifact.add_file(str(file))
+        self._run.log_artifact(artifact)
 
     def close(self, *, complete: bool) -> None:
-        """Waits until all is sent; an incomplete run is marked as failed until it is continued."""
-        if self._run is not None:
-            with self._optional():
-                self._run.finish(exit_code=0 if complete else 1)
+        """Waits a minute for all to be sent; an incomplete run is marked as failed until it is continued."""
+        self._run.finish(exit_code=0 if complete else 1)
 
 
 class Notes:
     """What rank 0 writes about a run. On the other ranks nothing happens."""
 
     def __init__(self, recipe: Recipe, run: Run, processes: Processes, *, epochs_done: int, step: int):
-        """Writes the recipe and this start into the run's folder, and opens its log.
+        """Writes the recipe and this start into the run's folder, and opens its log and its charts.
 
         Args:
             epochs_done: epochs that the log may hold; later ones are about to be computed again.
-            step: updates done; TensorBoard hides what an earlier start wrote beyond.
+            step: updates done.
 
         Raises:
-            UserError: where --wandb cannot begin.
+            UserError: where the folder cannot be written, or --wandb cannot begin.
         """
         self._recipe, self._run, self._first, self._folder = recipe, run, processes.first, Path(run.output_dir)
         self._bar: Any = None
-        self._board: Any = None
-        self._wandb: WeightsAndBiases | None = None
+        self._charts: dict[str, TensorBoard | WeightsAndBiases] = {}
         self._complete = False
         if not self._first:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._unwritten = ''  # lines of log.txt for which the disk had no room
         start = {'run': dataclasses.asdict(run), 'device': str(processes.device), **environment()}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._charts['TensorBoard'] = TensorBoard(Path(run.log_dir or self._folder / 'tensorboard'), step=step)
+            write_json(self._folder / 'recipe.json', dataclasses.asdict(recipe))
+            path = self._folder / 'environment.json'
+            write_json(path, [*(json.loads(path.read_text()) if path.exists() else []), start])
+            self._cut_log(epochs_done)
+        except OSError as error:
+            raise UserError(f'cannot write {error.filename or self._folder} ({error.strerror}); give another '
+                            '--output_dir or --log_dir, or free space there') from None
         if run.wandb:
-            self._wandb = WeightsAndBiases(self._folder, project=run.project, step=step,
-                                           config={**dataclasses.asdict(recipe), **start})
-        write_json(self._folder / 'recipe.json', dataclasses.asdict(recipe))
-        path = self._folder / 'environment.json'
-        write_json(path, [*(json.loads(path.read_text()) if path.exists() else []), start])
-        self.rewind(epochs_done, step)
+            self._begin_wandb({**dataclasses.asdict(recipe), **start}, step)
+
+    def _begin_wandb(self, config: dict[str, Any], step: int) -> None:
+        try:
+            self._charts['--wandb'] = WeightsAndBiases(self._folder, project=self._run.project, config=config,
+                                                       step=step)
+        except Exception as error:  # its package raises many kinds
+            reason = ' '.join(str(error).split()).rstrip('.')
+            if not step:
+                raise UserError(f'--wandb: {reason}; say `wandb login` or another --project, or set WANDB_MODE=offline '
+                                'and send the run later by `wandb sync`') from None
+            log.error('--wandb: %s; the run goes on without it.', reason)
+
+    def _with_charts(self, use: Callable[[Any], None], *names: str) -> None:
+        """Lets the charts (of these names, or all) do something. They are not worth a run: one that fails, on a full
+        disk or a lost network, is told of and left out."""
+        for name in names or list(self._charts):
+            try:
+                if name in self._charts:
+                    use(self._charts[name])
+            except Exception as error:
+                del self._charts[name]
+                log.error('%s: %s; the run goes on without it.', name, error)
 
     def rewind(self, epochs_done: int, step: int) -> None:
-        """Keeps of log.txt the first `epochs_done` epochs, and of TensorBoard the updates up to `step`."""
-        path = self._folder / 'log.txt'
+        """Goes back to an earlier update: forgets later epochs in log.txt, and what the charts can forget."""
         if not self._first:
             return
-        if self._board is not None:
-            self._board.close()
-        self._board = SummaryWriter(self._run.log_dir or self._folder / 'tensorboard',
-                                    purge_step=step + 1 if step else 0)
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._with_charts(lambda chart: chart.rewind(step))
+        self._cut_log(epochs_done)
+
+    def _cut_log(self, epochs_done: int) -> None:
+        """Keeps of log.txt the first epochs."""
+        path = self._folder / 'log.txt'
         if not path.exists():
             return
         kept = []
@@ -158,20 +203,11 @@ class Notes:
                     kept.append(line + '\n')
         write_atomically(path, lambda file: file.write(''.join(kept).encode()))
 
-    def _show(self, values: dict[str, float | Image.Image], step: int, *, wandb: bool = True) -> None:
-        """Shows numbers and pictures of an update on TensorBoard, and on Weights & Biases."""
-        if wandb and self._wandb is not None:
-            self._wandb.add(values, step)
-        for name, value in values.items():
-            if isinstance(value, Image.Image):
-                self._board.add_image(name, np.asarray(value), step, dataformats='HWC')
-            else:
-                self._board.add_scalar(name, value, step)
-
     def images(self, images: torch.Tensor) -> None:
         """Shows what the network sees first, normalised images [B, 3, H, W]: crops, augmentation, erasing, mixing."""
         if self._first:
-            self._show({'train/images': draw_images(images, self._recipe)}, 0)
+            picture = draw_images(images, self._recipe)
+            self._with_charts(lambda chart: chart.add({'train/images': picture}, 0))
 
     def progress(self, progress: Any, *, epoch: int) -> None:
         """Shows an `engine.Progress`: a bar on a terminal, a line elsewhere."""
@@ -179,9 +215,10 @@ class Notes:
             return
         step = epoch * progress.updates + progress.update
         names = ('loss', 'lr', 'images_per_second', 'data_wait')
+        figures = {f'train/{name}': getattr(progress, name) for name in names}
         # Weights & Biases takes an update once, and the epoch's own figures come with its last
-        self._show({f'train/{name}': getattr(progress, name) for name in names}, step,
-                   wandb=progress.update < progress.updates)
+        charts = ('TensorBoard',) if progress.update == progress.updates else ()
+        self._with_charts(lambda chart: chart.add(figures, step), *charts)
         left = (self._recipe.epochs * progress.updates - step) * progress.seconds_per_update
         text = (f'loss {progress.loss:.4f}  lr {progress.lr:.2e}  {progress.images_per_second:.0f} images/s  '
                 f'{duration(left)} left' + (f'  {progress.skipped:.0f} updates skipped' if progress.skipped else ''))
@@ -220,16 +257,15 @@ class Notes:
         figures = {name.replace('_', '/', 1) if name.startswith('test_') else f'epoch/{name}': value
                    for name, value in entry.items() if name not in ('epoch', 'step', 'n_parameters')}
         pictures = {name: draw_confusion(matrix, classes) for name, matrix in confusion.items()}
-        self._show(figures | pictures, entry['step'])
-        with contextlib.suppress(OSError):  # a full disk, of which log.txt has told
-            self._board.flush()
+        self._with_charts(lambda chart: chart.add(figures | pictures, entry['step']))
         tested = ''
         if 'test_acc1' in entry:
             tested = f', top-1 {entry["test_acc1"]:.2f} %'
         if 'test_acc1_ema' in entry:
             tested += f' (average {entry["test_acc1_ema"]:.2f} %)'
-        log.info('epoch %d of %d done: train loss %.4f%s, %.0f images/s', entry['epoch'] + 1, self._recipe.epochs,
-                 entry['train_loss'], tested, entry['images_per_second'])
+        log.info('epoch %d of %d done: train loss %.4f%s, %.0f images/s, %.0f %% of the time waiting for data',
+                 entry['epoch'] + 1, self._recipe.epochs, entry['train_loss'], tested, entry['images_per_second'],
+                 100 * entry['data_wait'])
         if entry['bad_images']:
             log.warning('%d unreadable images were replaced in this epoch; tools/check_dataset.py names them.',
                         entry['bad_images'])
@@ -238,22 +274,19 @@ class Notes:
             cure = (f'pip install {" ".join(missing)}, for a faster decoder' if missing else
                     'raise --num_workers up to the cores of this process, or give it more: tools/benchmark.py data '
                     'says how many it takes')
-            log.info('%.0f %% of the time went into waiting for data: %s.', 100 * entry['data_wait'], cure)
+            log.info('Training waits for data: %s.', cure)
 
     def complete(self) -> None:
         """To be called when the run is complete and its last checkpoint written."""
         self._complete = True
-        if self._wandb is not None and self._run.wandb_ckpt:
-            self._wandb.upload(sorted(self._folder.glob('checkpoint-best*.pth')))
+        if self._run.wandb_ckpt:
+            self._with_charts(lambda chart: chart.upload(sorted(self._folder.glob('checkpoint-best*.pth'))), '--wandb')
 
     def close(self) -> None:
         """Closes what is open."""
         if self._bar is not None:
             self._bar.close()
-        if self._wandb is not None:
-            self._wandb.close(complete=self._complete)
-        if self._first:
-            self._board.close()
+        self._with_charts(lambda chart: chart.close(complete=self._complete))
 
 
 def duration(seconds: float) -> str:

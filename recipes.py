@@ -663,11 +663,18 @@ def _validate(recipe: Recipe, run: Run) -> None:
     check(run.eval or not run.checkpoint, '--checkpoint goes with --eval; to continue a run say --resume, '
                                           'to start from its weights --finetune')
     check(not (run.finetune and run.pretrained), '--finetune and --pretrained both name the initial weights; give one')
+    for name in ('resume', 'finetune'):
+        check(not (run.eval and getattr(run, name)), f'--{name} is for training; what to evaluate is --checkpoint FILE')
+    check(run.eval or run.finetune is not None or run.weights == 'auto',
+          '--weights chooses from a file: it goes with --eval or --finetune FILE')
     check(run.resume is not None or not run.no_resume_opt, '--no_resume_opt goes with --resume FILE')
     check(not (run.wandb and run.eval), '--wandb shows a training; leave it out with --eval')
     check(run.wandb or run.project == Run.project, '--project goes with --wandb')
     check(run.wandb or not run.wandb_ckpt, '--wandb_ckpt goes with --wandb')
-    check(not run.wandb or importlib.util.find_spec('wandb') is not None,
+    check(not run.wandb_ckpt or (run.save_ckpt and not run.disable_eval),
+          '--wandb_ckpt uploads the best checkpoints; leave out --save_ckpt false and --disable_eval')
+    # A folder `wandb`, as the package leaves them, passes for a package without origin
+    check(not run.wandb or getattr(importlib.util.find_spec('wandb'), 'origin', None) is not None,
           '--wandb needs its package: pip install wandb')
 
 

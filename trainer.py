@@ -244,11 +244,12 @@ class Training:
                     log.info('Stopped by %s at epoch %d, update %d. %s', signals.Signals(signal).name, self.state.epoch,
                              self.state.step, 'The same command continues.' if saved else 'It was not saved.')
                     return 128 + signal if saved else 1
-            if self.folder.wait():
+            written = self._written()  # before the charts' uploads, which the other ranks need not wait for
+            if written:
                 self.notes.complete()
         finally:
             self.notes.close()
-        if not self._written():
+        if not written:
             log.error('The last checkpoint could not be saved: free space in %s and start the same command again.',
                       self.run.output_dir)
             return 1
@@ -265,7 +266,7 @@ class Training:
                  recipe.epochs, updates, recipe.total_batch_size, run.world_size, 'es' if run.world_size > 1 else '',
                  run.batch_size, run.update_freq, 's' if run.update_freq > 1 else '', recipe.precision,
                  self.processes.device)
-        if run.finetune and recipe.epochs * updates < MIN_FINETUNE_UPDATES:
+        if (run.finetune or run.pretrained) and recipe.epochs * updates < MIN_FINETUNE_UPDATES:
             log.warning('Only %d updates: fine-tuning wants %d or more. Raise --epochs or lower --total_batch_size.',
                         recipe.epochs * updates, MIN_FINETUNE_UPDATES)
         horizon = 1 / (1 - recipe.model_ema_decay)
@@ -320,12 +321,10 @@ class Training:
         return signal
 
     def _show_first(self, batches: Iterator[datasets.Pair]) -> Iterator[datasets.Pair]:
-        """Passes micro-batches on; the images of the first go to the notes too."""
-        batch = next(batches)
-        self.notes.images(batch[0])
-        yield batch
-        del batch  # the device's memory
-        yield from batches
+        """The same micro-batches, the first of which is drawn: before the epoch, whose time it does not count to."""
+        first = next(batches)
+        self.notes.images(first[0])
+        return itertools.chain([first], batches)
 
     def _models(self) -> dict[str, nn.Module]:
         """The models to evaluate, by the suffix of their columns in the log."""

@@ -196,7 +196,8 @@ def test_mistake_is_one_line_with_the_cure_and_leaves_nothing(words, said, tmp_p
 def test_mistake_is_shown_once_by_several_processes(tmp_path):
     job = runs.start((*TINY, '--batch_size', '4', '--data_path', 'no/such/folder', '--output_dir',
                       str(tmp_path / 'run')), tmp_path / 'log', world_size=2)
-    assert job.wait() == [2, 2]
+    first, second = job.wait()
+    assert first == 2 and second in (1, 2)  # 1 where the process that it asks has left already
     assert job.text().count('error:') == 1 and 'Traceback' not in job.text()
 
 

@@ -380,7 +380,7 @@ def nonsense(path: Path, **args: Any) -> None:
     (lambda path: torch.save(state_of(0), path), '--model moganet_xtinny', 'did you mean moganet_xtiny'),
     (lambda path: torch.save(state_of(0), path), '--model resnet18.none', 'Invalid pretrained tag'),
     (lambda path: torch.save(state_of(0), path), f'--model {XT} --weights ema', 'has no ema weights, only raw'),
-    (lambda path: torch.save(state_of(0), path), f'--model {XT} --num_classes 10', 'give --nb_classes as the file has'),
+    (lambda path: torch.save(state_of(0), path), f'--model {XT} --num_classes 10', 'give --num_classes as the file'),
     (lambda path: torch.save({'arch': 'resnet18', 'state_dict': {}}, path), '--gate double', '--gate is for MogaNet'),
     (lambda path: nonsense(path, interpolation='cubic'), '', "interpolation 'cubic', which cannot be; give --inter"),
     (lambda path: nonsense(path, crop_pct='wide'), '', "crop_pct 'wide', which cannot be; give --crop_pct"),

@@ -235,21 +235,45 @@ def test_rollback_sends_no_update_twice(offline, finished, tmp_path):
     assert end.exit.exit_code == 1
 
 
-def test_wandb_failing_under_way_does_not_end_the_run(offline, tmp_path, monkeypatch, caplog):
-    board = notes.WeightsAndBiases(tmp_path, project='moganet', config={}, step=0)
+@pytest.mark.parametrize('chart', [notes.TensorBoard, notes.WeightsAndBiases])
+def test_a_chart_that_fails_does_not_end_the_run(chart, offline, finished, data, tmp_path, monkeypatch, capsys):
+    """By a full disk, or a lost network."""
+    add = chart.add
 
-    def broken(*args: object, **kwargs: object) -> None:
-        raise BrokenPipeError('the service is gone')
+    def failing(self, values: dict[str, Any], step: int) -> None:
+        if step > 2:
+            raise OSError(28, 'No space left on device')
+        add(self, values, step)
 
-    run = board._run
-    monkeypatch.setattr(run, 'log', broken)
-    monkeypatch.setattr(notes.log, 'propagate', True)
-    board.add({'train/loss': 1.0}, 1)
-    assert 'the service is gone; the run goes on without it' in caplog.text
-    board.add({'train/loss': 1.0}, 2)
-    board.upload([])
-    board.close(complete=True)
-    run.finish()
+    monkeypatch.setattr(chart, 'add', failing)
+    folder = tmp_path / 'run'
+    assert main.main([*COMMAND, '--data_path', str(data), '--output_dir', str(folder), '--wandb']) == 0
+    printed = capsys.readouterr().out
+    assert printed.count('No space left on device; the run goes on without it') == 1
+    assert [line['train_loss'] for line in log_of(folder)] == [line['train_loss'] for line in log_of(finished)]
+
+
+def test_a_run_that_continues_goes_on_where_wandb_is_not_reached(offline, data, tmp_path, monkeypatch, capsys):
+    import wandb
+    command = (*COMMAND, '--data_path', str(data), '--output_dir', str(tmp_path / 'run'))
+    runs.start(command, tmp_path / 'out.txt', before=stopping_after(3)).wait()
+
+    def unreachable(**_: Any) -> None:
+        raise wandb.errors.CommError('no route to host')
+
+    monkeypatch.setattr(wandb, 'init', unreachable)
+    assert main.main([*command, '--wandb']) == 0
+    assert '--wandb: no route to host; the run goes on without it' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('flag', ['--output_dir', '--log_dir'])
+def test_a_folder_that_cannot_be_written_is_one_line(flag, data, tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    command = [*COMMAND, '--data_path', str(data), '--output_dir', str(tmp_path / 'run'), flag,
+               str(tmp_path / 'file' / 'below')]
+    assert main.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'error: cannot write {tmp_path / "file"}') and 'another --output_dir or --log_dir' in line
 
 
 def test_wandb_that_cannot_begin_is_one_line_with_the_cure(offline, data, tmp_path, monkeypatch, capsys):

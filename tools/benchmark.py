@@ -156,12 +156,11 @@ def data(parser: argparse.ArgumentParser) -> Measure:
 def report(parser: argparse.ArgumentParser) -> Measure:
     """All of it on one device, into benchmarks/<device>.json and, with what other devices gave, BENCHMARKS.md."""
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda')
-    parser.add_argument('--data_path', help='as for data')
     parser.add_argument('--rounds', type=int, default=7)
 
     def measure(args: argparse.Namespace) -> Row:
         from tools import benchmark_report
-        return benchmark_report.measure(args.device, data_path=args.data_path, rounds=args.rounds)
+        return benchmark_report.measure(args.device, rounds=args.rounds)
     return measure
 
 

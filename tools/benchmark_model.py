@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import MethodType
@@ -263,12 +264,18 @@ def measure(
                     images = torch.randn(batch_size, 3, input_size, input_size, device=place).to(memory_format=layout)
                     make = training_step if mode == 'training' else inference_step
                     steps[form] = make(build_form(model, form), images, precision=precision)
-                    if 'compiled' in form:
-                        moved[form] = compiled_bytes(steps[form])
-                    else:
-                        with Traffic() as counted:
-                            steps[form]()
-                        moved[form] = counted.bytes.total()
+                    try:
+                        if 'compiled' in form:
+                            moved[form] = compiled_bytes(steps[form])
+                        else:
+                            with Traffic() as counted:
+                                steps[form]()
+                            moved[form] = counted.bytes.total()
+                    except torch.OutOfMemoryError:
+                        print(f'{name}, {precision}, {mode}, {form}: left out, as it does not fit at batch size '
+                              f'{batch_size}', file=sys.stderr)
+                        del steps[form]
+                        torch.cuda.empty_cache()
                 for form, taken in alternate(steps, rounds=rounds).items() if steps else ():
                     passes = 3 if mode == 'training' else 1
                     rows.append({

@@ -11,7 +11,7 @@ import torch
 
 from tools import benchmark_data, benchmark_engine, benchmark_model
 from tools.benchmark import Row
-from utils import choose_device, write_atomically, write_json
+from utils import UserError, choose_device, write_atomically, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES = {'cpu': 'CPU', 'cuda': 'GPU'}
@@ -27,13 +27,15 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(device: str, *, data_path: str | None = None, rounds: int = 7) -> Row:
+def measure(device: str, *, rounds: int = 7) -> Row:
     """Runs every benchmark on a device, keeps the figures, and writes BENCHMARKS.md anew. Returns the figures."""
     place = choose_device(device)
-    kind = 'cuda' if place.type == 'cuda' else 'cpu'
+    kind = place.type
+    if kind not in DEVICES:
+        raise UserError(f'the report is made for {" and ".join(DEVICES)}, not for {kind}; give another --device')
     figures = {
         'machine': machine(place),
-        'data': benchmark_data.measure(data_path, rounds=rounds),
+        'data': benchmark_data.measure(None, rounds=rounds),
         'engine': benchmark_engine.measure(device=str(place), rounds=rounds),
         'checkpoint': benchmark_engine.measure_save(device=str(place), rounds=rounds),
         'model': benchmark_model.measure(device=str(place), rounds=rounds, **MODELS[kind]),

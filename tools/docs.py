@@ -162,17 +162,18 @@ def feeding() -> str:
 
 def speed() -> str:
     """What of BENCHMARKS.md matters most, in a sentence."""
-    from tools.benchmark_report import load
+    from tools.benchmark_report import cell, load
     figures = load()
     cpu = figures['cpu']
     traffic = max(row['ratio'] for row in cpu['traffic'])
-    training = {row['form']: row['speedup']['median'] for row in cpu['model'] if row['mode'] == 'training'}
+    training = {row['form']: cell(row['speedup']) for row in cpu['model'] if row['mode'] == 'training'}
     gpu = '' if 'cuda' in figures else ', where a GPU is not measured yet'
     return textwrap.fill(
-        f"And it is fast: a training step moves {traffic:.2f} of the memory traffic of the authors' formulation; on a "
-        f'CPU it is {training["eager"]:.1f} times as fast, {training["compiled"]:.1f} compiled; and a core prepares '
-        f'{cpu["data"]["ratio"]["median"]:.1f} times the images of the usual pipeline. All figures are in '
-        f'[BENCHMARKS.md](BENCHMARKS.md){gpu}.', 120)
+        f"And it is fast: a training step moves {traffic:.2f} of the memory traffic of the authors' formulation; on "
+        f'two cores one of {cpu["model"][0]["model"]} is {training["eager"]} times as fast, '
+        f'{training["compiled"]} compiled; and a core prepares {cell(cpu["data"]["ratio"])} times the images of the '
+        'usual pipeline. These are medians, and in brackets the smallest and the largest, of alternated runs. All '
+        f'figures are in [BENCHMARKS.md](BENCHMARKS.md){gpu}.', 120)
 
 
 PARTS = {

@@ -7,3 +7,4 @@ python=${PYTHON:-.venv/bin/python}
     { echo 'error: torch finds no CUDA device here; see INSTALL.md' >&2; exit 2; }
 "$python" -m pytest -m gpu
 "$python" tools/benchmark.py report --device cuda
+"$python" tools/docs.py
