@@ -101,7 +101,6 @@ def test_the_rows_of_fine_tuning_are_convnexts():
     assert recipe.model == 'moganet_tiny' and recipe.freeze_stages == 2 and run.batch_size == 32
 
 
-@pytest.mark.slow
 def test_fine_tuning_from_five_digits_beats_training_from_scratch_on_ten(tmp_path):
     """Three updates: 76 % against 43. From ten updates on, digits are so easy that 85 % stand against 81."""
     from sklearn.datasets import load_digits

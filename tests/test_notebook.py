@@ -41,8 +41,8 @@ def test_flags_are_those_of_the_command_line() -> None:
     assert len(calls('predict')) == 2 and len(calls('cam')) == len(calls('complexity')) == 1
 
 
-@pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than 20 s, and not marked slow: a page that is not run at every change soon says what is not so."""
     nbclient, nbformat = pytest.importorskip('nbclient'), pytest.importorskip('nbformat')
     monkeypatch.delenv('PYTHONPATH', raising=False)  # the notebook finds the repository by itself
     monkeypatch.setenv('OMP_NUM_THREADS', '1')  # beside other tests, threads that wait for one another take minutes
