@@ -16,7 +16,6 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed
-	rm -rf runs/demo
 	$(PYTHON) main.py --recipe moganet_xtiny_digits --output_dir runs/demo
 	$(PYTHON) main.py --eval --checkpoint runs/demo/checkpoint-best-ema.pth --output_dir runs/demo
 

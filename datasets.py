@@ -25,7 +25,15 @@ import torch
 from timm.data.mixup import Mixup, mixup_target
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from image_ops import UNREADABLE, TestTransform, TrainTransform, erasing_boxes, normalise, seed_image
+from image_ops import (
+    UNREADABLE,
+    TestTransform,
+    TrainTransform,
+    erasing_boxes,
+    normalise,
+    seed_image,
+    why_unreadable,
+)
 from image_sources import check_files, class_names, open_source
 from recipes import Recipe, Run
 from utils import UserError, derive_seed, log, rank_zero_first
@@ -116,6 +124,9 @@ def build_loaders(recipe: Recipe, run: Run, *, rank: int = 0, device: torch.devi
     if not num_classes:
         raise UserError(f'--data_set {recipe.data_set} does not say how many classes it has; give --num_classes')
     if len(classes) > num_classes:
+        if run.eval and 'num_classes' not in run.given:
+            raise UserError(f'the checkpoint tells {num_classes} classes apart, but the data has {len(classes)}; '
+                            'evaluate it on the data it was trained for, or choose its classes by --class_map FILE')
         raise UserError(f'--num_classes {num_classes}, but the data has {len(classes)} classes; leave the flag out')
     return Loaders(
         train and TrainLoader(train, recipe, run, rank=rank, device=device, num_classes=num_classes),
@@ -181,7 +192,7 @@ class MapBatches(torch.utils.data.Dataset):
                     if not self._training or self._recipe.on_bad_image == 'stop' or attempt == 99:
                         cure = ('--on_bad_image skip trains without them' if self._training else
                                 'an evaluation counts every image, so replace or remove them')
-                        return (f'image {index}, {self._source.name(index)}, cannot be read ({error}); '
+                        return (f'image {index}, {self._source.name(index)}, cannot be read ({why_unreadable(error)}); '
                                 f'tools/check_dataset.py --decode finds all such files, {cure}')
                     builder.bad += 1
                     index = derive_seed(self._recipe.seed, 'instead of', index) % len(self._source)
@@ -390,8 +401,9 @@ class TrainLoader(_Loader):
         self.bad_images = 0
         self.updates_per_epoch = self.count // recipe.total_batch_size
         if not self.updates_per_epoch:
+            fitting = 2 ** (max(self.count, 1).bit_length() - 1)
             raise UserError(f'{self.count:,} training images are fewer than one batch of {recipe.total_batch_size:,}; '
-                            f'give --total_batch_size {2 ** (max(self.count, 1).bit_length() - 1)} or less')
+                            f'give --total_batch_size {fitting} or less, and think of --scale_lr')
         if self._stream and recipe.repeated_aug > 1:
             raise UserError('--repeated_aug needs images in any order, which a stream does not give; use a folder')
 
@@ -432,7 +444,7 @@ class TrainLoader(_Loader):
         if start_update:
             log.warning('%s is a stream: the rest of epoch %d begins with a fresh pass over it, so some of its images '
                         'are seen twice and others not; runs resumed between epochs are exact', self._recipe.data_set,
-                        epoch)
+                        epoch + 1)
         left, passes = (self.updates_per_epoch - start_update) * self._run.update_freq, 0
         while left:  # the ranks' parts may be unequal: a short one begins again
             # Another attempt, and what follows an interruption, takes another order

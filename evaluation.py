@@ -138,8 +138,8 @@ def check_classes(ours: list[str], known: list[str] | None, run: Run, *, num_cla
         log.warning('The data has %d classes, the model %d: say which by --valid_labels FILE or --class_map FILE, else '
                     "they are taken for the model's first.", len(ours), num_classes)
     elif known and list(known) != ours:
-        log.warning('The data has other classes (%s, ...) than the checkpoint was trained on (%s, ...).', ours[0],
-                    known[0])
+        log.warning('The data has other classes (%s, ...) than the checkpoint was trained on (%s, ...), and labels are '
+                    'positions in the sorted names: rename the folders, or give --class_map FILE.', ours[0], known[0])
 
 
 def read_valid_labels(path: str, recipe: Recipe, classes: list[str]) -> list[int]:

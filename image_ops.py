@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -36,6 +36,13 @@ except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder to ke
 
 UNREADABLE = (OSError, ValueError, SyntaxError)  # what `decode` raises on damaged files
 TINY = np.zeros((8, 8, 3), np.uint8)
+
+
+def why_unreadable(error: Exception) -> str:
+    """Why an image cannot be read, in a few words."""
+    if isinstance(error, UnidentifiedImageError):  # Pillow names a BytesIO
+        return 'is no image, or of a format that Pillow does not know'
+    return getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
 
 
 @functools.cache

@@ -376,7 +376,7 @@ class ImageFiles:
         names: list[str] = facts['classes']
         if not len(self._records) and facts['loose']:
             cure = (f'put {" (with meta.mat) or ".join(GROUND_TRUTHS)} beside it' if root.is_file() else
-                    'sort them with tools/check_dataset.py --sort_val FILE, which its --help explains')
+                    'give each class a folder of its own; tools/check_dataset.py --sort_val FILE does it for ImageNet')
             raise UserError(f'{root} holds {facts["loose"]:,} images in no class folder; {cure}')
         if not len(self._records):
             raise UserError(f'{root} holds no image in a class folder ({root}/CLASS/IMAGE with an ending of '

@@ -28,10 +28,11 @@ def main(argv: list[str] | None = None, *, report: Callable[[str], None] = utils
     os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
     try:
         recipe, run = recipes.resolve(sys.argv[1:] if argv is None else argv)
+        recipes.check_start(recipe, run)
     except SystemExit as done:  # --help, --list_recipes, --print_recipe
         return done.code or 0
     except UserError as error:
-        if rank == 0:  # the same on every rank
+        if int(os.environ.get('LOCAL_RANK', 0)) == 0:  # the same on every rank, but for a path that a node does not see
             report(f'error: {error}')
         return 2
 

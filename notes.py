@@ -223,11 +223,11 @@ class Notes:
         text = (f'loss {progress.loss:.4f}  lr {progress.lr:.2e}  {progress.images_per_second:.0f} images/s  '
                 f'{duration(left)} left' + (f'  {progress.skipped:.0f} updates skipped' if progress.skipped else ''))
         if not sys.stdout.isatty():
-            log.info('epoch %d  update %d/%d  %s', epoch, progress.update, progress.updates, text)
+            log.info('epoch %d  update %d/%d  %s', epoch + 1, progress.update, progress.updates, text)
             return
         if self._bar is None:
             from tqdm import tqdm
-            self._bar = tqdm(total=progress.updates, desc=f'epoch {epoch}', leave=False, dynamic_ncols=True,
+            self._bar = tqdm(total=progress.updates, desc=f'epoch {epoch + 1}', leave=False, dynamic_ncols=True,
                              bar_format='{desc} {percentage:3.0f}% |{bar}| {postfix}')
         self._bar.n = progress.update
         self._bar.set_postfix_str(text)  # draws it, however short the time since the last
@@ -267,7 +267,7 @@ class Notes:
                  entry['epoch'] + 1, self._recipe.epochs, entry['train_loss'], tested, entry['images_per_second'],
                  100 * entry['data_wait'])
         if entry['bad_images']:
-            log.warning('%d unreadable images were replaced in this epoch; tools/check_dataset.py names them.',
+            log.warning('%d unreadable images were replaced in this epoch; tools/check_dataset.py --decode names them.',
                         entry['bad_images'])
         if entry['data_wait'] > 0.1:
             missing = [name for name in ('numba', 'simplejpeg') if importlib.util.find_spec(name) is None]
@@ -332,10 +332,10 @@ def draw_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> I
     labels = Image.new('RGB', (width, size * cell), 'white')
     for row, name in enumerate(names):
         ImageDraw.Draw(labels).text((width - 5, (row + 0.5) * cell), name, font=font, anchor='rm', fill='black')
-    head = 24
-    picture = Image.new('RGB', (width + size * cell, head + size * cell + width), 'white')
-    ImageDraw.Draw(picture).text((width, head / 2), 'rows: true class; columns: predicted', anchor='lm', fill='black',
-                                 font=ImageFont.load_default(13))
+    head, caption, large = 24, 'rows: true class; columns: predicted', ImageFont.load_default(13)
+    whole = max(width + size * cell, 10 + int(large.getlength(caption)))
+    picture = Image.new('RGB', (whole, head + size * cell + width), 'white')
+    ImageDraw.Draw(picture).text((5, head / 2), caption, anchor='lm', fill='black', font=large)
     picture.paste(labels, (0, head))
     picture.paste(cells, (width, head))
     picture.paste(labels.rotate(90, expand=True), (width, head + size * cell))

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 import recipes
 from evaluation import find_recipe
-from image_ops import UNREADABLE, TestTransform, normalise
+from image_ops import UNREADABLE, TestTransform, normalise, why_unreadable
 from image_sources import is_image
 from models.weights import build_model
 from recipes import Recipe, Run
@@ -118,13 +118,6 @@ def read(source: str) -> bytes:
     return Path(source).read_bytes()
 
 
-def reason(error: Exception) -> str:
-    """Why an image cannot be read, in one line."""
-    if isinstance(error, UnidentifiedImageError):  # Pillow names a BytesIO
-        return 'is no image, or of a format that Pillow does not know'
-    return getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose a checkpoint and how it is evaluated."""
     parser.add_argument('--checkpoint', required=True, metavar='SOURCE', help='a path, an https URL or released:NAME')
@@ -161,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
                 pixels.append(classifier.pixels(source))
                 names.append(shown)
             except BAD_IMAGE as error:
-                to_stderr(f'error: {shown}: {reason(error)}')
+                to_stderr(f'error: {shown}: {why_unreadable(error)}')
                 bad += 1
         rows = classifier.probabilities(classifier.images(pixels)) if pixels else ()
         for name, row in zip(names, rows, strict=True):

@@ -476,7 +476,28 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
     if print_recipe:
         print(json.dumps(dataclasses.asdict(recipe), indent=2))
         raise SystemExit(0)
+    if recipe.data_set in ('digits', 'fake') and 'data_path' in given:
+        raise UserError(f'--data_set {recipe.data_set} reads no --data_path; for a folder of images say --data_set '
+                        'image_folder')
     return recipe, run if run.eval else fit_batch(recipe, run)
+
+
+def check_start(recipe: Recipe, run: Run) -> None:
+    """Refuses what can be seen to fail, at once and not after torch is imported: files and folders that are not there,
+    stages frozen before they have learnt anything. Raises UserError."""
+    frozen = (recipe.freeze_stages or recipe.linear_probe) and not run.eval
+    if frozen and not (run.finetune or run.pretrained or run.resume):
+        raise UserError('what is frozen would stay at its random initial values; give --finetune FILE or --pretrained, '
+                        'or --freeze_stages 0')
+    named = {name: (value,) if isinstance(value, str) else value or () for name in (
+        'checkpoint', 'finetune', 'resume', 'valid_labels', 'real_labels', 'class_map', 'eval_data_path')
+        for value in [getattr(run, name)]}
+    for name, values in named.items():
+        for value in values:
+            if not re.match(r'released:|https?://', value) and not Path(value).expanduser().exists():
+                raise UserError(f'--{name} {value} does not exist; check the path')
+    if recipe.data_set == 'image_folder' and not run.checkpoint and not Path(run.data_path).exists():
+        raise UserError(f'{run.data_path} does not exist; give --data_path the folder that has train/ and val/')
 
 
 def _resolve_recipe(given: dict[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
@@ -493,6 +514,8 @@ def _resolve_recipe(given: dict[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
         row = RECIPES[name]
     elif model is None and given.get('checkpoint'):  # the file says which
         row = replace(RECIPES['default'], model='')
+    elif model is None and given.get('eval'):
+        raise UserError('evaluate what? say --checkpoint FILE, or --model NAME --pretrained')
     elif model is None:
         raise UserError('which model? say --model moganet_small, or --recipe NAME; main.py --list_recipes shows them')
     elif model in RECIPES and RECIPES[model].model == model:
@@ -644,7 +667,7 @@ def _validate(recipe: Recipe, run: Run) -> None:
     check(recipe.crop_pct <= 1, f'--crop_pct {recipe.crop_pct}: the crop cannot exceed the image; give at most 1')
     check(recipe.min_lr <= recipe.lr, f'--min_lr {recipe.min_lr} is above --lr {recipe.lr}')
     check(recipe.warmup_steps is not None or recipe.warmup_epochs <= recipe.epochs,
-          f'--warmup_epochs {recipe.warmup_epochs:g} is longer than the run of {recipe.epochs} epochs: give less')
+          f'--warmup_epochs {recipe.warmup_epochs:g} is longer than the run: give at most its {recipe.epochs} epochs')
     check(recipe.aa is None or AA.fullmatch(recipe.aa) is not None,
           f'--aa {recipe.aa} is not in timm\'s notation: give for example rand-m9-mstd0.5-inc1, 3a, or none')
     check(0 < recipe.scale[0] <= recipe.scale[1] <= 1, f'--scale {recipe.scale}: give two shares of the image, rising')

@@ -418,6 +418,11 @@ def submit(argv: Sequence[str]) -> list[submitit.Job]:
         check_machine(args, first.device)
     else:
         check_cluster(args, first.device, script)
+    for made, run in runs:
+        if args.local:
+            recipes.check_start(made, run)
+        elif made.data_set == 'image_folder' and not run.checkpoint and not Path(run.data_path).exists():
+            print(f'note: {run.data_path} is not seen from here; the nodes of the job must see it', file=sys.stderr)
     shared = not args.local and not is_one_machine()
     for path in (folder, *folders):
         check_folder(path, shared=shared)

@@ -160,7 +160,7 @@ def find_start(recipe: Recipe, run: Run, folder: CheckpointFolder,
         same = follow_gate(same, run, state['recipe']['gate'])
     checkpoint.check_recipe(state, same, path=path, anyway=run.resume_anyway)
     if state['epoch'] < recipe.epochs:
-        log.info('Continuing from %s: epoch %d, update %d.', path, state['epoch'], state['step'])
+        log.info('Continuing from %s: in epoch %d, after %d updates in all.', path, state['epoch'] + 1, state['step'])
     return state, own
 
 
@@ -241,8 +241,9 @@ class Training:
                     continue
                 if signal and self.state.epoch < self.recipe.epochs:
                     saved = self._written() and self.run.save_ckpt
-                    log.info('Stopped by %s at epoch %d, update %d. %s', signals.Signals(signal).name, self.state.epoch,
-                             self.state.step, 'The same command continues.' if saved else 'It was not saved.')
+                    log.info('Stopped by %s in epoch %d, after %d updates in all. %s', signals.Signals(signal).name,
+                             self.state.epoch + 1, self.state.step,
+                             'The same command continues.' if saved else 'It was not saved.')
                     return 128 + signal if saved else 1
             written = self._written()  # before the charts' uploads, which the other ranks need not wait for
             if written:

@@ -140,8 +140,8 @@ class Weights:
     source: str = ''
 
     def __str__(self) -> str:
-        gate = f'{self.gate} gate' if self.gate else 'gate not said'
-        return f'{self.source}: {self.which} weights, {self.format} format, {gate}'
+        gate = f', {self.gate} gate' if self.gate else ''
+        return f'{self.source}: {self.which} weights, {self.format} format{gate}'
 
 
 def load_weights(source: str | Path, which: Literal['auto', 'raw', 'ema'] = 'auto') -> Weights:
@@ -309,7 +309,8 @@ def _interpret(payload: Any, told: dict[str, str] | None) -> Interpreted:
     if recipe := _mapping(payload.get('recipe')):
         meta = {key: recipe.get(key) for key in _EVALUATION} | {
             key: payload.get(key) for key in ('epoch', 'classes', 'recipe')}
-        return sets, recipe.get('gate'), 'training', _known(meta)
+        gate = recipe.get('gate') if str(recipe.get('model')).startswith('moganet') else None  # others have none
+        return sets, gate, 'training', _known(meta)
     args = _mapping(payload.get('args'))
     size = args.get('img_size') or args.get('input_size')
     meta = {key: args.get(key) for key in _EVALUATION} | {key: payload.get(key) for key in (

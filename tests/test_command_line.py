@@ -165,7 +165,7 @@ def test_terminal_gets_a_bar_with_loss_speed_and_time_left(data, tmp_path, monke
     assert main.main([*TINY, '--print_freq', '1', '--data_path', str(data), '--output_dir', str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert 'update 1/2' not in printed.out
-    bar = [line for line in printed.err.split('\r') if 'epoch 1' in line][-1]
+    bar = [line for line in printed.err.split('\r') if 'epoch 2' in line][-1]
     assert all(part in bar for part in ('100%', 'loss ', 'images/s', ' left'))
 
 
@@ -191,6 +191,20 @@ def test_mistake_is_one_line_with_the_cure_and_leaves_nothing(words, said, tmp_p
     monkeypatch.chdir(tmp_path)
     assert said in refusal(words.split(), capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('words, said', [
+    ('--recipe moganet_small_transfer --data_path .', 'give --finetune FILE or --pretrained'),
+    ('--model moganet_small --data_path . --linear_probe', 'give --finetune FILE or --pretrained'),
+    ('--recipe moganet_xtiny_digits --data_path .', '--data_set image_folder'),
+    ('--eval --data_path .', '--checkpoint FILE'),
+    ('--eval --checkpoint . --resume .', '--resume is for training'),
+    ('--eval --checkpoint . no/such/file.pth', '--checkpoint no/such/file.pth does not exist'),
+    ('--model moganet_small --data_path . --weights raw', '--finetune FILE'),
+    ('--model moganet_small --data_path . --wandb --wandb_ckpt --disable_eval', '--disable_eval')])
+def test_what_cannot_be_meant_is_refused_before_torch_is_imported(words, said, capsys, monkeypatch):
+    monkeypatch.setattr(main.utils, 'init_processes', None)  # what comes first after it
+    assert said in refusal(words.split(), capsys)
 
 
 def test_mistake_is_shown_once_by_several_processes(tmp_path):

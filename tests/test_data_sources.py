@@ -131,7 +131,7 @@ def test_what_is_missing_is_told_with_the_path_and_the_cure(tmp_path):
     for number in range(4):
         os.rename(tmp_path / 'data' / 'val' / 'a' / f'{number}.jpg', tmp_path / 'data' / 'val' / f'{number}.jpg')
         os.remove(tmp_path / 'data' / 'val' / 'b' / f'{number}.jpg')
-    with pytest.raises(UserError, match=r'data/val holds 4 images in no class folder; sort them with tools/check'):
+    with pytest.raises(UserError, match=r'data/val holds 4 images in no class folder; give each .* tools/check'):
         loaders(tmp_path / 'data')
 
 

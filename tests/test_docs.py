@@ -121,7 +121,8 @@ def check(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
         case ['make', *targets]:
             assert set(targets) <= set(re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE))
         case ['pip', 'install', '-e', here]:
-            assert here == '.' or f'{here[2:-1]} = [' in (ROOT / 'pyproject.toml').read_text()
+            known = (ROOT / 'pyproject.toml').read_text()
+            assert here == '.' or all(f'{extra} = [' in known for extra in here[2:-1].split(','))
         case ['pip', 'install', *names]:
             assert names and all(re.fullmatch(r'[a-z][\w-]+(<\d+)?', name) for name in names)
         case (['git', 'clone', *_] | ['cd', _] | ['python3', '-m', 'venv', _] | ['source', '.venv/bin/activate']

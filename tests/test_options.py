@@ -492,7 +492,7 @@ def test_folder_of_a_run_is_continued_or_refused(train, tmp_path, capsys):
     train('--auto_resume', 'false', folder=tmp_path, status=2)
     assert 'holds a run already' in capsys.readouterr().err
     train(folder=tmp_path)
-    assert 'epoch 0, update 1' in capsys.readouterr().out
+    assert 'in epoch 1, after 1 updates' in capsys.readouterr().out
     assert same(state_of(tmp_path)['model'], expected)
 
 

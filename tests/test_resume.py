@@ -456,7 +456,7 @@ datasets.TrainLoader.epoch = broken
 
 def test_a_killed_rank_makes_the_others_stop_soon(command, tmp_path):
     job = start(command(tmp_path / 'run', '--epochs', '50'), tmp_path / 'out.txt', world_size=3)
-    job.wait_for('epoch 1 of 50')
+    job.wait_for('epoch 1 of 50 done')
     begin = time.monotonic()
     job.kill(rank=1)
     statuses = job.wait(timeout=60)

@@ -38,7 +38,7 @@ def _decode(index: int) -> tuple[str, str] | None:
     try:
         image_ops.decode(_files.read(index)[0])
     except image_ops.UNREADABLE as error:
-        return _files.name(index), str(error) or type(error).__name__
+        return _files.name(index), image_ops.why_unreadable(error)
     return None
 
 

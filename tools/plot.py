@@ -80,6 +80,8 @@ class RunLog:
 
 def read_run(folder: Path) -> RunLog:
     """Reads a run's folder, also while the run writes to it. Raises UserError where it is none."""
+    if not folder.exists():
+        raise UserError(f'{folder} does not exist; give the --output_dir of a training')
     try:
         recipe = json.loads((folder / 'recipe.json').read_text())
         recipe['name'], recipe['epochs']

@@ -213,10 +213,10 @@ def test_an_interrupted_job_comes_back_by_itself_and_ends_with_the_same_bits(int
     assert log_in(tmp_path / 'run') == [0, 1, 2]
     if interruption in ('preemption', 'preemption by SIGTERM', 'time limit'):
         # Saved where the signal met it, not at the epoch before
-        assert f'epoch 1, update {held.HOLD_AT + 1}' in text_of(job)
+        assert f'in epoch 2, after {held.HOLD_AT + 1} updates' in text_of(job)
         assert 'remaining timeouts' in text_of(job)  # by submitit
     if interruption == 'node failure':  # where nothing could be saved
-        assert 'checkpoint-11.pth: epoch 1, update 11' in text_of(job)
+        assert 'checkpoint-11.pth: in epoch 2, after 11 updates' in text_of(job)
     RESTARTS.append((interruption, layout, seconds))
 
 
@@ -337,7 +337,7 @@ def test_the_sbatch_file_saves_at_its_signal_comes_back_and_ends_with_the_same_b
     assert state(job) == 'COMPLETED', text_of(job)
     assert_same_run(tmp_path / 'run', whole)
     assert log_in(tmp_path / 'run') == [0, 1, 2]
-    assert f'epoch 1, update {held.HOLD_AT + 1}' in text_of(job)
+    assert f'in epoch 2, after {held.HOLD_AT + 1} updates' in text_of(job)
     RESTARTS.append(('sbatch file, USR2', layout, seconds))
 
 
