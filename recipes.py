@@ -476,9 +476,6 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
     if print_recipe:
         print(json.dumps(dataclasses.asdict(recipe), indent=2))
         raise SystemExit(0)
-    if recipe.data_set in ('digits', 'fake') and 'data_path' in given:
-        raise UserError(f'--data_set {recipe.data_set} reads no --data_path; for a folder of images say --data_set '
-                        'image_folder')
     return recipe, run if run.eval else fit_batch(recipe, run)
 
 
@@ -489,14 +486,16 @@ def check_start(recipe: Recipe, run: Run) -> None:
     if frozen and not (run.finetune or run.pretrained or run.resume):
         raise UserError('what is frozen would stay at its random initial values; give --finetune FILE or --pretrained, '
                         'or --freeze_stages 0')
-    named = {name: (value,) if isinstance(value, str) else value or () for name in (
-        'checkpoint', 'finetune', 'resume', 'valid_labels', 'real_labels', 'class_map', 'eval_data_path')
-        for value in [getattr(run, name)]}
-    for name, values in named.items():
-        for value in values:
-            if not re.match(r'released:|https?://', value) and not Path(value).expanduser().exists():
-                raise UserError(f'--{name} {value} does not exist; check the path')
-    if recipe.data_set == 'image_folder' and not run.checkpoint and not Path(run.data_path).exists():
+    if recipe.data_set in ('digits', 'fake') and run.data_path != Run.data_path:
+        raise UserError(f'--data_set {recipe.data_set} reads no --data_path; for a folder of images say --data_set '
+                        'image_folder')
+    named = [('checkpoint', path) for path in run.checkpoint] + [(name, getattr(run, name)) for name in (
+        'finetune', 'resume', 'valid_labels', 'real_labels', 'class_map')]
+    for name, path in named:
+        if path and not re.match(r'released:|https?://', path) and not Path(path).expanduser().exists():
+            raise UserError(f'--{name} {path} does not exist; check the path')
+    elsewhere = run.checkpoint or (run.eval and run.eval_data_path)  # a checkpoint says what data it is of
+    if recipe.data_set == 'image_folder' and not elsewhere and not Path(run.data_path).exists():
         raise UserError(f'{run.data_path} does not exist; give --data_path the folder that has train/ and val/')
 
 

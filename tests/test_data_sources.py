@@ -348,7 +348,7 @@ def test_streams_train_whole_epochs_and_evaluate_every_image_once(tmp_path, capl
         assert seen == Counter(i % 3 for i in range(13)), (world_size, workers)
     opened = loaders(tmp_path / 'shards', recipe)
     assert len(list(opened.train.epoch(0, start_update=5))) == 3
-    assert 'is a stream: the rest of epoch 0 begins with a fresh pass' in caplog.text
+    assert 'is a stream: the rest of epoch 1 begins with a fresh pass' in caplog.text
     first, second = (next(opened.train.epoch(epoch))[0] for epoch in (0, 1))
     assert not (first == second).all()
     with pytest.raises(UserError, match='--repeated_aug needs'):

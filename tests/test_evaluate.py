@@ -322,10 +322,11 @@ def test_several_checkpoints_make_a_table_and_each_its_own_settings(
 
 def test_results_before_a_wrong_checkpoint_are_kept(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     training_file(tmp_path / 'file', 0, None)
+    (tmp_path / 'wrong.pth').touch()
     assert main.main(['--eval', *flags(data), '--results_file', str(tmp_path / 'results.csv'), '--checkpoint',
-                      str(tmp_path / 'file'), str(tmp_path / 'none.pth')]) == 2
+                      str(tmp_path / 'file'), str(tmp_path / 'wrong.pth')]) == 2
     assert len((tmp_path / 'results.csv').read_text().splitlines()) == 2
-    assert 'none.pth: cannot be read' in capsys.readouterr().err
+    assert 'wrong.pth: is empty' in capsys.readouterr().err
 
 
 # ---- Several processes ----------------------------------------------------------------------------------------------
@@ -370,7 +371,7 @@ def nonsense(path: Path, **args: Any) -> None:
 
 
 @pytest.mark.parametrize('make, words, said', [
-    (lambda path: None, '', 'No such file'), (Path.mkdir, '', 'is a directory'), (Path.touch, '', 'is empty'),
+    (lambda path: None, '', 'does not exist; check'), (Path.mkdir, '', 'is a directory'), (Path.touch, '', 'is empty'),
     (truncated, '', 'is damaged or no checkpoint'),
     (lambda path: path.write_text('<!DOCTYPE html><html></html>'), '', 'is a web page'),
     (lambda path: torch.save({'model': state_of(0), 'x': files.Payload(os.getcwd)}, path), '', 'refused: to read it, '),
