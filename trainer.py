@@ -262,8 +262,10 @@ class Training:
         """Writes what the run is into its folder, before the first step, and opens its log."""
         recipe, run, state = self.recipe, self.run, self.state
         updates = state.updates_per_epoch
-        log.info('%s: %s, %.2f M parameters, %d classes; %d epochs of %d updates of %d images (%d process%s x %d x %d '
-                 'micro-step%s), %s, on %s', recipe.name, recipe.model, self.n_parameters / 1e6, recipe.num_classes,
+        size, whole = self.n_parameters / 1e6, sum(param.numel() for param in state.model.parameters()) / 1e6
+        parameters = f'{size:.2f} M parameters' if size == whole else f'{size:.2f} of {whole:.2f} M parameters'
+        log.info('%s: %s, %s, %d classes; %d epochs of %d updates of %d images (%d process%s x %d x %d '
+                 'micro-step%s), %s, on %s', recipe.name, recipe.model, parameters, recipe.num_classes,
                  recipe.epochs, updates, recipe.total_batch_size, run.world_size, 'es' if run.world_size > 1 else '',
                  run.batch_size, run.update_freq, 's' if run.update_freq > 1 else '', recipe.precision,
                  self.processes.device)

@@ -137,6 +137,7 @@ def draw(runs: Sequence[RunLog], names: Sequence[str]) -> 'Figure':
             for column, style in columns.items():
                 epochs, values = run.series(column)
                 axes.plot(epochs, [factor * value for value in values], style, **look, linewidth=1.5, markersize=3.5,
+                          markerfacecolor='white' if style == '--' else look['color'],
                           markevery=max(1, len(epochs) // 15))
                 averages |= bool(values) and style == '--'
                 settled += [value for epoch, value in zip(epochs, values, strict=True) if epoch > min(ends) / 5]
@@ -157,8 +158,8 @@ def draw(runs: Sequence[RunLog], names: Sequence[str]) -> 'Figure':
         axes.set_xlabel('epoch')
     handles = [Line2D([], [], **look, label=name) for look, name in zip(looks, names, strict=True)]
     if averages:
-        handles += [Line2D([], [], color='0.4', linestyle=style, label=label)
-                    for style, label in (('-', 'weights'), ('--', 'their moving average (EMA)'))]
+        handles += [Line2D([], [], color='0.4', linestyle=style, marker='o', markerfacecolor=face, label=label) for
+                    style, face, label in (('-', '0.4', 'weights'), ('--', 'white', 'their moving average (EMA)'))]
     figure.legend(handles=handles, loc='outside upper left', ncols=min(len(handles), 4), frameon=False, fontsize=11)
     return figure
 
