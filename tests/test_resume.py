@@ -327,7 +327,7 @@ def test_what_resume_cannot_mean_is_refused_in_one_line(command, uninterrupted, 
     cases = {
         ('--resume', str(whole / 'checkpoint-best-ema.pth')): 'holds weights alone',
         ('--resume', str(whole / 'checkpoint-last.pth')): 'is complete',
-        ('--resume', str(tmp_path / 'none.pth')): 'cannot be read',
+        ('--resume', str(tmp_path / 'none.pth')): 'does not exist',
     }
     for words, message in cases.items():
         job = start(command(tmp_path / 'new', *words), tmp_path / 'out.txt')
