@@ -119,6 +119,8 @@ class WeightsAndBiases:
         for file in files:
             artifact.add_file(str(file))
         self._run.log_artifact(artifact)
+        if not self._run.offline:
+            artifact.wait(timeout=3600)  # seconds; `close` leaves it only a minute
 
     def close(self, *, complete: bool) -> None:
         """Waits a minute for all to be sent; an incomplete run is marked as failed until it is continued."""
