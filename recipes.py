@@ -490,7 +490,7 @@ def check_start(recipe: Recipe, run: Run) -> None:
         raise UserError(f'--data_set {recipe.data_set} reads no --data_path; for a folder of images say --data_set '
                         'image_folder')
     named = [('checkpoint', path) for path in run.checkpoint] + [(name, getattr(run, name)) for name in (
-        'finetune', 'resume', 'valid_labels', 'real_labels', 'class_map')]
+        'finetune', 'resume', 'valid_labels', 'real_labels')]  # a class map may also lie below the data
     for name, path in named:
         if path and not re.match(r'released:|https?://', path) and not Path(path).expanduser().exists():
             raise UserError(f'--{name} {path} does not exist; check the path')
@@ -687,8 +687,8 @@ def _validate(recipe: Recipe, run: Run) -> None:
     check(not (run.finetune and run.pretrained), '--finetune and --pretrained both name the initial weights; give one')
     for name in ('resume', 'finetune'):
         check(not (run.eval and getattr(run, name)), f'--{name} is for training; what to evaluate is --checkpoint FILE')
-    check(run.eval or run.finetune is not None or run.weights == 'auto',
-          '--weights chooses from a file: it goes with --eval or --finetune FILE')
+    check(run.eval or run.finetune is not None or run.pretrained or run.weights == 'auto',
+          '--weights chooses from a file: it goes with --eval, --finetune FILE or --pretrained')
     check(run.resume is not None or not run.no_resume_opt, '--no_resume_opt goes with --resume FILE')
     check(not (run.wandb and run.eval), '--wandb shows a training; leave it out with --eval')
     check(run.wandb or run.project == Run.project, '--project goes with --wandb')

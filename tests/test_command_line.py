@@ -207,6 +207,13 @@ def test_what_cannot_be_meant_is_refused_before_torch_is_imported(words, said, c
     assert said in refusal(words.split(), capsys)
 
 
+def test_what_can_be_meant_may_start(tmp_path):
+    (tmp_path / 'map.txt').write_text('class0\n')
+    for words in ('--pretrained --weights raw', '--class_map map.txt'):  # the map lies in the data's folder
+        argv = ['--model', 'moganet_small', '--data_path', str(tmp_path), *words.split()]
+        recipes.check_start(*recipes.resolve(argv))
+
+
 def test_mistake_is_shown_once_by_several_processes(tmp_path):
     job = runs.start((*TINY, '--batch_size', '4', '--data_path', 'no/such/folder', '--output_dir',
                       str(tmp_path / 'run')), tmp_path / 'log', world_size=2)
