@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch import nn
 
 from optim_factory import ModelEma
 from recipes import Recipe, differences, from_dict
-from utils import UserError, flush_folder, log, write_atomically
+from utils import WRITE_PATIENCE, UserError, alive, flush_folder, log, waiting_for, write_atomically
 
 VERSION = 1
 KEYS = {'version', 'model', 'model_ema', 'optimizer', 'scaler', 'epoch', 'step', 'best', 'recipe', 'classes', 'attempt',
@@ -261,6 +261,22 @@ def check_recipe(state: dict[str, Any], recipe: Recipe, *, path: Path, anyway: b
                         'recipe.json, or give another --output_dir, or say --resume_anyway')
 
 
+class _Living:
+    """A file for torch.save, each piece of which is a sign of life: a slow disk is no hang."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.flush = file, file.flush
+
+    def write(self, piece: bytes) -> int:
+        alive()
+        return self._file.write(piece)
+
+
+def _saving(state: dict[str, Any]) -> Callable[[BinaryIO], None]:
+    """Writes a state into a file that is given later."""
+    return lambda file: torch.save(state, _Living(file))
+
+
 class CheckpointFolder:
     """The checkpoints of a run: `checkpoint-<step>.pth`, the newest of them; -last and -best, links; -best-ema.
 
@@ -311,14 +327,23 @@ class CheckpointFolder:
         """
         host = to_host(state)
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(host, best, best_ema), name='checkpoint')
+        # A daemon, so that a disk that never answers cannot keep the process from its end; `wait` is always called
+        self._thread = threading.Thread(target=self._write, args=(host, best, best_ema), name='checkpoint', daemon=True)
         self._thread.start()
 
     def wait(self) -> bool:
-        """Waits for the write under way. Returns whether the last one succeeded."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Waits for the write under way. Returns whether the last one succeeded.
+
+        Raises:
+            UserError: where it takes longer than `WRITE_PATIENCE`.
+        """
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            with waiting_for(f'the write of a checkpoint into {self.folder}'):
+                thread.join(WRITE_PATIENCE)
+            if thread.is_alive():
+                raise UserError(f'the disk of {self.folder} has not taken a checkpoint for {WRITE_PATIENCE:g} s; see '
+                                'to it, and start the same command again to continue from the checkpoint before')
         return self._error is None
 
     def _write(self, state: dict[str, Any], best: bool, best_ema: bool) -> None:
@@ -328,12 +353,12 @@ class CheckpointFolder:
             if best_ema:
                 average = {**state, 'model': state['model_ema'], 'model_ema': None, 'optimizer': None, 'scaler': None,
                            'which': 'ema'}
-                write_atomically(self.folder / 'checkpoint-best-ema.pth', lambda file: torch.save(average, file))
+                write_atomically(self.folder / 'checkpoint-best-ema.pth', _saving(average))
             if best:
-                write_atomically(self.folder / 'checkpoint-best.pth', lambda file: torch.save(state, file))
+                write_atomically(self.folder / 'checkpoint-best.pth', _saving(state))
                 self._link('checkpoint-best.pth', path.name)
             else:
-                write_atomically(path, lambda file: torch.save(state, file))
+                write_atomically(path, _saving(state))
             self._link(path.name, 'checkpoint-last.pth')
             self._error = None
         except Exception as error:  # torch.save reports a full disk as one of several

@@ -8,12 +8,19 @@ uint8 pixels come from the workers and cross the bus; normalisation, random eras
 device, on CUDA in a stream of their own, ahead of the step.
 """
 import atexit
+import errno
 import importlib
 import importlib.machinery
 import math
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.queues
 import os
+import re
 import signal
 import sys
+import tempfile
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -36,7 +43,7 @@ from image_ops import (
 )
 from image_sources import check_files, class_names, open_source
 from recipes import Recipe, Run
-from utils import UserError, derive_seed, log, rank_zero_first
+from utils import UserError, derive_seed, log, number_of, rank_zero_first, reason_of, waiting_for
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # images and targets
 
@@ -279,11 +286,18 @@ def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def _cannot_hand_over(error: Exception, _batch: Any) -> None:
+    """Ends a worker that cannot send a batch, with the error's number as status: the main process would wait for ever
+    for that batch."""
+    os._exit(getattr(error, 'errno', None) or 1)
 
 
 def _start_worker(_: int) -> None:
     """Signals are the main process's business: a preempted job saves while its workers go on."""
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -299,8 +313,52 @@ def count_workers(run: Run, source: Any) -> int:
         return 0
     shards = getattr(getattr(getattr(source, 'reader', None), 'split_info', None), 'filenames', None)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    workers = max(1, min(10, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    workers = max(1, min(10, cores // max(number_of('LOCAL_WORLD_SIZE', 1), 1)))
     return min(workers, len(shards) // run.world_size or 1) if shards else workers  # one without a shard has no work
+
+
+class WorkersLost(UserError):
+    """The data workers can hand over no more batches."""
+
+
+def check_sockets() -> None:
+    """Refuses a folder for temporary files in which workers cannot make the sockets by which batches travel: the path
+    of a socket has 107 bytes at most, and a worker that cannot make one says so to nobody."""
+    try:
+        multiprocessing.connection.Listener(family='AF_UNIX').close()
+    except OSError as error:
+        raise UserError(f'data workers cannot make their sockets in {tempfile.gettempdir()} ({reason_of(error)}): set '
+                        'TMPDIR to a shorter path that is writable, as TMPDIR=/tmp, or say --num_workers 0') from None
+
+
+def why_lost(error: BaseException, workers: Iterable[Any]) -> WorkersLost | None:
+    """What the data workers lack, by the error that came of it and the workers' own ends; None for another error."""
+    text = reason_of(error)
+    ends = {worker.exitcode for worker in workers} - {None, 0}
+
+    def found(pattern: str, *codes: int) -> bool:
+        return re.search(pattern, text) is not None or getattr(error, 'errno', None) in codes or not ends.isdisjoint(
+            codes)
+
+    if found(r'Too many open files|ancdata', errno.EMFILE, errno.ENFILE):
+        return WorkersLost('the data workers have too few file descriptors: raise the limit by ulimit -n 65536, or '
+                           'give fewer --num_workers')
+    if found(r'shared memory|/torch_\d|Bus error|No space left', errno.ENOSPC, -signal.SIGBUS):
+        return WorkersLost('the data workers have no room left in the shared memory /dev/shm: enlarge it (docker run '
+                           '--shm-size=16g), or give fewer --num_workers, or a smaller --batch_size')
+    if isinstance(error, MemoryError) or found(r'Cannot allocate memory', errno.ENOMEM):
+        return WorkersLost('there is no memory left for the data workers: give fewer --num_workers, or more memory')
+    if found(r"Resource temporarily unavailable|can't start new thread", errno.EAGAIN):
+        return WorkersLost('no more data workers can be started: give fewer --num_workers, or raise the limit of '
+                           'processes (ulimit -u; docker run --pids-limit)')
+    if -signal.SIGKILL in ends:
+        return WorkersLost('a data worker was killed, as the system does when memory runs out: give fewer '
+                           '--num_workers, or more memory')
+    if ends or 'exited unexpectedly' in text or isinstance(error, EOFError | ConnectionError):
+        end = min(ends, default=0)
+        how = signal.Signals(-end).name if end < 0 else f'status {end}' if end else 'without a word'
+        return WorkersLost(f'a data worker has ended ({how}): what it printed is above; --num_workers 0 shows where')
+    return None
 
 
 class _Keys:
@@ -319,6 +377,8 @@ class _Workers:
     def __init__(self, data: Any, *, workers: int, persistent: bool, pin_memory: bool):
         self._keys, self._iterator = _Keys(), None
         streaming = isinstance(data, IterableDataset)
+        if workers:
+            check_sockets()
         self._loader = DataLoader(
             data, batch_size=None, sampler=None if streaming else self._keys, num_workers=workers,
             persistent_workers=persistent and workers > 0, pin_memory=pin_memory, worker_init_fn=_start_worker)
@@ -326,23 +386,47 @@ class _Workers:
         atexit.register(self.close)
 
     def batches(self, keys: Iterable[np.ndarray] = ()) -> Iterator[Batch]:
-        """The batches of these keys, in their order. Raises UserError for what a worker could not read."""
+        """The batches of these keys, in their order.
+
+        Raises:
+            UserError: for what a worker could not read.
+            WorkersLost: where no batch can come any more.
+        """
         self._keys.batches = keys
         # A new worker inherits the mask, and is safe from signals before it has come to ignore them
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        child = signal.getsignal(signal.SIGCHLD)
         try:
             self._iterator = iter(self._loader)
+        except (OSError, MemoryError, RuntimeError) as error:  # RuntimeError: of a thread that cannot be started
+            raise why_lost(error, ()) or error from None
         finally:
+            # torch's own handler would raise its error anywhere in the main thread, in the middle of an update too.
+            # Without it, the wait for a batch looks every 5 s whether all workers are there
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, child or signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for batch in self._iterator:
+        while True:
+            try:
+                with waiting_for('a batch of the data workers'):
+                    batch = next(self._iterator, None)
+            except (OSError, EOFError, MemoryError, RuntimeError) as error:
+                raise why_lost(error, getattr(self._iterator, '_workers', ())) or error from None
+            if batch is None:
+                return
             if isinstance(batch, str):
                 raise UserError(batch)
             yield batch
 
     def close(self) -> None:
         """Ends the worker processes. A further pass would start new ones."""
+        workers = getattr(self._iterator, '_workers', ())
         if hasattr(self._iterator, '_shutdown_workers'):
-            self._iterator._shutdown_workers()
+            self._iterator._shutdown_workers()  # waits 5 s for each
+        for worker in workers:
+            if worker.is_alive():  # a stopped one, or one that waits for a lost disk
+                worker.kill()
+                worker.join(timeout=5)
         self._iterator = self._loader._iterator = None
         atexit.unregister(self.close)
 

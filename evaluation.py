@@ -85,9 +85,10 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
         real_labels = real_labels[:, valid_labels]
     classes = len(valid_labels) if valid_labels is not None else num_classes
     begin = time.perf_counter()
-    result = engine.evaluate(model, loaders.val, count=loaders.val.count, precision=recipe.precision,
-                             valid_labels=valid_labels, real_labels=real_labels,
-                             confusion=classes if classes <= engine.MAX_CONFUSION else 0)
+    with utils.StopRequest(processes, ()):  # no signals, which end an evaluation at once, but a limit to its waits
+        result = engine.evaluate(model, loaders.val, count=loaders.val.count, precision=recipe.precision,
+                                 valid_labels=valid_labels, real_labels=real_labels,
+                                 confusion=classes if classes <= engine.MAX_CONFUSION else 0)
     seconds = time.perf_counter() - begin
     log.info('top-1 %.3f %%  top-5 %.3f %%  loss %.4f  (%s weights, %d images)', result['acc1'], result['acc5'],
              result['loss'], which, result['count'])
@@ -175,7 +176,7 @@ def read_real_labels(path: str, val: ValLoader, *, num_classes: int) -> torch.Te
 
 def evaluation_folder(source: str | None, model: str) -> Path:
     """Where eval.json goes without --output_dir: beside a checkpoint file where that can be, else runs/<model>."""
-    file = Path(source).expanduser() if source else None
+    file = Path(utils.expand(source)) if source else None
     beside = file is not None and file.is_file() and os.access(file.parent, os.W_OK)
     return file.parent if beside else Path('runs') / model
 

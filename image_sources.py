@@ -22,7 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from recipes import Recipe, Run
-from utils import UserError, derive_seed, log, nearest, write_atomically, write_json
+from utils import UserError, derive_seed, expand, log, nearest, write_atomically, write_json
 
 Split = Literal['train', 'val']
 EXTENSIONS = (*IMG_EXTENSIONS, '.gif')
@@ -309,7 +309,7 @@ def _wordnet_ids(path: Path) -> dict[int, str]:
 
 def cache_folder() -> Path:
     """Where indices are kept: in the user's cache, since data is often read-only and shared."""
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'moganet'
+    return Path(expand(os.environ.get('XDG_CACHE_HOME') or '~/.cache')) / 'moganet'
 
 
 def _unchanged(root: str, stamps: dict[str, int]) -> bool:

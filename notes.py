@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -22,7 +23,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from recipes import Recipe, Run
-from utils import Processes, UserError, log, write_atomically, write_json
+from utils import Processes, UserError, going_on_without, log, reason_of, write_atomically, write_json
 
 
 def environment() -> dict[str, Any]:
@@ -34,10 +35,41 @@ def environment() -> dict[str, Any]:
         except (OSError, subprocess.SubprocessError):
             return None
 
-    versions = {name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'timm', 'numpy', 'pillow')}
+    def version(package: str) -> str | None:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # built from source, say
+            return importlib.metadata.version(package)
+        return None
+
+    versions = {name: version(name) for name in ('torch', 'torchvision', 'timm', 'numpy', 'pillow')}
     return {'command': sys.argv, 'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'host': platform.node(),
             'python': platform.python_version(), **versions, 'cuda': torch.version.cuda,
             'git': git('rev-parse', 'HEAD'), 'git_dirty': bool(git('status', '--porcelain'))}
+
+
+def read_json(path: Path, fits: Callable[[Any], bool]) -> Any:
+    """The value in a file of ours, or None where there is none. A damaged one is moved aside, and the log says so.
+
+    Args:
+        fits: whether a value is what the file should hold.
+    """
+    try:
+        value = json.loads(path.read_text())
+        if fits(value):
+            return value
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):  # a folder, another encoding, no JSON
+        pass
+    set_aside(path)
+    return None
+
+
+def set_aside(path: Path) -> None:
+    """Moves a damaged file out of the way, under a name that is free, and says so."""
+    names = (path.with_name(f'{path.name}.damaged{number or ""}') for number in itertools.count())
+    aside = next(name for name in names if not os.path.lexists(name))
+    os.rename(path, aside)
+    log.warning('%s is damaged: it is kept as %s, and begun anew.', path, aside.name)
 
 
 class TensorBoard:
@@ -90,8 +122,9 @@ class WeightsAndBiases:
         import wandb
         self._file = folder / 'wandb.json'
         self._sent = {'id': secrets.token_hex(4), 'step': -1}
-        if step and self._file.exists():
-            self._sent = json.loads(self._file.read_text())
+        if step:
+            self._sent = read_json(self._file, lambda sent: isinstance(sent, dict) and isinstance(sent.get('id'), str)
+                                   and isinstance(sent.get('step'), int)) or self._sent
         # Console capture would take the terminal away from the progress bar; and without a limit, a run that was told
         # to stop would wait for a lost network until its scheduler kills it
         settings = wandb.Settings(console='off', finish_timeout=60)
@@ -150,10 +183,14 @@ class Notes:
         start = {'run': dataclasses.asdict(run), 'device': str(processes.device), **environment()}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._charts['TensorBoard'] = TensorBoard(Path(run.log_dir or self._folder / 'tensorboard'), step=step)
+            board = Path(run.log_dir or self._folder / 'tensorboard')
+            board.mkdir(parents=True, exist_ok=True)
+            with going_on_without('TensorBoard'):
+                self._charts['TensorBoard'] = TensorBoard(board, step=step)
             write_json(self._folder / 'recipe.json', dataclasses.asdict(recipe))
             path = self._folder / 'environment.json'
-            write_json(path, [*(json.loads(path.read_text()) if path.exists() else []), start])
+            starts = read_json(path, lambda starts: isinstance(starts, list)) or []
+            write_json(path, [*starts, start])
             self._cut_log(epochs_done)
         except OSError as error:
             raise UserError(f'cannot write {error.filename or self._folder} ({error.strerror}); give another '
@@ -166,7 +203,7 @@ class Notes:
             self._charts['--wandb'] = WeightsAndBiases(self._folder, project=self._run.project, config=config,
                                                        step=step)
         except Exception as error:  # its package raises many kinds
-            reason = ' '.join(str(error).split()).rstrip('.')
+            reason = reason_of(error).rstrip('.')
             if not step:
                 raise UserError(f'--wandb: {reason}; say `wandb login` or another --project, or set WANDB_MODE=offline '
                                 'and send the run later by `wandb sync`') from None
@@ -176,40 +213,49 @@ class Notes:
         """Lets the charts (of these names, or all) do something. They are not worth a run: one that fails, on a full
         disk or a lost network, is told of and left out."""
         for name in names or list(self._charts):
-            try:
-                if name in self._charts:
-                    use(self._charts[name])
-            except Exception as error:
-                del self._charts[name]
-                log.error('%s: %s; the run goes on without it.', name, error)
+            chart = self._charts.pop(name, None)
+            if chart is not None:
+                with going_on_without(name):
+                    use(chart)
+                    self._charts[name] = chart
 
     def rewind(self, epochs_done: int, step: int) -> None:
         """Goes back to an earlier update: forgets later epochs in log.txt, and what the charts can forget."""
         if not self._first:
             return
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._end_bar()
         self._with_charts(lambda chart: chart.rewind(step))
-        self._cut_log(epochs_done)
+        with going_on_without('log.txt'):
+            self._cut_log(epochs_done)
+
+    def _end_bar(self) -> None:
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with going_on_without('The progress bar'):
+                bar.close()
 
     def _cut_log(self, epochs_done: int) -> None:
         """Keeps of log.txt the first epochs."""
         path = self._folder / 'log.txt'
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line that a kill cut off
+        kept, damaged = [], False
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
                 if json.loads(line)['epoch'] < epochs_done:
-                    kept.append(line + '\n')
-        write_atomically(path, lambda file: file.write(''.join(kept).encode()))
+                    kept.append(line.rstrip(b'\r\n') + b'\n')
+            except (ValueError, LookupError, TypeError, RecursionError):
+                damaged = damaged or line.endswith(b'\n')  # else a kill has cut it off
+        if damaged:
+            set_aside(path)
+        write_atomically(path, lambda file: file.write(b''.join(kept)))
 
     def images(self, images: torch.Tensor) -> None:
         """Shows what the network sees first, normalised images [B, 3, H, W]: crops, augmentation, erasing, mixing."""
         if self._first:
-            picture = draw_images(images, self._recipe)
-            self._with_charts(lambda chart: chart.add({'train/images': picture}, 0))
+            with going_on_without('The picture of the first images'):
+                picture = draw_images(images, self._recipe)
+                self._with_charts(lambda chart: chart.add({'train/images': picture}, 0))
 
     def progress(self, progress: Any, *, epoch: int) -> None:
         """Shows an `engine.Progress`: a bar on a terminal, a line elsewhere."""
@@ -227,15 +273,15 @@ class Notes:
         if not sys.stdout.isatty():
             log.info('epoch %d  update %d/%d  %s', epoch + 1, progress.update, progress.updates, text)
             return
-        if self._bar is None:
-            from tqdm import tqdm
-            self._bar = tqdm(total=progress.updates, desc=f'epoch {epoch + 1}', leave=False, dynamic_ncols=True,
-                             bar_format='{desc} {percentage:3.0f}% |{bar}| {postfix}')
-        self._bar.n = progress.update
-        self._bar.set_postfix_str(text)  # draws it, however short the time since the last
+        with going_on_without('The progress bar'):
+            if self._bar is None:
+                from tqdm import tqdm
+                self._bar = tqdm(total=progress.updates, desc=f'epoch {epoch + 1}', leave=False, dynamic_ncols=True,
+                                 bar_format='{desc} {percentage:3.0f}% |{bar}| {postfix}')
+            self._bar.n = progress.update
+            self._bar.set_postfix_str(text)  # draws it, however short the time since the last
         if progress.update == progress.updates:
-            self._bar.close()
-            self._bar = None
+            self._end_bar()
 
     def epoch(self, entry: dict[str, Any], confusion: dict[str, list[list[int]]], classes: list[str]) -> None:
         """Appends an epoch to log.txt, flushed to disk: it must be there before the checkpoint that counts it.
@@ -258,7 +304,9 @@ class Notes:
                       error, self._folder)
         figures = {name.replace('_', '/', 1) if name.startswith('test_') else f'epoch/{name}': value
                    for name, value in entry.items() if name not in ('epoch', 'step', 'n_parameters')}
-        pictures = {name: draw_confusion(matrix, classes) for name, matrix in confusion.items()}
+        pictures = {}
+        with going_on_without('The picture of the confusion matrix'):
+            pictures = {name: draw_confusion(matrix, classes) for name, matrix in confusion.items()}
         self._with_charts(lambda chart: chart.add(figures | pictures, entry['step']))
         tested = ''
         if 'test_acc1' in entry:
@@ -286,8 +334,7 @@ class Notes:
 
     def close(self) -> None:
         """Closes what is open."""
-        if self._bar is not None:
-            self._bar.close()
+        self._end_bar()
         self._with_charts(lambda chart: chart.close(complete=self._complete))
 
 

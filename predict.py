@@ -12,10 +12,13 @@ import itertools
 import json
 import os
 import re
+import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 import numpy as np
 import torch
@@ -29,7 +32,7 @@ from image_ops import UNREADABLE, TestTransform, normalise, why_unreadable
 from image_sources import is_image
 from models.weights import build_model
 from recipes import Recipe, Run
-from utils import UserError, choose_device, run_cli, to_stderr
+from utils import UserError, choose_device, expand, run_cli, to_stderr
 
 # What a source of an image raises: files, the network, Pillow
 BAD_IMAGE = (*UNREADABLE, HTTPException, Image.DecompressionBombError)
@@ -135,7 +138,7 @@ def from_flags(args: argparse.Namespace) -> Classifier:
 def main(argv: list[str] | None = None) -> int:
     """Predicts as the flags say. Returns the exit status; raises UserError where the checkpoint is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders, or http(s) URLs')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', type=expand, help='files, folders, or http(s) URLs')
     parser.add_argument('--topk', type=int, default=5, help='classes to show of each image')
     parser.add_argument('--json', action='store_true', help='print a JSON list instead of lines')
     parser.add_argument('--batch_size', type=int, default=32, help='images at a time')

@@ -17,15 +17,19 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from utils import UserError, nearest
+from utils import UserError, expand, nearest, number_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Interpolation = Literal['bicubic', 'bilinear', 'nearest', 'lanczos', 'box', 'hamming']
 
 
-def doc(default: Any, text: str, *, flag: bool = True) -> Any:
-    """A dataclass field with a default, the line that documents it, and whether the command line may set it."""
-    metadata = {'help': text, 'flag': flag}
+def doc(default: Any, text: str, *, flag: bool = True, path: bool = False) -> Any:
+    """A dataclass field with a default, the line that documents it, and whether the command line may set it.
+
+    Args:
+        path: whether it names a file or a folder, or several, in which `~` stands for the home folder.
+    """
+    metadata = {'help': text, 'flag': flag, 'path': path}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -131,11 +135,12 @@ class Run:
     """Where and how a recipe is run. Nothing here is meant to change the accuracy."""
 
     # Files
-    data_path: str = doc('data/ImageNet', 'folder with train/ and val/, or the root the data set needs')
-    eval_data_path: str | None = doc(None, 'folder of the test images, where it is not under --data_path')
-    class_map: str | None = doc(None, "file that maps class names to indices (timm's class map)")
-    output_dir: str = doc('', "the run's folder; runs/<recipe> by default")
-    log_dir: str | None = doc(None, "TensorBoard's folder; <output_dir>/tensorboard by default")
+    data_path: str = doc('data/ImageNet', 'folder with train/ and val/, or the root the data set needs', path=True)
+    eval_data_path: str | None = doc(None, 'folder of the test images, where it is not under --data_path',
+                                     path=True)
+    class_map: str | None = doc(None, "file that maps class names to indices (timm's class map)", path=True)
+    output_dir: str = doc('', "the run's folder; runs/<recipe> by default", path=True)
+    log_dir: str | None = doc(None, "TensorBoard's folder; <output_dir>/tensorboard by default", path=True)
 
     # Processes, device, batch
     device: str = doc('auto', "'auto', 'cuda', 'mps' or 'cpu'")
@@ -154,9 +159,9 @@ class Run:
     model_ema_force_cpu: bool = doc(False, 'keep the moving average on the CPU')
 
     # Starting
-    finetune: str | None = doc(None, 'checkpoint whose weights the model starts from')
+    finetune: str | None = doc(None, 'checkpoint whose weights the model starts from', path=True)
     pretrained: bool = doc(False, "start from timm's pretrained weights of the model")
-    resume: str | None = doc(None, 'training checkpoint to continue from')
+    resume: str | None = doc(None, 'training checkpoint to continue from', path=True)
     auto_resume: bool = doc(True, "continue from the newest valid checkpoint of the run's folder")
     resume_anyway: bool = doc(False, 'resume although the recipe differs')
     no_resume_opt: bool = doc(False, 'with --resume: take the weights and the position, not the optimizer')
@@ -166,21 +171,22 @@ class Run:
     save_ckpt_freq: int = doc(1, 'epochs between checkpoints')
     save_ckpt_steps: int | None = doc(None, 'updates between further checkpoints inside an epoch')
     save_ckpt_num: int = doc(3, 'checkpoints to keep beside the best')
-    stop_signals: tuple[Literal['TERM', 'INT', 'USR1', 'USR2'], ...] = doc(
-        ('TERM', 'INT', 'USR1', 'USR2'), 'signals on which the run saves and stops; others do what they do by default')
+    stop_signals: tuple[Literal['TERM', 'INT', 'HUP', 'USR1', 'USR2'], ...] = doc(
+        ('TERM', 'INT', 'HUP', 'USR1', 'USR2'), 'signals on which the run saves and stops; others do what they do by '
+                                                'default')
     max_skips: int = doc(50, 'updates that the fp16 scaler may skip in a row before the run is stopped')
     on_nan: Literal['stop', 'rollback'] = doc('stop', 'on a NaN: stop, or go back to the last checkpoint with another '
                                                       'data order, at most 3 times')
 
     # Evaluating
     eval: bool = doc(False, 'evaluate --checkpoint and exit')
-    checkpoint: tuple[str, ...] = doc((), 'checkpoints to evaluate')
+    checkpoint: tuple[str, ...] = doc((), 'checkpoints to evaluate', path=True)
     weights: Literal['auto', 'raw', 'ema'] = doc('auto', 'which weights of it: auto takes the EMA where there is one')
     valid_labels: str | None = doc(None, "file of the model's classes that the test set has, one index a line, in the "
-                                         'order of its labels')
-    real_labels: str | None = doc(None, 'JSON of the reassessed labels of the ImageNet test images (ReaL)')
+                                         'order of its labels', path=True)
+    real_labels: str | None = doc(None, 'JSON of the reassessed labels of the ImageNet test images (ReaL)', path=True)
     throughput: bool = doc(False, 'measure the images/s of the model alone too')
-    results_file: str | None = doc(None, 'CSV file to which the results are appended')
+    results_file: str | None = doc(None, 'CSV file to which the results are appended', path=True)
     val_batch_size: int | None = doc(None, 'images per process when evaluating; 1.5 micro-batches by default')
     val_interval: int = doc(1, 'epochs between evaluations')
     disable_eval: bool = doc(False, 'do not evaluate while training')
@@ -467,10 +473,15 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
         raise SystemExit(0)
     print_recipe = given.pop('print_recipe')
     given.pop('local_rank', None)
+    for cls in (Recipe, Run):
+        for field in fields(cls):
+            if field.metadata['path'] and given.get(field.name):
+                value = given[field.name]
+                given[field.name] = tuple(map(expand, value)) if isinstance(value, tuple) else expand(value)
     recipe, overridden = _resolve_recipe(given)
     run_fields = {field.name for field in fields(Run)}
     run = Run(**{name: value for name, value in given.items() if name in run_fields})
-    run = replace(run, world_size=int(os.environ.get('WORLD_SIZE', 1)), given=overridden,
+    run = replace(run, world_size=number_of('WORLD_SIZE', 1), given=overridden,
                   output_dir=run.output_dir or ('' if run.eval else f'runs/{recipe.name}'))
     _validate(recipe, run)
     if print_recipe:
@@ -492,7 +503,7 @@ def check_start(recipe: Recipe, run: Run) -> None:
     named = [('checkpoint', path) for path in run.checkpoint] + [(name, getattr(run, name)) for name in (
         'finetune', 'resume', 'valid_labels', 'real_labels')]  # a class map may also lie below the data
     for name, path in named:
-        if path and not re.match(r'released:|https?://', path) and not Path(path).expanduser().exists():
+        if path and not re.match(r'released:|https?://', path) and not os.path.exists(path):
             raise UserError(f'--{name} {path} does not exist; check the path')
     elsewhere = run.checkpoint or (run.eval and run.eval_data_path)  # a checkpoint says what data it is of
     if recipe.data_set == 'image_folder' and not elsewhere and not Path(run.data_path).exists():
@@ -506,7 +517,7 @@ def _resolve_recipe(given: dict[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
     if config is not None and name is not None:
         raise UserError('--config and --recipe both name the recipe; give one')
     if config is not None:
-        row = load_recipe(config)
+        row = load_recipe(expand(config))
     elif name is not None:
         if name not in RECIPES:
             raise UserError(f'unknown recipe {name}{nearest(name, RECIPES)}; main.py --list_recipes shows them')
@@ -531,7 +542,8 @@ def _resolve_recipe(given: dict[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
         given.setdefault('mean', (0.5,) * 3)
         given.setdefault('std', (0.5,) * 3)
     if 'data_set' in given:
-        given['data_set'] = DATA_SETS.get(given['data_set'], given['data_set'])
+        reader, slash, place = DATA_SETS.get(given['data_set'], given['data_set']).partition('/')
+        given['data_set'] = f'{reader}{slash}{expand(place)}'  # hfds/~/parquet
     recipe_fields = {field.name for field in fields(Recipe)}
     changes = {field: value for field, value in given.items() if field in recipe_fields}
     _check_parts(changes, changes.get('model', row.model))

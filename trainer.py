@@ -30,6 +30,7 @@ from models.weights import Weights, load_weights
 from notes import Notes
 from parts import Criterion, adapt_to_device, build_model
 from recipes import Recipe, Run
+from run_lock import own_folder
 from utils import UserError, log
 
 MAX_ROLLBACKS = 3
@@ -39,6 +40,12 @@ PRECISE_BN_ORDER = -1  # the data order of Precise BN, beside those of the attem
 
 def train(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
     """Trains a recipe to its end, from wherever its folder says. Returns the exit status."""
+    with own_folder(Path(run.output_dir), processes):
+        return _train(recipe, run, processes)
+
+
+def _train(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
+    """`train`, once the folder is this start's own."""
     if recipe.name == 'default':
         log.info('%s has no recipe of its own: training by the default one, which is %s.', recipe.model, recipe.source)
     recipe = adapt_to_device(recipe, run, processes.device)
@@ -64,14 +71,14 @@ def train(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
     updates = recipe.epochs * loaders.train.updates_per_epoch
     if (recipe.warmup_steps or 0) > updates:
         raise UserError(f'--warmup_steps {recipe.warmup_steps} is longer than the run of {updates} updates')
-    try:
-        with utils.StopRequest(processes, run.stop_signals) as stop:
+    with utils.StopRequest(processes, run.stop_signals) as stop:
+        try:
             training = Training(recipe, run, processes, loaders, folder, start, initial, own=own)
             del start, initial  # gigabytes of the host's memory
             return training.fit(stop)
-    finally:
-        folder.wait()
-        loaders.close()
+        finally:
+            folder.wait()
+            loaders.close()
 
 
 def find_initial(recipe: Recipe, run: Run, start: dict[str, Any] | None) -> tuple[Recipe, Weights | None]:
@@ -303,8 +310,9 @@ class Training:
             return bool(signal)
 
         batches = self.loaders.train.epoch(epoch, begin, state.attempt)
+        batches = self._saving_when_lost(batches if state.step else self._show_first(batches), state.step)
         metrics = engine.train_one_epoch(
-            self.step, batches if state.step else self._show_first(batches), epoch=epoch, updates=updates, start=begin,
+            self.step, batches, epoch=epoch, updates=updates, start=begin,
             set_schedule=lambda update: optim_factory.set_schedule(
                 self.step.optimizer, self.recipe, update=update, updates_per_epoch=updates),
             images_per_update=self.recipe.total_batch_size, print_freq=run.print_freq, max_skips=run.max_skips,
@@ -328,6 +336,29 @@ class Training:
         first = next(batches)
         self.notes.images(first[0])
         return itertools.chain([first], batches)
+
+    def _saving_when_lost(self, batches: Iterator[datasets.Pair], start: int) -> Iterator[datasets.Pair]:
+        """The same micro-batches; where the data workers are lost between two updates, the state is saved first.
+
+        Several processes save together, and the others do not know of it: they lose what came after the last save.
+
+        Args:
+            start: updates done at the first of them.
+        """
+        state, taken = self.state, 0
+        try:
+            for pair in batches:
+                yield pair
+                taken += 1
+        except datasets.WorkersLost:
+            # In the middle of an update the BN statistics are no longer those of the update before
+            if self.processes.world_size == 1 and state.step > start and taken % self.run.update_freq == 0:
+                self.step.check()
+                with state.buffers.agreed(self.recipe.dist_bn):
+                    self._save()
+                if self.folder.wait() and self.run.save_ckpt:
+                    log.info('Saved after %d updates in all. The same command continues.', state.step)
+            raise
 
     def _models(self) -> dict[str, nn.Module]:
         """The models to evaluate, by the suffix of their columns in the log."""
@@ -384,7 +415,8 @@ class Training:
         if self.processes.host_group is None:
             return written
         flag = torch.tensor(int(written))
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.processes.host_group)
+        with utils.waiting_for('the last checkpoint of rank 0'):
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.processes.host_group)
         return bool(flag)
 
     def _roll_back(self, error: Exception) -> bool:

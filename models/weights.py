@@ -29,11 +29,11 @@ from typing import Any, BinaryIO, Literal
 import safetensors
 import timm
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import UserError, nearest, write_atomically, write_json
+from utils import UserError, expand, nearest, write_atomically, write_json
 
 Gate = Literal['single', 'double']
 Which = Literal['raw', 'ema']
@@ -165,7 +165,7 @@ def load_weights(source: str | Path, which: Literal['auto', 'raw', 'ema'] = 'aut
         url = RELEASED[name].url
     elif re.match(r'https?://', source):
         url = source
-    path = _download(url) if url else Path(source).expanduser()
+    path = _download(url) if url else Path(expand(source))
     row = RELEASED.get(name or _RELEASED_BY_FILE.get(path.name, ''))
     try:
         payload, told = _read_file(path)
@@ -467,6 +467,9 @@ def build_model(weights: Weights, name: str | None = None, *, gate: Gate | None 
     return model.eval()
 
 
+DOWNLOAD_PATIENCE = 86400  # seconds that a process waits for another's download
+
+
 # ---- Downloads ------------------------------------------------------------------------------------------------------
 
 def _note(path: Path) -> Path:
@@ -505,16 +508,21 @@ def _download(url: str) -> Path:
     # torchrun starts many processes at once: on each node one fetches, the others wait and find the file. The lock is a
     # local file, since not every shared file system has locks; two nodes may both fetch, and the last rename stands.
     key = hashlib.sha256(str(path).encode()).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir()) / f'moganet-{getattr(os, "getuid", int)()}-{key}.lock'):
-        if not _is_cached(path, url, wanted):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, lambda file: _fetch(url, file, wanted, path))
-                facts = {'url': url, 'bytes': path.stat().st_size, 'sha256': sha256_of(path)}
-                write_json(_note(path), facts)
-            except OSError as error:
-                raise UserError(f'cannot write {path}: {error.strerror or error}') from None
-            print(f'{path}: {facts["bytes"]:,} bytes, sha256 {facts["sha256"]}', file=sys.stderr)
+    lock = Path(tempfile.gettempdir()) / f'moganet-{getattr(os, "getuid", int)()}-{key}.lock'
+    try:
+        with FileLock(lock, timeout=DOWNLOAD_PATIENCE):
+            if not _is_cached(path, url, wanted):
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(path, lambda file: _fetch(url, file, wanted, path))
+                    facts = {'url': url, 'bytes': path.stat().st_size, 'sha256': sha256_of(path)}
+                    write_json(_note(path), facts)
+                except OSError as error:
+                    raise UserError(f'cannot write {path}: {error.strerror or error}') from None
+                print(f'{path}: {facts["bytes"]:,} bytes, sha256 {facts["sha256"]}', file=sys.stderr)
+    except Timeout:
+        raise UserError(f'{url}: another process has been downloading this file for {DOWNLOAD_PATIENCE} s; end that '
+                        f'process (it holds {lock})') from None
     return path
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from floors below its own
 FLOORS = [{'recipes', 'utils'},
-          {'notes', 'models', 'image_kernels', 'image_ops', 'image_sources', 'datasets', 'optim_factory'},
+          {'notes', 'run_lock', 'models', 'image_kernels', 'image_ops', 'image_sources', 'datasets', 'optim_factory'},
           {'checkpoint'}, {'engine'}, {'parts'}, {'trainer', 'evaluation'}, {'main'}, {'run_with_submitit'}]
 # On the second floor the rooms do not know one another, but for the data path's own
 DATA = {'image_kernels', 'image_ops', 'image_sources', 'datasets'}

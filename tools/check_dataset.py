@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import image_ops
 from image_sources import ImageFiles, check_files, find_files, is_image, read_ground_truth
-from utils import UserError, run_cli, write_json
+from utils import UserError, as_path, expand, run_cli, write_json
 
 _files: ImageFiles  # of a worker process
 
@@ -108,12 +108,14 @@ def check(data_path: str, *, eval_data_path: str | None = None, decode: bool = F
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data_path', default='data/ImageNet', help='folder with train/ and val/')
-    parser.add_argument('--eval_data_path', help='folder of the test images, where it is not under --data_path')
+    parser.add_argument('--data_path', default='data/ImageNet', type=expand, help='folder with train/ and val/')
+    parser.add_argument('--eval_data_path', type=expand,
+                        help='folder of the test images, where it is not under --data_path')
     parser.add_argument('--decode', action='store_true', help='decode every image')
     parser.add_argument('--workers', type=int, help='processes to decode with; all cores by default')
-    parser.add_argument('--sort_val', type=Path, metavar='FILE', help='sort the flat test folder by this ground truth')
-    parser.add_argument('--report', type=Path, metavar='FILE', help='write the findings as JSON')
+    parser.add_argument('--sort_val', type=as_path, metavar='FILE',
+                        help='sort the flat test folder by this ground truth')
+    parser.add_argument('--report', type=as_path, metavar='FILE', help='write the findings as JSON')
     args = parser.parse_args(argv)
     if args.sort_val:
         root = find_files(Path(args.eval_data_path or args.data_path), 'val', given=args.eval_data_path is not None)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from models.moganet import MogaNet, fuse
 from models.weights import Weights, build_model, load_weights, sha256_of
-from utils import UserError, run_cli, write_atomically
+from utils import UserError, as_path, run_cli, write_atomically
 
 # Relative, on logits. Another runtime adds up in another order, which comes to 1e-6 (onnxruntime, MogaNet-XT); a wrong
 # operator or a dropped layer shows in the second digit.
@@ -172,7 +172,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--checkpoint', required=True, help='a path, an https URL or released:NAME')
     parser.add_argument('--format', required=True, choices=('safetensors', 'huggingface', 'onnx', 'torch_export'))
-    parser.add_argument('--output', required=True, type=Path, help='the file to write; a folder for huggingface')
+    parser.add_argument('--output', required=True, type=as_path, help='the file to write; a folder for huggingface')
     parser.add_argument('--weights', choices=('auto', 'raw', 'ema'), default='auto')
     parser.add_argument('--model', help='timm model, where the checkpoint does not say')
     parser.add_argument('--gate', choices=('single', 'double'), help="instead of the checkpoint's word")

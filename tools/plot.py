@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipes import DESCRIPTIVE
-from utils import UserError, run_cli, write_atomically
+from utils import UserError, as_path, expand, run_cli, write_atomically
 
 MARK = 'MogaNet tools/plot.py'  # in both files: they may be written again, a foreign file may not
 # Okabe and Ito's colours, told apart with every kind of colour vision; without their yellow, too pale for a line
@@ -201,8 +201,9 @@ def show(value: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help="a run's folder (--output_dir of main.py)")
-    parser.add_argument('--output', metavar='STEM', help='of the files (default: curves in the first folder)')
+    parser.add_argument('runs', nargs='+', type=as_path, metavar='RUN', help="a run's folder (--output_dir of main.py)")
+    parser.add_argument('--output', metavar='STEM', type=expand,
+                        help='of the files (default: curves in the first folder)')
     args = parser.parse_args(argv)
     folders = list({folder.resolve(): folder for folder in args.runs}.values())
     runs, names = [read_run(folder) for folder in folders], short_names(folders)
