@@ -300,6 +300,7 @@ def _start_worker(_: int) -> None:
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # the main process's
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 

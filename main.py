@@ -42,12 +42,14 @@ def main(argv: list[str] | None = None, *, report: Callable[[str], None] = utils
     except SystemExit as done:  # --help, --list_recipes, --print_recipe
         return done.code or 0
     except UserError as error:
-        if os.environ.get('LOCAL_RANK', '0') == '0':  # the same on every rank, but for a path that a node does not see
+        # The same on every rank, but for a path that a node does not see
+        if not os.environ.get('LOCAL_RANK', '').strip('0').isdigit():
             report(f'error: {error}')
         return 2
 
     rank = utils.number_of('RANK', 0)
     utils.setup_logging(rank)
+    processes = None
     try:
         processes = utils.init_processes(run.device)
         if run.eval:  # with torch, which takes seconds to import: only now that the flags are known to be right
@@ -75,7 +77,8 @@ def main(argv: list[str] | None = None, *, report: Callable[[str], None] = utils
                 report(f'error: the device is out of memory; give {cure}')
             return 2
         if utils.claim_error(rank):
-            report(traceback.format_exc())
+            lost = processes is not None and processes.world_size > 1 and utils.lost_ranks(error)
+            report(f'error: {lost}' if lost else traceback.format_exc())
         return 1
 
 

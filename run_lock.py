@@ -159,7 +159,8 @@ class Lock:
         with contextlib.suppress(OSError):
             if not self._is_lost():
                 self._path.unlink(missing_ok=True)
-            os.close(self._file)
+            if not self._thread.is_alive():
+                os.close(self._file)
             for parent in self._made:
                 parent.rmdir()
 

@@ -113,6 +113,8 @@ def settle() -> None:
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
+        with contextlib.suppress(AttributeError, ValueError):  # a name that the terminal's encoding does not have
+            getattr(sys, name).reconfigure(errors='backslashreplace')
     try:
         temporary = tempfile.gettempdir()
     except OSError:
@@ -304,6 +306,19 @@ def from_rank_zero(name: str, compute: Callable[[], str]) -> str:
     return store.get(key).decode()
 
 
+def lost_ranks(error: Exception) -> str:
+    """What a failed exchange between the ranks says of the others, as a line; '' for another error."""
+    text = reason_of(error)
+    if re.search(r'Timed out waiting|[Tt]imeout\(ms\)|collective operation timeout|wait timeout', text):
+        return (f'another rank has not come on for {RANK_PATIENCE:g} s: see what it and its node do, and start the '
+                'same command again')
+    if re.search(r'Connection closed by peer|Connection reset by peer|Broken pipe|connection was aborted|'
+                 r'remote process exited', text):
+        return ('another rank has ended without a word, as one that the system kills when memory runs out: see the log '
+                'of its node, and start the same command again')
+    return ''
+
+
 def claim_error(rank: int) -> bool:
     """Whether this rank is the first to fail, and so the one to show its error: the others fail because of it."""
     import torch.distributed as dist
@@ -376,17 +391,21 @@ class StopRequest:
                 self._previous[number] = signal.signal(number, self._receive)
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        if self._signals:
+            self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, name='stop', daemon=True)
         self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(self._previous_wakeup)
+        if self._signals:
+            signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._writer.close()  # which ends the thread
+        self._writer.send(bytes(1))  # no signal: ends the thread
         self._watcher.join(timeout=10)
+        self._writer.close()
+        self._reader.close()
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         # A second Ctrl-C means now; a launcher's echo of the first comes within milliseconds and does not
@@ -409,8 +428,7 @@ class StopRequest:
             now = time.monotonic()
             if ready:
                 received = self._reader.recv(4096)
-                if not received:  # closed: the training is over
-                    self._reader.close()
+                if 0 in received:  # the training is over
                     return
                 for one in received:
                     if one in self._previous:
@@ -501,9 +519,11 @@ def _discard(stream: Any) -> None:
 class _Output(logging.StreamHandler):
     """The log on stdout, which may go away (`| head`, a closed terminal) or be full: neither is worth a run."""
 
-    def handleError(self, _record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
-        if isinstance(error, OSError) and error.errno != errno.ENOSPC:  # a full disk may have room again
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk may have room again
             _discard(self.stream)
             self.setStream(open(os.devnull, 'w'))  # noqa: SIM115
             to_stderr(f'The log cannot be written to stdout ({reason_of(error)}); the run goes on without it.')

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import utils
 from runs import TINY, Job, make_image_folder, run, start
 
 # 48 images: 4 updates of 12, in an epoch; mixup, drop path, average, erasing and accumulation are all on
@@ -504,3 +505,124 @@ def test_an_odd_test_set_gives_the_same_accuracy_with_1_2_and_3_processes(data, 
     # the loss is summed in float64 from batches of other compositions
     assert [result['loss'] for result in results] == pytest.approx([results[0]['loss']] * 3, rel=1e-5)
     assert results[0]['acc1'] == pytest.approx(torch.load(checkpoint)['best']['test_acc1'])
+
+
+# ---- Lost workers, and waits that would not end ---------------------------------------------------------------------
+
+SHORT = 'import utils; utils.STOP_PATIENCE, utils.SECOND_PATIENCE = {first}, {second}'
+STOP_A_WORKER = '''
+import os, signal, threading, multiprocessing, trainer
+agreed = trainer.utils.StopRequest.agreed
+done = 0
+def then(self):
+    global done
+    done += 1
+    if done == {update} and rank == 0:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.{signal})
+        print('workers signalled', flush=True)
+    return agreed(self)
+trainer.utils.StopRequest.agreed = then
+'''
+
+
+def test_a_killed_worker_costs_one_line_and_no_update(command, uninterrupted, tmp_path):
+    folder = tmp_path / 'run'
+    job = start(command(folder, '--num_workers', '2', '--print_freq', '1'), tmp_path / 'out.txt',
+                before=STOP_A_WORKER.format(update=6, signal='SIGKILL'))
+    assert job.wait() == [2], job.text()
+    (line,) = [line for line in job.text().splitlines() if line.startswith('error')]
+    assert 'a data worker was killed' in line and '--num_workers' in line and 'Traceback' not in job.text()
+    saved = int(job.text().split('Saved after ')[1].split()[0])
+    assert state_of(folder)['step'] == saved >= 6
+    run(command(folder), tmp_path / 'rest.txt')
+    assert_same_run(folder, uninterrupted(1))
+
+
+@pytest.mark.parametrize('signals', [1, 2])
+def test_a_stopped_worker_is_waited_for_only_so_long_after_a_signal(signals, command, tmp_path):
+    """The stopped worker may hold the main thread in a read that no Python handler can end."""
+    job = start(command(tmp_path / 'run', '--num_workers', '2', '--epochs', '50'), tmp_path / 'out.txt',
+                before=SHORT.format(first=2 if signals == 1 else 600, second=1)
+                + STOP_A_WORKER.format(update=5, signal='SIGSTOP'))
+    job.wait_for('workers signalled')
+    for number in range(signals):
+        time.sleep(1.2 * number)
+        job.kill(number=signal.SIGTERM)
+    assert job.wait(timeout=30) == [1], job.text()
+    after = 'SIGTERM' if signals == 1 else 'a second signal'
+    assert f'for a batch of the data workers after {after}, without an update: ended' in job.text()
+    assert 'Traceback' not in job.text()
+
+
+def test_a_stopped_rank_is_waited_for_only_so_long_after_a_signal(command, tmp_path):
+    job = start(command(tmp_path / 'run', '--epochs', '500', '--num_workers', '0'), tmp_path / 'out.txt', world_size=2,
+                before=SHORT.format(first=2, second=1))
+    job.wait_for('epoch 1 of 500 done')
+    job.kill(rank=1, number=signal.SIGSTOP)
+    job.kill(rank=0, number=signal.SIGTERM)
+    job.ranks[0].join(30)
+    job.kill(rank=1)
+    assert job.wait()[0] == 1, job.text()
+    assert 'rank 0 waited 2 s for the ' in job.text() and 'after SIGTERM' in job.text()
+
+
+def test_a_stopped_rank_is_named_by_one_line_when_the_exchange_times_out(command, tmp_path):
+    job = start(command(tmp_path / 'run', '--epochs', '500', '--num_workers', '0'), tmp_path / 'out.txt', world_size=2,
+                before='import utils; utils.RANK_PATIENCE = 5')
+    job.wait_for('epoch 1 of 500 done')
+    job.kill(rank=1, number=signal.SIGSTOP)
+    job.ranks[0].join(40)
+    job.kill(rank=1)
+    assert job.wait()[0] == 1, job.text()
+    assert 'error: another rank has not come on for 5 s' in job.text() and 'Traceback' not in job.text()
+
+
+BLOCKED_DISK = '''
+import os, time, utils
+flush = os.fsync
+def blocked(descriptor):
+    if 'checkpoint-4.pth' in os.readlink(f'/proc/self/fd/{descriptor}') or 'best' in os.readlink(
+            f'/proc/self/fd/{descriptor}'):
+        print('blocked', flush=True)
+        time.sleep(600)
+    flush(descriptor)
+os.fsync = blocked
+'''
+
+
+def test_a_disk_that_never_answers_ends_the_run_with_a_line(command, tmp_path):
+    """By itself, and sooner after a signal."""
+    job = start(command(tmp_path / 'run'), tmp_path / 'out.txt',
+                before=BLOCKED_DISK + 'import checkpoint; checkpoint.WRITE_PATIENCE = 2')
+    assert job.wait(timeout=60) == [2], job.text()
+    assert f'error: the disk of {tmp_path / "run"} has not taken a checkpoint for 2 s' in job.text()
+    job = start(command(tmp_path / 'other'), tmp_path / 'out.txt', before=BLOCKED_DISK + SHORT.format(first=2, second=1))
+    job.wait_for('blocked')
+    job.kill(number=signal.SIGTERM)
+    assert job.wait(timeout=60) == [1], job.text()
+    assert 'for the write of a checkpoint into' in job.text() and 'after SIGTERM' in job.text()
+
+
+def test_signs_of_life_keep_a_run_from_being_ended_however_long_it_takes_after_a_signal(monkeypatch):
+    """Batches, updates and pieces of a checkpoint: here, a tenth of a second apart, for three times the limit."""
+    ended = []
+    monkeypatch.setattr(utils, 'STOP_PATIENCE', 0.4)
+    monkeypatch.setattr(utils.StopRequest, '_end', lambda *what: ended.append(what))
+    with utils.StopRequest(utils.Processes(device=torch.device('cpu'))) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(12):
+            time.sleep(0.1)
+            utils.alive()
+        assert stop.agreed() == signal.SIGTERM and not ended
+        time.sleep(0.8)
+    assert ended and ended[0][1:] == (signal.SIGTERM, 0.4, False)
+
+
+def test_a_hangup_saves_unless_it_was_ignored_at_the_start(command, tmp_path):
+    """torchrun passes SIGHUP on; nohup ignores it, so that the run outlives its terminal."""
+    job = start(command(tmp_path / 'run'), tmp_path / 'out.txt', before=stop_after(6, signal.SIGHUP))
+    assert job.wait() == [128 + signal.SIGHUP], job.text()
+    assert state_of(tmp_path / 'run')['step'] == 6
+    run(command(tmp_path / 'nohup', '--epochs', '2'), tmp_path / 'out.txt',
+        before='import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n' + stop_after(6, signal.SIGHUP))
