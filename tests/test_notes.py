@@ -20,6 +20,7 @@ import main
 import notes
 import recipes
 import runs
+import utils
 
 COMMAND = (*runs.TINY, '--device', 'cpu', '--total_batch_size', '8', '--batch_size', '8', '--num_workers', '0',
            '--warmup_epochs', '0', '--epochs', '2', '--print_freq', '2')
@@ -289,3 +290,84 @@ def test_wandb_that_cannot_begin_is_one_line_with_the_cure(offline, data, tmp_pa
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     assert main.main(command) == 2
     assert 'pip install wandb' in capsys.readouterr().err
+
+
+# ---- What only notes or shows costs no run --------------------------------------------------------------------------
+
+DAMAGE = {'empty': b'', 'cut': b'[{"command": ["ma', 'another type': b'{"a": 1}', 'a number': b'3', 'null': b'null',
+          'another encoding': '[{"host": "r\xe9"}]'.encode('utf-16'), 'bytes': bytes(range(256)),
+          'deep': b'[' * 100_000}
+
+
+@pytest.mark.parametrize('damage', [*DAMAGE, 'a folder'])
+def test_a_damaged_note_is_kept_aside_and_the_run_goes_on(damage, finished, data, tmp_path, capsys):
+    folder = tmp_path / 'run'
+    shutil.copytree(finished, folder)
+    kept = {path.name: path.read_bytes() for path in folder.glob('checkpoint-*')}
+    for name in ('environment.json', 'recipe.json'):
+        (folder / name).unlink()
+        if damage != 'a folder':
+            (folder / name).write_bytes(DAMAGE[damage])
+    if damage == 'a folder':
+        (folder / 'environment.json').mkdir()
+    (folder / 'environment.json.damaged').write_text('an earlier time')
+    written = notes.Notes(*recipes.resolve([*COMMAND, '--data_path', str(data), '--output_dir', str(folder)]),
+                          utils.Processes(device=torch.device('cpu')), epochs_done=2, step=12)
+    written.close()
+    assert len(json.loads((folder / 'environment.json').read_text())) == 1
+    assert json.loads((folder / 'recipe.json').read_text())['model'] == 'moganet_xtiny'
+    assert (folder / 'environment.json.damaged').read_text() == 'an earlier time'
+    aside = folder / 'environment.json.damaged1'
+    assert aside.is_dir() if damage == 'a folder' else aside.read_bytes() == DAMAGE[damage]
+    assert len(log_of(folder)) == 2
+    assert kept == {path.name: path.read_bytes() for path in folder.glob('checkpoint-*')}
+
+
+def test_log_txt_keeps_its_epochs_whatever_else_stands_in_it(finished, data, tmp_path):
+    """Property: two hundred logs with foreign lines in them, seeded."""
+    rng = np.random.default_rng(0)
+    lines = (finished / 'log.txt').read_bytes().splitlines(keepends=True)
+    foreign = [b'\n', b'{"epoch": "x"}\n', b'[]\n', b'7\n', b'\xff\xfe\n', b'{"step": 3}\n', b'null\n', b'{"epoch"\n']
+    made = notes.Notes.__new__(notes.Notes)
+    for number in range(200):
+        made._folder = tmp_path / str(number)
+        made._folder.mkdir()
+        mixed = [*lines]
+        for _ in range(rng.integers(1, 4)):
+            mixed.insert(rng.integers(len(mixed) + 1), foreign[rng.integers(len(foreign))])
+        content = b''.join(mixed) + (lines[0][:int(rng.integers(len(lines[0])))] if number % 2 else b'')
+        (made._folder / 'log.txt').write_bytes(content)
+        made._cut_log(2)
+        assert (made._folder / 'log.txt').read_bytes() == b''.join(lines)
+        assert (made._folder / 'log.txt.damaged').read_bytes() == content
+
+
+def test_a_line_that_a_kill_cut_off_is_nobodys(finished, tmp_path):
+    made = notes.Notes.__new__(notes.Notes)
+    made._folder = tmp_path
+    content = (finished / 'log.txt').read_bytes()
+    (tmp_path / 'log.txt').write_bytes(content + b'{"epoch": 2, "st')
+    made._cut_log(2)
+    assert [path.name for path in tmp_path.iterdir()] == ['log.txt']
+    assert (tmp_path / 'log.txt').read_bytes() == content
+
+
+BREAKS = ['notes.SummaryWriter', 'notes.draw_images', 'notes.draw_confusion', 'notes.SummaryWriter.add_scalar',
+          'notes.SummaryWriter.close', 'notes.importlib.metadata.version', 'notes.subprocess.run', 'tqdm.tqdm']
+
+
+@pytest.mark.parametrize('broken', BREAKS)
+def test_what_only_shows_may_fail(broken, data, tmp_path, monkeypatch, capsys):
+    import importlib.metadata
+    errors = {'notes.importlib.metadata.version': importlib.metadata.PackageNotFoundError('torch'),
+              'notes.subprocess.run': FileNotFoundError('git')}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise errors.get(broken, RuntimeError('it does not work here'))
+
+    monkeypatch.setattr(broken, fail)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: broken == 'tqdm.tqdm')
+    assert main.main([*COMMAND, '--epochs', '1', '--data_path', str(data), '--output_dir', str(tmp_path / 'run')]) == 0
+    printed = capsys.readouterr().out
+    assert broken in errors or 'it does not work here; the run goes on without it' in printed
+    assert len(log_of(tmp_path / 'run')) == 1

@@ -597,7 +597,8 @@ def test_a_disk_that_never_answers_ends_the_run_with_a_line(command, tmp_path):
                 before=BLOCKED_DISK + 'import checkpoint; checkpoint.WRITE_PATIENCE = 2')
     assert job.wait(timeout=60) == [2], job.text()
     assert f'error: the disk of {tmp_path / "run"} has not taken a checkpoint for 2 s' in job.text()
-    job = start(command(tmp_path / 'other'), tmp_path / 'out.txt', before=BLOCKED_DISK + SHORT.format(first=2, second=1))
+    job = start(command(tmp_path / 'other'), tmp_path / 'out.txt',
+                before=BLOCKED_DISK + SHORT.format(first=2, second=1))
     job.wait_for('blocked')
     job.kill(number=signal.SIGTERM)
     assert job.wait(timeout=60) == [1], job.text()
@@ -626,3 +627,61 @@ def test_a_hangup_saves_unless_it_was_ignored_at_the_start(command, tmp_path):
     assert state_of(tmp_path / 'run')['step'] == 6
     run(command(tmp_path / 'nohup', '--epochs', '2'), tmp_path / 'out.txt',
         before='import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n' + stop_after(6, signal.SIGHUP))
+
+
+LACKS = {
+    'descriptors in the worker': ("""
+import multiprocessing.reduction as reduction
+def fail(descriptor):
+    raise OSError(24, 'Too many open files')
+reduction.DupFd = fail""", 'ulimit -n'),
+    'shared memory, told': ("""
+import torch
+torch.UntypedStorage._new_shared = lambda size: torch.empty(1 << 60)
+def fail(*_, **__):
+    raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)')
+torch.UntypedStorage._new_shared = fail""", '--shm-size'),
+    'shared memory, killed': ("""
+import os, signal, torch
+torch.UntypedStorage._new_shared = lambda *_, **__: os.kill(os.getpid(), signal.SIGBUS)""", '--shm-size'),
+    'processes': ("""
+import os
+def fail():
+    raise BlockingIOError(11, 'Resource temporarily unavailable')
+os.fork = fail""", 'ulimit -u'),
+    'memory': ("""
+import os
+def fail():
+    raise OSError(12, 'Cannot allocate memory')
+os.fork = fail""", 'memory'),
+    'threads': ("""
+import threading
+begin = threading.Thread.start
+def fail(self):
+    if self.name.startswith('QueueFeeder'):
+        raise RuntimeError("can't start new thread")
+    begin(self)
+threading.Thread.start = fail""", '--num_workers'),
+    'a short TMPDIR': ("""
+import os, tempfile
+tempfile.tempdir = os.path.join(tempfile.gettempdir(), 'x' * 100)
+os.makedirs(tempfile.tempdir, exist_ok=True)""", 'TMPDIR'),
+    'a TMPDIR that is there': ("import tempfile; tempfile.tempdir = '/nowhere'", 'TMPDIR'),
+}
+
+
+@pytest.mark.parametrize('lack', LACKS)
+def test_workers_that_cannot_hand_over_a_batch_are_one_line_with_the_cure(lack, command, tmp_path):
+    before, cure = LACKS[lack]
+    job = start(command(tmp_path / 'run', '--num_workers', '2'), tmp_path / 'out.txt', before=before)
+    assert job.wait(timeout=60) == [2], job.text()
+    (line,) = [line for line in job.text().splitlines() if line.startswith('error')]
+    assert cure in line and '--num_workers' in line and 'Traceback' not in job.text(), job.text()
+
+
+@pytest.mark.parametrize('limit', [24, 32, 40, 48, 64])
+def test_few_descriptors_are_enough_or_one_line_and_never_a_hang(limit, command, tmp_path):
+    job = start(command(tmp_path / 'run', '--num_workers', '3', '--epochs', '1'), tmp_path / 'out.txt',
+                before=f'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))')
+    (status,) = job.wait(timeout=60)
+    assert status == 0 or (status == 2 and 'ulimit -n' in job.text() and 'Traceback' not in job.text()), job.text()

@@ -33,6 +33,9 @@ def _seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
+PATIENCE = 600  # seconds that a pipeline may take for a batch
+
+
 class _Worker:
     """A process for one pipeline, as a DataLoader has: what another one does to the heap does not count."""
 
@@ -51,14 +54,16 @@ class _Worker:
         """Seconds that the pipeline takes for a batch."""
         self._ours.send(batch)
         try:
-            return self._ours.recv()
+            if self._ours.poll(PATIENCE):
+                return self._ours.recv()
+            raise UserError(f'a pipeline has not ended a batch for {PATIENCE} s')
         except EOFError:
             raise UserError('a pipeline failed; its message is above') from None
 
     def close(self) -> None:
         """Ends the process."""
         self._ours.send(None)
-        self._process.join()
+        self._process.join(timeout=60)
 
 
 def photos(count: int = 256) -> Path:

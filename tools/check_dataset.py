@@ -9,10 +9,11 @@ LOC_val_solution.csv, or a file with a wordnet id a line. Exit status: 0 all is 
 """
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,15 @@ def _decode(index: int) -> tuple[str, str] | None:
 
 def decode_all(files: ImageFiles, *, workers: int | None = None) -> list[dict[str, str]]:
     """Decodes every image; returns path and reason of those that fail."""
-    with multiprocessing.Pool(workers, _open, (files,)) as pool:
-        results = pool.imap_unordered(_decode, range(len(files)), chunksize=64)
+    # Not multiprocessing's own pool, which waits for ever for what a killed process had begun
+    with ProcessPoolExecutor(workers, initializer=_open, initargs=(files,)) as pool:
+        results = pool.map(_decode, range(len(files)), chunksize=64)
         bar = tqdm(results, f'decoding {files.root}', len(files), unit=' images', disable=None)
-        return [{'path': found[0], 'reason': found[1]} for found in sorted(filter(None, bar))]
+        try:
+            return [{'path': found[0], 'reason': found[1]} for found in sorted(filter(None, bar))]
+        except BrokenProcessPool:
+            raise UserError('a decoding process was killed, as the system does when memory runs out: give fewer '
+                            '--workers, or more memory') from None
 
 
 def sort_val(folder: Path, truth: Path) -> int:
