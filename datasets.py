@@ -43,7 +43,7 @@ from image_ops import (
 )
 from image_sources import check_files, class_names, open_source
 from recipes import Recipe, Run
-from utils import UserError, derive_seed, log, number_of, rank_zero_first, reason_of, waiting_for
+from utils import UserError, derive_seed, log, number_of, rank_zero_first, reason_of, to_stderr, waiting_for
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # images and targets
 
@@ -292,7 +292,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 def _cannot_hand_over(error: Exception, _batch: Any) -> None:
     """Ends a worker that cannot send a batch, with the error's number as status: the main process would wait for ever
     for that batch."""
-    os._exit(getattr(error, 'errno', None) or 1)
+    told = (code for code in (errno.EMFILE, errno.ENOSPC, errno.ENOMEM) if os.strerror(code) in str(error))
+    to_stderr(f'a data worker cannot hand over a batch: {reason_of(error)}')
+    os._exit(getattr(error, 'errno', None) or next(told, 1))
 
 
 def _start_worker(_: int) -> None:
@@ -332,6 +334,18 @@ def check_sockets() -> None:
                         'TMPDIR to a shorter path that is writable, as TMPDIR=/tmp, or say --num_workers 0') from None
 
 
+def abandon_loader(error: BaseException) -> None:
+    """Ends the workers of a DataLoader that failed as it started; its own end would fail too, and print that."""
+    trace = error.__traceback__
+    while trace is not None:
+        made = trace.tb_frame.f_locals.get('self')
+        if hasattr(made, '_shutdown_workers'):
+            made._shutdown = True
+            for worker in getattr(made, '_workers', ()):
+                worker.kill()
+        trace = trace.tb_next
+
+
 def why_lost(error: BaseException, workers: Iterable[Any]) -> WorkersLost | None:
     """What the data workers lack, by the error that came of it and the workers' own ends; None for another error."""
     text = reason_of(error)
@@ -355,7 +369,10 @@ def why_lost(error: BaseException, workers: Iterable[Any]) -> WorkersLost | None
     if -signal.SIGKILL in ends:
         return WorkersLost('a data worker was killed, as the system does when memory runs out: give fewer '
                            '--num_workers, or more memory')
-    if ends or 'exited unexpectedly' in text or isinstance(error, EOFError | ConnectionError):
+    if not ends and isinstance(error, EOFError | ConnectionError):
+        return WorkersLost('a data worker has broken off in the middle of a batch, as where file descriptors run out: '
+                           'raise the limit by ulimit -n 65536, or give fewer --num_workers')
+    if ends or 'exited unexpectedly' in text:
         end = min(ends, default=0)
         how = signal.Signals(-end).name if end < 0 else f'status {end}' if end else 'without a word'
         return WorkersLost(f'a data worker has ended ({how}): what it printed is above; --num_workers 0 shows where')
@@ -400,6 +417,7 @@ class _Workers:
         try:
             self._iterator = iter(self._loader)
         except (OSError, MemoryError, RuntimeError) as error:  # RuntimeError: of a thread that cannot be started
+            abandon_loader(error)
             raise why_lost(error, ()) or error from None
         finally:
             # torch's own handler would raise its error anywhere in the main thread, in the middle of an update too.

@@ -113,7 +113,7 @@ def settle() -> None:
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
-        with contextlib.suppress(AttributeError, ValueError):  # a name that the terminal's encoding does not have
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # for names that the encoding lacks
             getattr(sys, name).reconfigure(errors='backslashreplace')
     try:
         temporary = tempfile.gettempdir()

@@ -529,7 +529,8 @@ def test_scripts_find_their_modules_where_the_scripts_folder_is_not_on_the_path(
 
 
 STREAMS = {'closed': 'os.close(1); sys.stdout = None', 'both closed': 'os.close(1); os.close(2); '
-           'sys.stdout = sys.stderr = None', 'broken pipe': 'reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)',
+           'sys.stdout = sys.stderr = None',
+           'broken pipe': 'reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)',
            'closed terminal': """
 writer, reader = os.openpty()
 os.dup2(reader, 1)
@@ -539,7 +540,8 @@ os.close(writer)"""}
 
 @pytest.mark.parametrize('streams', [*STREAMS, 'full'])
 def test_standard_streams_that_are_closed_or_full_cost_no_run(streams, data, tmp_path):
-    words = (*TINY, '--epochs', '1', '--print_freq', '1', '--data_path', str(data), '--output_dir', str(tmp_path / 'run'))
+    words = (*TINY, '--epochs', '1', '--print_freq', '1', '--data_path', str(data), '--output_dir',
+             str(tmp_path / 'run'))
     if streams == 'full':
         with open('/dev/full', 'w') as full:
             done = subprocess.run([sys.executable, str(ROOT / 'main.py'), *words], stdout=full, stderr=subprocess.PIPE,

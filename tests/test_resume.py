@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -665,8 +666,9 @@ threading.Thread.start = fail""", '--num_workers'),
     'a short TMPDIR': ("""
 import os, tempfile
 tempfile.tempdir = os.path.join(tempfile.gettempdir(), 'x' * 100)
-os.makedirs(tempfile.tempdir, exist_ok=True)""", 'TMPDIR'),
-    'a TMPDIR that is there': ("import tempfile; tempfile.tempdir = '/nowhere'", 'TMPDIR'),
+os.makedirs(tempfile.tempdir, exist_ok=True)
+import multiprocessing
+multiprocessing.current_process()._config.pop('tempdir', None)  # the forkserver's""", 'TMPDIR'),
 }
 
 
@@ -675,11 +677,11 @@ def test_workers_that_cannot_hand_over_a_batch_are_one_line_with_the_cure(lack, 
     before, cure = LACKS[lack]
     job = start(command(tmp_path / 'run', '--num_workers', '2'), tmp_path / 'out.txt', before=before)
     assert job.wait(timeout=60) == [2], job.text()
-    (line,) = [line for line in job.text().splitlines() if line.startswith('error')]
+    (line,) = re.findall(r'error: .*', job.text())  # torch's own ERROR, of a bus error, has no end of line
     assert cure in line and '--num_workers' in line and 'Traceback' not in job.text(), job.text()
 
 
-@pytest.mark.parametrize('limit', [24, 32, 40, 48, 64])
+@pytest.mark.parametrize('limit', [24, 40, 64])
 def test_few_descriptors_are_enough_or_one_line_and_never_a_hang(limit, command, tmp_path):
     job = start(command(tmp_path / 'run', '--num_workers', '3', '--epochs', '1'), tmp_path / 'out.txt',
                 before=f'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))')
