@@ -358,7 +358,7 @@ def why_lost(error: BaseException, workers: Iterable[Any]) -> WorkersLost | None
     if found(r'Too many open files|ancdata', errno.EMFILE, errno.ENFILE):
         return WorkersLost('the data workers have too few file descriptors: raise the limit by ulimit -n 65536, or '
                            'give fewer --num_workers')
-    if found(r'shared memory|/torch_\d|Bus error|No space left', errno.ENOSPC, -signal.SIGBUS):
+    if found(r'shared memory|/torch_\d+_\d+_\d+|Bus error', errno.ENOSPC, -signal.SIGBUS):
         return WorkersLost('the data workers have no room left in the shared memory /dev/shm: enlarge it (docker run '
                            '--shm-size=16g), or give fewer --num_workers, or a smaller --batch_size')
     if isinstance(error, MemoryError) or found(r'Cannot allocate memory', errno.ENOMEM):
@@ -430,7 +430,8 @@ class _Workers:
                 with waiting_for('a batch of the data workers'):
                     batch = next(self._iterator, None)
             except (OSError, EOFError, MemoryError, RuntimeError) as error:
-                raise why_lost(error, getattr(self._iterator, '_workers', ())) or error from None
+                workers = getattr(self._iterator, '_workers', ())
+                raise (why_lost(error, workers) if workers else None) or error from None
             if batch is None:
                 return
             if isinstance(batch, str):

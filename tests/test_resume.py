@@ -570,13 +570,13 @@ def test_a_stopped_rank_is_waited_for_only_so_long_after_a_signal(command, tmp_p
 
 def test_a_stopped_rank_is_named_by_one_line_when_the_exchange_times_out(command, tmp_path):
     job = start(command(tmp_path / 'run', '--epochs', '500', '--num_workers', '0'), tmp_path / 'out.txt', world_size=2,
-                before='import utils; utils.RANK_PATIENCE = 5')
+                before='import utils; utils.RANK_PATIENCE = 3')
     job.wait_for('epoch 1 of 500 done')
     job.kill(rank=1, number=signal.SIGSTOP)
     job.ranks[0].join(40)
     job.kill(rank=1)
     assert job.wait()[0] == 1, job.text()
-    assert 'error: another rank has not come on for 5 s' in job.text() and 'Traceback' not in job.text()
+    assert 'error: another rank has not come on for 3 s' in job.text() and 'Traceback' not in job.text()
 
 
 BLOCKED_DISK = '''
