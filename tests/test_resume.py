@@ -665,7 +665,7 @@ def fail(self):
 threading.Thread.start = fail""", '--num_workers'),
     'a short TMPDIR': ("""
 import os, tempfile
-tempfile.tempdir = os.path.join(tempfile.gettempdir(), 'x' * 100)
+tempfile.tempdir = os.path.join('FOLDER', 'x' * 100)
 os.makedirs(tempfile.tempdir, exist_ok=True)
 import multiprocessing
 multiprocessing.current_process()._config.pop('tempdir', None)  # the forkserver's""", 'TMPDIR'),
@@ -675,7 +675,8 @@ multiprocessing.current_process()._config.pop('tempdir', None)  # the forkserver
 @pytest.mark.parametrize('lack', LACKS)
 def test_workers_that_cannot_hand_over_a_batch_are_one_line_with_the_cure(lack, command, tmp_path):
     before, cure = LACKS[lack]
-    job = start(command(tmp_path / 'run', '--num_workers', '2'), tmp_path / 'out.txt', before=before)
+    job = start(command(tmp_path / 'run', '--num_workers', '2'), tmp_path / 'out.txt',
+                before=before.replace('FOLDER', str(tmp_path)))
     assert job.wait(timeout=60) == [2], job.text()
     (line,) = re.findall(r'error: .*', job.text())  # torch's own ERROR, of a bus error, has no end of line
     assert cure in line and '--num_workers' in line and 'Traceback' not in job.text(), job.text()
