@@ -26,13 +26,13 @@ from timm.data.mixup import Mixup, mixup_target
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from image_ops import (
-    UNREADABLE,
+    BadImage,
     TestTransform,
     TrainTransform,
     erasing_boxes,
     normalise,
+    refusing_bad_images,
     seed_image,
-    why_unreadable,
 )
 from image_sources import check_files, class_names, open_source
 from recipes import Recipe, Run
@@ -153,12 +153,13 @@ class _Builder:
         self.filled = self.bad = 0
 
     def add(self, image: Any, label: Any, seed: int) -> None:
-        """Decodes and augments one image. Raises `UNREADABLE` and BadLabel."""
+        """Decodes and augments one image. Raises BadImage and BadLabel."""
         if not 0 <= label < self._num_classes:
             raise BadLabel(f'has label {label}, but the model has {self._num_classes} classes: give --num_classes, or '
                            'check --class_map')
         seed_image(seed)
-        self._images[self.filled] = self._transform(image)
+        with refusing_bad_images():
+            self._images[self.filled] = self._transform(image)
         self._targets[self.filled], self._seeds[self.filled] = int(label), seed
         if self._training:
             self._boxes[self.filled] = erasing_boxes(self._recipe)
@@ -184,15 +185,17 @@ class MapBatches(torch.utils.data.Dataset):
         for epoch, index, repeat in keys.tolist():
             for attempt in range(100):
                 try:
-                    builder.add(*self._source.read(index), derive_seed(self._recipe.seed, epoch, index, repeat))
+                    with refusing_bad_images():
+                        image, label = self._source.read(index)
+                    builder.add(image, label, derive_seed(self._recipe.seed, epoch, index, repeat))
                     break
                 except BadLabel as error:
                     return f'image {index}, {self._source.name(index)}, {error}'
-                except UNREADABLE as error:
+                except BadImage as error:
                     if not self._training or self._recipe.on_bad_image == 'stop' or attempt == 99:
                         cure = ('--on_bad_image skip trains without them' if self._training else
                                 'an evaluation counts every image, so replace or remove them')
-                        return (f'image {index}, {self._source.name(index)}, cannot be read ({why_unreadable(error)}); '
+                        return (f'image {index}, {self._source.name(index)}, cannot be read ({error}); '
                                 f'tools/check_dataset.py --decode finds all such files, {cure}')
                     builder.bad += 1
                     index = derive_seed(self._recipe.seed, 'instead of', index) % len(self._source)

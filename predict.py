@@ -14,25 +14,21 @@ import os
 import re
 import urllib.request
 from collections.abc import Iterator, Sequence
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 import recipes
 from evaluation import find_recipe
-from image_ops import UNREADABLE, TestTransform, normalise, why_unreadable
+from image_ops import BadImage, TestTransform, normalise, refusing_bad_images
 from image_sources import is_image
 from models.weights import build_model
 from recipes import Recipe, Run
 from utils import UserError, choose_device, run_cli, to_stderr
 
-# What a source of an image raises: files, the network, Pillow
-BAD_IMAGE = (*UNREADABLE, HTTPException, Image.DecompressionBombError)
 # Flags of main.py that mean here what they mean there
 FLAGS = ('weights', 'model', 'gate', 'test_size', 'crop_pct', 'crop_mode', 'interpolation', 'device')
 
@@ -69,8 +65,9 @@ class Classifier:
         self._scale = 1 / (torch.tensor(recipe.std, device=self.device) * 255)
 
     def pixels(self, source: str) -> np.ndarray:
-        """The test crop, uint8 [H, W, 3], of a file or of what a URL returns. Raises `BAD_IMAGE`."""
-        return self._transform(read(source))
+        """The test crop, uint8 [H, W, 3], of a file or of what a URL returns. Raises BadImage."""
+        with refusing_bad_images():
+            return self._transform(read(source))
 
     def images(self, pixels: Sequence[np.ndarray]) -> torch.Tensor:
         """The model's input, float32 [B, 3, H, W] on the device, from what `pixels` returns."""
@@ -153,8 +150,8 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 pixels.append(classifier.pixels(source))
                 names.append(shown)
-            except BAD_IMAGE as error:
-                to_stderr(f'error: {shown}: {why_unreadable(error)}')
+            except BadImage as error:
+                to_stderr(f'error: {shown}: {error}')
                 bad += 1
         rows = classifier.probabilities(classifier.images(pixels)) if pixels else ()
         for name, row in zip(names, rows, strict=True):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import predict
-from image_ops import why_unreadable
+from image_ops import BadImage
 from models.moganet import MogaNet, MultiOrderGatedAggregation
 from utils import UserError, nearest, run_cli, write_atomically
 
@@ -163,8 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     classifier = predict.from_flags(args)
     try:
         pixels = classifier.pixels(args.image)
-    except predict.BAD_IMAGE as error:
-        raise UserError(f'{args.image}: {why_unreadable(error)}; give one image') from None
+    except BadImage as error:
+        raise UserError(f'{args.image}: {error}; give one image') from None
     image = classifier.images([pixels])
     probabilities = classifier.probabilities(image)[0].tolist()
     answer = int(np.argmax(probabilities))

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,15 @@ _files: ImageFiles  # of a worker process
 def _open(files: ImageFiles) -> None:
     global _files
     _files = files
-    warnings.simplefilter('ignore')  # Pillow's, about what it could repair
 
 
 def _decode(index: int) -> tuple[str, str] | None:
     """Name and reason of an image that cannot be decoded."""
     try:
-        image_ops.decode(_files.read(index)[0])
-    except image_ops.UNREADABLE as error:
-        return _files.name(index), image_ops.why_unreadable(error)
+        with image_ops.refusing_bad_images():
+            image_ops.decode(_files.read(index)[0])
+    except image_ops.BadImage as error:
+        return _files.name(index), str(error)
     return None
 
 
