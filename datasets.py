@@ -10,6 +10,7 @@ device, on CUDA in a stream of their own, ahead of the step.
 import atexit
 import importlib
 import importlib.machinery
+import logging
 import math
 import os
 import signal
@@ -33,6 +34,7 @@ from image_ops import (
     normalise,
     refusing_bad_images,
     seed_image,
+    why_bad,
 )
 from image_sources import check_files, class_names, open_source
 from recipes import Recipe, Run
@@ -242,14 +244,23 @@ class StreamBatches(IterableDataset):
                             training=self._training)
 
         builder = start()
+
+        def note(reasons: list[str]) -> None:
+            if reasons and self._training and self._recipe.on_bad_image == 'stop':
+                raise BadImage(f'{reasons[0]}; --on_bad_image skip trains without what cannot be read')
+            if reasons and not builder.bad:
+                log.warning('--data_set %s: %s; left out', self._recipe.data_set, reasons[0])
+            builder.bad += len(reasons)
+
         try:
-            for position, (image, label) in enumerate(() if self._empty else self._data):
+            for position, (item, reasons) in enumerate(() if self._empty else _heard(self._data)):
+                note(reasons)
+                if item is None:
+                    break
                 try:
-                    builder.add(image, label, derive_seed(*key, position))
-                except UNREADABLE:
-                    if not self._training or self._recipe.on_bad_image == 'stop':
-                        raise
-                    builder.bad += 1
+                    builder.add(*item, derive_seed(*key, position))
+                except BadImage as error:
+                    note([f'image {position} of a worker cannot be read ({error})'])
                 if builder.filled == self._batch_size:
                     yield builder.batch()
                     builder = start()
@@ -257,6 +268,40 @@ class StreamBatches(IterableDataset):
                 yield builder.batch()
         except Exception as error:  # anything that a foreign reader raises
             yield f'--data_set {self._recipe.data_set}: {" ".join(str(error).split()) or type(error).__name__}'
+
+
+class _LeftOut(logging.Handler):
+    """Hears what timm's reader of shards leaves out, which it only logs: shards, and images that cannot be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps the reason, and the image's place, which the frame of webdataset knows and its message does not."""
+        error = sys.exc_info()[1]
+        if error is None:  # a remark
+            return
+        sample = error.__traceback__.tb_frame.f_locals.get('sample')
+        if isinstance(sample, dict) and '__key__' in sample:
+            where = f'{sample.get("__url__")}: {sample["__key__"]}'
+        else:  # webdataset appends the shard
+            where = next((word for word in error.args[::-1] if isinstance(word, str)), 'a shard')
+        self.reasons.append(f'{where} cannot be read ({why_bad(error)})')
+
+
+def _heard(data: Any) -> Iterator[tuple[Any, list[str]]]:
+    """The items of one of timm's streams, at last None, each with the reasons for what was left out before it."""
+    items, reader_log = iter(data), logging.getLogger(type(data.reader).__module__)
+    item = True
+    while item is not None:
+        left_out = _LeftOut()
+        reader_log.addHandler(left_out)  # no longer than this takes: other streams of the process have the same log
+        try:
+            item = next(items, None)
+        finally:
+            reader_log.removeHandler(left_out)
+        yield item, left_out.reasons
 
 
 _storages: list[torch.UntypedStorage] = []  # of earlier batches of this process
@@ -481,18 +526,22 @@ class ValLoader(_Loader):
     """Batches of this rank's share of the test images: every world-size-th, none twice.
 
     Attributes:
-        count: images in the whole set.
+        count: images in the whole set; of a stream, what it says of itself.
+        exact: whether `count` is sure, which a stream's is not.
     """
 
     def __init__(self, source: Any, recipe: Recipe, run: Run, *, rank: int, **others: Any):
-        self._source = source
+        self._source, self.exact = source, not isinstance(source, IterableDataset)
         self._batch_size = run.val_batch_size or int(1.5 * (run.batch_size or recipe.micro_batch_size))
         super().__init__(source, recipe, run, training=False, batch_size=self._batch_size, rank=rank, **others)
         self._share = np.arange(rank, self.count, run.world_size)
 
     @property
     def names(self) -> list[str]:
-        """Where this rank's images come from, in the order of the batches."""
+        """Where this rank's images come from, in the order of the batches. Raises UserError for a stream."""
+        if not self.exact:
+            raise UserError(f'--data_set {self._recipe.data_set} is a stream, which does not tell the names of its '
+                            'images; use a folder')
         return [self._source.name(int(index)) for index in self._share]
 
     def __len__(self) -> int:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Buffers
 from optim_factory import ModelEma
-from utils import UserError, derive_seed
+from utils import UserError, derive_seed, log
 
 MAX_CONFUSION = 100  # classes of which a confusion matrix is still one that a person reads
 AUTOCAST = {'fp32': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
@@ -331,7 +331,7 @@ def train_one_epoch(step: TrainStep, batches: Iterable[tuple[torch.Tensor, torch
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, count: int,
-             precision: str = 'fp32', valid_labels: Sequence[int] | None = None,
+             exact: bool = True, precision: str = 'fp32', valid_labels: Sequence[int] | None = None,
              real_labels: torch.Tensor | None = None, confusion: int = 0) -> dict[str, Any]:
     """Accuracy and cross-entropy over a data set that the ranks share out, each image once.
 
@@ -339,6 +339,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tenso
         model: unwrapped; a rank may have fewer batches than another, so that nothing in it may communicate.
         batches: this rank's images [B, 3, H, W] and class indices [B].
         count: images of the whole data set.
+        exact: whether `count` is sure; a stream only says how many images it has, and another number is a warning.
         valid_labels: the model's classes that the data set has, in the order of its labels; all of them by default.
         real_labels: bool [images of this rank, classes], all the labels that are right for an image; an image without
             any is left out (ReaL, arXiv 2006.07159).
@@ -349,7 +350,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tenso
         `real_labels` 'real_acc1' in %, and with `confusion` 'confusion', the images [true][predicted].
 
     Raises:
-        RuntimeError: where the images seen by all ranks are not `count`.
+        RuntimeError: where the images seen by all ranks are not `count`, which is exact.
+        UserError: where a stream gives no image.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -379,8 +381,13 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tenso
         sums = sums.cuda() if dist.get_backend() == 'nccl' else sums  # a moving average may be kept on the CPU
         dist.all_reduce(sums)
     correct1, correct5, loss, real_correct, real_count, total = sums[:6].tolist()
-    if total != count:
+    if total != count and exact:
         raise RuntimeError(f'{total:.0f} images were evaluated, but the data set has {count}')
+    if not total:
+        raise UserError(f'the stream gives none of the {count} test images that it says it has; check its shards')
+    if total != count:
+        log.warning('%d images were evaluated, though the stream says it has %d: shards or images are missing, or its '
+                    'count is wrong', total, count)
     result = {'acc1': 100 * correct1 / total, 'acc5': 100 * correct5 / total, 'loss': loss / total, 'count': int(total)}
     if real_labels is not None:
         result['real_acc1'] = 100 * real_correct / max(real_count, 1)

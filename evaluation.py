@@ -85,8 +85,8 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
         real_labels = real_labels[:, valid_labels]
     classes = len(valid_labels) if valid_labels is not None else num_classes
     begin = time.perf_counter()
-    result = engine.evaluate(model, loaders.val, count=loaders.val.count, precision=recipe.precision,
-                             valid_labels=valid_labels, real_labels=real_labels,
+    result = engine.evaluate(model, loaders.val, count=loaders.val.count, exact=loaders.val.exact,
+                             precision=recipe.precision, valid_labels=valid_labels, real_labels=real_labels,
                              confusion=classes if classes <= engine.MAX_CONFUSION else 0)
     seconds = time.perf_counter() - begin
     log.info('top-1 %.3f %%  top-5 %.3f %%  loss %.4f  (%s weights, %d images)', result['acc1'], result['acc5'],

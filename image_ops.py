@@ -55,13 +55,18 @@ def refusing_bad_images() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
-    except UnidentifiedImageError:  # Pillow names a BytesIO
-        raise BadImage('is no image, or of a format that Pillow does not know') from None
     except Exception as error:
-        reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
-        # The type tells a fault of the program from one of the file
-        kind = '' if isinstance(error, (BadImage, OSError, ValueError, SyntaxError)) else type(error).__name__
-        raise BadImage(': '.join(filter(None, (kind, reason))) or type(error).__name__) from error
+        raise BadImage(why_bad(error)) from error
+
+
+def why_bad(error: Exception) -> str:
+    """Why an image cannot be read, in a few words."""
+    if isinstance(error, UnidentifiedImageError):  # Pillow names a BytesIO
+        return 'is no image, or of a format that Pillow does not know'
+    # The type tells a fault of the program from one of the file
+    kind = '' if isinstance(error, (BadImage, OSError, ValueError, SyntaxError)) else type(error).__name__
+    reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
+    return ': '.join(filter(None, (kind, reason))) or type(error).__name__
 
 
 @functools.cache

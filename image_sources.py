@@ -59,10 +59,13 @@ def open_timm(recipe: Recipe, run: Run, split: Split) -> Any:
         raise UserError(f'--data_set {recipe.data_set} is unknown{nearest(recipe.data_set, known)}; '
                         f'choose from {", ".join(known)}')
     root = run.eval_data_path if split == 'val' and run.eval_data_path else run.data_path
+    # Which members of a shard are images: for timm by itself, .jpg, .png and .webp alone
+    more = {'input_key': ';'.join(dict.fromkeys(('jpg', 'png', 'webp', *(ending[1:] for ending in EXTENSIONS))))
+            } if kind == 'wds' else {}
     try:
         data = create_dataset(
             recipe.data_set, root=root, split='train' if split == 'train' else 'validation', class_map=run.class_map,
-            is_training=split == 'train', batch_size=run.batch_size or 1, seed=recipe.seed)
+            is_training=split == 'train', batch_size=run.batch_size or 1, seed=recipe.seed, **more)
     except (Exception, SystemExit) as error:  # anything that a foreign reader raises
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise UserError(f'--data_set {recipe.data_set}: the {split} images under {root} cannot be opened ({reason}); '

@@ -360,7 +360,7 @@ class Training:
             if next(model.parameters()).device != self.processes.device:  # an average kept on the CPU
                 model = copy.deepcopy(model).to(self.processes.device)
             result = engine.evaluate(model, self.loaders.val, count=self.loaders.val.count,
-                                     precision=self.recipe.precision, confusion=classes)
+                                     exact=self.loaders.val.exact, precision=self.recipe.precision, confusion=classes)
             if classes:
                 confusion[f'test/confusion{suffix}'] = result['confusion']
             entry |= {f'test_{name}{suffix}': result[name] for name in ('acc1', 'acc5', 'loss')}
