@@ -208,12 +208,13 @@ class TrainStep:
         return skipped
 
     def warm_up(self, images: torch.Tensor, targets: torch.Tensor) -> None:
-        """A throwaway pass that lets DDP settle its buckets, so that a resumed run sums in the order of the first.
+        """A throwaway pass of a model in DDP or compiled, before the training starts.
 
-        DDP reorders its buckets after its first backward pass, and from three processes on the order changes the sums.
-        The BN buffers are put back; the random state is derived anew each step.
+        It lets DDP settle its buckets, so that a resumed run sums in the order of the first, and shows whether torch
+        can compile the model. DDP reorders its buckets after its first backward pass, and from three processes on the
+        order changes the sums. The BN buffers are put back; the random state is derived anew each step.
         """
-        if not isinstance(self.model, DistributedDataParallel):
+        if not isinstance(self.model, DistributedDataParallel) and self.unwrapped._compiled_call_impl is None:
             return
         kept, counts = self.buffers.get(), [count.clone() for count in self._counts]
         train_mode(self.model)

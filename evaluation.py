@@ -17,7 +17,7 @@ import recipes
 import utils
 from datasets import ValLoader
 from models.weights import Weights, apply_weights, classes_of, load_weights
-from parts import adapt_to_device, build_model
+from parts import adapt_to_device, build_model, compile_errors
 from recipes import Recipe, Run
 from utils import UserError, log
 
@@ -85,9 +85,10 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
         real_labels = real_labels[:, valid_labels]
     classes = len(valid_labels) if valid_labels is not None else num_classes
     begin = time.perf_counter()
-    result = engine.evaluate(model, loaders.val, count=loaders.val.count, exact=loaders.val.exact,
-                             precision=recipe.precision, valid_labels=valid_labels, real_labels=real_labels,
-                             confusion=classes if classes <= engine.MAX_CONFUSION else 0)
+    with compile_errors():
+        result = engine.evaluate(model, loaders.val, count=loaders.val.count, exact=loaders.val.exact,
+                                 precision=recipe.precision, valid_labels=valid_labels, real_labels=real_labels,
+                                 confusion=classes if classes <= engine.MAX_CONFUSION else 0)
     seconds = time.perf_counter() - begin
     log.info('top-1 %.3f %%  top-5 %.3f %%  loss %.4f  (%s weights, %d images)', result['acc1'], result['acc5'],
              result['loss'], which, result['count'])

@@ -51,7 +51,9 @@ def freeze(model: nn.Module, *, stages: int = 0, linear_probe: bool = False) -> 
     """
     kept = set(model.state_dict())
     if linear_probe:
-        classifier = {id(param) for param in model.get_classifier().parameters()}
+        heads = model.get_classifier()  # of distilled models, two
+        heads = heads if isinstance(heads, (tuple, list)) else (heads,)
+        classifier = {id(param) for head in heads for param in head.parameters()}
         kept = {name for name, param in model.named_parameters() if id(param) in classifier}
     elif stages:
         if not hasattr(model, 'group_matcher'):

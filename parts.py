@@ -1,9 +1,10 @@
 """The parts that a recipe names, built: the model on its device, and the loss."""
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import Any
 
-import timm
 import torch
 from timm.layers import convert_sync_batchnorm  # torch's drops the activation of timm's BatchNormAct2d
 from timm.loss import BinaryCrossEntropy
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 import optim_factory
 import recipes
 import utils
-from models.weights import Weights, apply_weights
+from models.weights import Weights, apply_weights, check_forward, create_model
 from recipes import Recipe, Run
 from utils import UserError, log
 
@@ -38,10 +39,8 @@ def build_model(recipe: Recipe, run: Run, *, num_classes: int, device: torch.dev
     """The recipe's model on the device, with its own initial weights or those of `initial` (the head where it fits).
 
     Raises:
-        UserError: for an unknown model, or weights that are not of it.
+        UserError: for an unknown model, one that cannot take the recipe's images, or weights that are not of it.
     """
-    if not timm.is_model(recipe.model):
-        raise UserError(f'unknown model {recipe.model}{utils.nearest(recipe.model, timm.list_models())}')
     # Many timm models have no drop path; a rate of 0 is not passed on
     arguments: dict[str, Any] = {'num_classes': num_classes, 'drop_rate': recipe.drop or None,
                                  'drop_path_rate': recipe.drop_path or None, **recipe.model_kwargs}
@@ -49,14 +48,12 @@ def build_model(recipe: Recipe, run: Run, *, num_classes: int, device: torch.dev
         arguments |= {'proj_drop_rate': recipe.proj_drop, 'layer_scale_init_value': recipe.layer_scale_init_value,
                       'head_init_scale': recipe.head_init_scale, 'gate': recipe.gate, 'gate_fp32': recipe.gate_fp32}
     utils.seed_everything(recipe.seed, 'model')
-    try:
-        model = timm.create_model(recipe.model, pretrained=pretrained and initial is None, **arguments)
-    except OSError as error:
-        raise UserError(f"timm's weights of {recipe.model} cannot be had ({' '.join(str(error).split())}); download "
-                        f'them elsewhere and give the file by {"--checkpoint" if run.eval else "--finetune"}') from None
-    except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as error:
-        raise UserError(f'{recipe.model} cannot be built as the recipe says ({error}); see --model_kwargs, --drop, '
-                        '--drop_path 0') from None
+    model = create_model(recipe.model, pretrained=pretrained and initial is None, **arguments)
+    if not run.eval:
+        check_forward(model, size=recipe.input_size, training=True,
+                      batch=run.batch_size if isinstance(run.batch_size, int) else 2)
+    if run.eval or recipe.test_size != recipe.input_size:
+        check_forward(model, size=recipe.test_size)
     if initial is not None:
         log.info('Starting from %s: %s', initial, apply_weights(model, initial, drop_classifier=True))
     optim_factory.freeze(model, stages=recipe.freeze_stages, linear_probe=recipe.linear_probe)
@@ -69,6 +66,19 @@ def build_model(recipe: Recipe, run: Run, *, num_classes: int, device: torch.dev
         model = convert_sync_batchnorm(model)
     channels_last = device.type == 'cuda' if run.channels_last is None else run.channels_last
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@contextlib.contextmanager
+def compile_errors() -> Iterator[None]:
+    """Makes one line of what torch.compile raises: at the first call, and not when it is asked to compile."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(('torch._dynamo', 'torch._inductor', 'torch._functorch', 'triton')):
+            raise
+        reason = str(error).strip().split('\n')[0][:200] or type(error).__name__
+        raise UserError(f'--compile: torch cannot compile the model here ({reason}); install a C++ compiler (g++; on a '
+                        'GPU Triton too), or leave --compile out') from error
 
 
 class Criterion:

@@ -25,7 +25,7 @@ import recipes
 from evaluation import find_recipe
 from image_ops import BadImage, TestTransform, normalise, refusing_bad_images
 from image_sources import is_image
-from models.weights import build_model
+from models.weights import build_model, check_forward
 from recipes import Recipe, Run
 from utils import UserError, choose_device, run_cli, to_stderr
 
@@ -57,6 +57,7 @@ class Classifier:
         self.model = build_model(weights, recipe.model, gate=recipe.gate).to(self.device)
         if not self.model.num_classes:
             raise UserError(f'{source}: holds no classifier; give a checkpoint that was trained to tell classes apart')
+        check_forward(self.model, size=recipe.test_size)
         self.names = class_names(weights.meta.get('classes') or (), self.model)
         self.about = (f'{weights}; {recipe.model} at {recipe.test_size}, crop {recipe.crop_pct:g} '
                       f'({recipe.crop_mode}), {recipe.interpolation}')

@@ -353,6 +353,25 @@ def _literal(text: str) -> Any:
         return text
 
 
+SIZES = ('input_size', 'test_size')
+SQUARE = 'images are square: give one value'
+
+
+def _surplus(word: str, argv: list[str]) -> str:
+    """Why a word that is no flag has no place: the flag before it takes one value alone."""
+    flag, values = '', 0
+    for other in argv:
+        if other.startswith('--'):
+            flag, _, value = other.partition('=')
+            values = bool(value)
+        elif other == word and values and flag:
+            cure = SQUARE if flag.removeprefix('--') in SIZES else 'give one value'
+            return f'{flag} takes no further value {word}; {cure}'
+        else:
+            values += 1
+    return f'{word} belongs to no flag; see main.py --help'
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message.removeprefix('argument ') + '; see main.py --help')
@@ -384,6 +403,7 @@ class _Store(argparse.Action):
                 value = _parse(values, kind)
         except ValueError as error:
             reason = 'write name=value' if 'unpack' in str(error) or 'dictionary' in str(error) else error
+            reason = f'{reason}; {SQUARE}' if self.dest in SIZES else reason
             shown = ' '.join(values) if isinstance(values, list) else values
             raise UserError(f'{option} {shown}: {reason}') from None
         setattr(namespace, self.dest, value)
@@ -458,6 +478,8 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
     """
     parser = _parser()
     args, unknown = parser.parse_known_args(_normalise(argv))
+    if unknown and not unknown[0].startswith('-'):
+        raise UserError(_surplus(unknown[0], _normalise(argv)))
     if unknown:
         names = [option.lstrip('-') for action in parser._actions for option in action.option_strings]
         raise UserError(f'unknown flag {unknown[0]}{nearest(unknown[0].lstrip("-").split("=")[0], names, prefix="--")}')

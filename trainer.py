@@ -28,7 +28,7 @@ from checkpoint import CheckpointFolder, TrainState
 from datasets import Loaders
 from models.weights import Weights, load_weights
 from notes import Notes
-from parts import Criterion, adapt_to_device, build_model
+from parts import Criterion, adapt_to_device, build_model, compile_errors
 from recipes import Recipe, Run
 from utils import UserError, log
 
@@ -65,7 +65,7 @@ def train(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
     if (recipe.warmup_steps or 0) > updates:
         raise UserError(f'--warmup_steps {recipe.warmup_steps} is longer than the run of {updates} updates')
     try:
-        with utils.StopRequest(processes, run.stop_signals) as stop:
+        with utils.StopRequest(processes, run.stop_signals) as stop, compile_errors():
             training = Training(recipe, run, processes, loaders, folder, start, initial, own=own)
             del start, initial  # gigabytes of the host's memory
             return training.fit(stop)

@@ -6,6 +6,7 @@
 """
 import argparse
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -169,7 +170,7 @@ def load_weights(source: str | Path, which: Literal['auto', 'raw', 'ema'] = 'aut
     row = RELEASED.get(name or _RELEASED_BY_FILE.get(path.name, ''))
     try:
         payload, told = _read_file(path)
-        sets, gate, kind, meta = _interpret(payload, told)
+        sets, gate, kind, meta = _interpreted(payload, told)
     except UserError as error:
         if not url:
             raise UserError(f'{source}: {error}') from None
@@ -221,8 +222,12 @@ _HARMLESS = [argparse.Namespace, (_Dtype, 'numpy.dtype'), (_scalar, 'numpy.core.
              (_scalar, 'numpy._core.multiarray.scalar')]
 
 
-def _read_file(path: Path) -> tuple[Any, dict[str, str] | None]:
-    """The content of a checkpoint file and, of a safetensors file, its notes. Nothing in the file is executed."""
+def _read_file(path: Path, *, of_index: bool = False) -> tuple[Any, dict[str, str] | None]:
+    """The content of a checkpoint file and, of a safetensors file, its notes. Nothing in the file is executed.
+
+    Args:
+        of_index: the file is one of several that an index names.
+    """
     if path.is_dir():
         raise UserError('is a directory: give a checkpoint file')
     try:
@@ -236,6 +241,10 @@ def _read_file(path: Path) -> tuple[Any, dict[str, str] | None]:
         raise UserError('is a web page, not a checkpoint: fetch it again, from the link of the file itself')
     if head.startswith(b'version https://git-lfs'):
         raise UserError('is a Git LFS pointer, not the file: run `git lfs pull`')
+    if path.suffix == '.json' and b'{' in head:
+        return _read_parts(path)
+    if not of_index and (found := re.search(r'-\d+-of-0*([2-9]|\d{2,})\.', path.name)):
+        raise UserError(f'is one of {found[1]} parts: give the index beside it (*.index.json)')
     try:
         if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < 2**32:  # length of the header, then its JSON
             with safetensors.safe_open(path, 'pt') as file:
@@ -256,6 +265,24 @@ def _read_file(path: Path) -> tuple[Any, dict[str, str] | None]:
                             ) from None
         reason = re.split(r'\. |\n', str(error).strip())[0][:120] or type(error).__name__
         raise UserError(f'is damaged or no checkpoint ({reason}): fetch or copy it again') from None
+
+
+def _read_parts(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of the files, beside it, that an index names (Hugging Face's `*.index.json`)."""
+    try:
+        places = {str(name): Path(file).name for name, file in json.loads(index.read_text())['weight_map'].items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f'is damaged or no checkpoint ({_in_a_line(error)}): an index has a weight_map') from None
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(places.values())):
+        try:
+            part, _ = _read_file(index.with_name(file), of_index=True)
+        except UserError as error:
+            raise UserError(f'its part {file} {error}') from None
+        tensors |= part if isinstance(part, Mapping) else {}
+    if lost := sorted(places.keys() - tensors.keys()):
+        raise UserError(f'its parts lack {len(lost)} of its {len(places)} tensors, {lost[0]} for one: fetch them again')
+    return tensors, {}
 
 
 def _foreign_globals(path: Path, message: str) -> str:
@@ -286,26 +313,64 @@ def _foreign_globals(path: Path, message: str) -> str:
 Interpreted = tuple[dict[str, dict[str, Tensor]], Gate | None, str, dict[str, Any]]
 
 
+# The names of a state dict and of its average in a file, by the programs that write it
+_RAW = ('state_dict', 'model', 'model_state_dict', 'net', 'network', 'weights', 'params', 'module')
+_AVERAGES = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'model_ema_state_dict', 'params_ema', 'ema')
+
+
+def _interpreted(payload: Any, told: dict[str, str] | None) -> Interpreted:
+    """What `_interpret` says. Raises UserError also where a file's notes make no sense."""
+    try:
+        sets, gate, kind, meta = _interpret(payload, told)
+        if gate not in (None, 'single', 'double'):
+            raise ValueError(f'a gate {gate!r}')
+        if not set(sets) <= {'raw', 'ema'}:
+            raise ValueError(f'weights {" and ".join(sets)}')
+        if not all(isinstance(name, str) for name in meta.get('classes', ())):
+            raise ValueError('classes without names')
+    except UserError:
+        raise
+    except Exception as error:  # a file may hold anything under any name
+        raise UserError(f'says what cannot be ({type(error).__name__}: {_in_a_line(error)}): save the state dict alone'
+                        ) from None
+    return sets, gate, kind, meta
+
+
+def _holds_weights(value: Any) -> bool:
+    """Whether a value is a state dict, or a dict that holds one under a known name."""
+    return isinstance(value, Mapping) and (any(isinstance(entry, Tensor) for entry in value.values())
+                                           or any(_holds_weights(value.get(name)) for name in (*_RAW, *_AVERAGES)))
+
+
 def _interpret(payload: Any, told: dict[str, str] | None) -> Interpreted:
     """Tells a file's format by its keys: ({'ema' and / or 'raw': state dict}, gate, format, meta)."""
     if not isinstance(payload, Mapping) or not payload:
         raise UserError(f'holds a {type(payload).__name__}, not weights')
     if told and 'moganet' in told:  # a safetensors file of tools/export.py
         note = json.loads(told['moganet'])
-        return {note['which']: _clean(payload)}, note['gate'], 'safetensors', note['meta']
+        return {note['which']: _clean(payload)}, note['gate'], 'safetensors', dict(note['meta'])
     if all(isinstance(value, Tensor) for value in payload.values()):
         return {'raw': _clean(payload)}, None, 'bare' if told is None else 'safetensors', {}
-    if 'state_dict' in payload:
-        raw, ema, kind = payload['state_dict'], payload.get('state_dict_ema'), 'timm'
-    elif 'model' in payload:
-        raw, ema, kind = payload['model'], payload.get('model_ema'), 'deit'
-    else:
-        raise UserError(f'holds no weights under any name known here, only {", ".join(map(str, list(payload)[:8]))}')
-    raw = _clean(raw)
+    plain, averages = ([name for name in names if _holds_weights(payload.get(name))] for names in (_RAW, _AVERAGES))
+    if len(plain) > 1 or len(averages) > 1:
+        raise UserError(f'holds weights under several names, {", ".join(plain + averages)}: save the right ones alone')
+    if plain and not averages and not any(isinstance(value, Tensor) for value in payload[plain[0]].values()):
+        return _interpret(payload[plain[0]], None)  # a dict in a dict
+    tensors = {name: value for name, value in payload.items() if isinstance(value, Tensor)}
+    if not plain and not averages and any('.' in str(name) for name in tensors):  # beside an epoch and the like
+        return {'raw': _clean(tensors)}, None, 'bare', {}
+    if not plain and not averages and any(name in payload for name in (*_RAW, *_AVERAGES)):
+        raise UserError('holds something other than tensors where its weights should be')
+    if not plain and not averages:
+        raise UserError(f'holds no weights under any name known here, only {", ".join(map(str, list(payload)[:8]))}: '
+                        'save the state dict of the model alone')
+    kind = 'timm' if (plain + averages)[0].startswith('state_dict') else 'deit'
+    sets = {'ema': _clean(payload[averages[0]])} if averages else {}
+    if plain:
+        sets['ema' if payload.get('which') == 'ema' else 'raw'] = _clean(payload[plain[0]])
+    raw = next(reversed(sets.values()))
     if any(name.startswith('backbone.') for name in raw):
         return _interpret_mmcv(raw, _mapping(payload.get('meta')))
-    sets = {'ema': _clean(ema)} if ema is not None else {}
-    sets['ema' if payload.get('which') == 'ema' else 'raw'] = raw
     if recipe := _mapping(payload.get('recipe')):
         meta = {key: recipe.get(key) for key in _EVALUATION} | {
             key: payload.get(key) for key in ('epoch', 'classes', 'recipe')}
@@ -363,10 +428,16 @@ def _gate_in(text: str) -> Gate | None:
 
 
 def _clean(tensors: Any) -> dict[str, Tensor]:
-    """A state dict without the marks of DistributedDataParallel, torch.compile and AveragedModel on its names."""
+    """A state dict without what DistributedDataParallel, torch.compile, AveragedModel and Lightning add to its names.
+
+    Lightning's are those of the attributes in which people keep their model; no timm model has a part of these names.
+    """
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError('holds something other than tensors where its weights should be')
-    cleaned = {re.sub(r'^(module\.)+', '', name.replace('_orig_mod.', '')): value for name, value in tensors.items()}
+    cleaned = {re.sub(r'^((module|model|net)\.)+', '', name.replace('_orig_mod.', '')): value
+               for name, value in tensors.items()}
+    if len(cleaned) < len(tensors):
+        raise UserError('holds two models, under several prefixes of the same names: save the right one alone')
     return {name: value for name, value in cleaned.items() if name != 'n_averaged'}
 
 
@@ -380,16 +451,21 @@ class Report:
     unexpected: list[str]  # in the file, not in the model
     wrong_shape: list[str]
     dropped: list[str]  # the classifier's, of another size, when fine-tuning
+    resampled: list[str]  # of another size, as timm's own filter made them fit
 
     def __str__(self) -> str:
         parts = [f'{len(self.matched)} tensors loaded']
         if self.dropped:
             parts.append(f'classifier of another size dropped ({", ".join(self.dropped)}): the new one starts afresh')
-        for what, names in (('missing', self.missing), ('unexpected', self.unexpected),
-                            ('of another shape', self.wrong_shape)):
+        for what, names in (('resampled to the size of the model', self.resampled), ('missing', self.missing),
+                            ('unexpected', self.unexpected), ('of another shape', self.wrong_shape)):
             if names:
-                parts.append(f'{len(names)} {what}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}')
+                parts.append(f'{len(names)} {what}: {_some(names)}')
         return '; '.join(parts)
+
+
+def _some(names: list[str]) -> str:
+    return f'{", ".join(names[:4])}{", ..." if len(names) > 4 else ""}'
 
 
 def classifier_names(model: nn.Module | str) -> tuple[str, ...]:
@@ -401,9 +477,9 @@ def classifier_names(model: nn.Module | str) -> tuple[str, ...]:
 
 def classes_of(weights: Weights, name: str) -> int:
     """The classes that a checkpoint of the timm model `name` tells apart; 0 where it has no classifier."""
-    sizes = [len(weights.state_dict[f'{head}.weight']) for head in classifier_names(name)
-             if f'{head}.weight' in weights.state_dict]
-    return sizes[0] if sizes else 0
+    shapes = [weights.state_dict[f'{head}.weight'].shape for head in classifier_names(name)
+              if f'{head}.weight' in weights.state_dict]
+    return shapes[0][0] if shapes and shapes[0] else 0
 
 
 def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool = False) -> Report:
@@ -413,25 +489,39 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
         drop_classifier: for fine-tuning: keep the model's classifier where the file's has another size or is missing.
 
     Raises:
-        UserError: another classifier without `drop_classifier`; or fewer than 99 % of the backbone's tensors match, or
-            fewer than 90 % of the file's, which is then a deeper model's. The model is then untouched.
+        UserError: another classifier without `drop_classifier`; or a tensor of the backbone is missing or of another
+            shape, and would stay at its random initial values; or fewer than 90 % of the file's tensors have a place,
+            which is then a deeper model's. The model is then untouched.
     """
     ours, given = model.state_dict(), weights.state_dict
     classifier = tuple(f'{name}.' for name in classifier_names(model))
     of_head = {name for name in [*ours, *given] if name.startswith(classifier)} if classifier else set()
-    matched = [name for name in ours if name in given and given[name].shape == ours[name].shape]
+    # Counters, and tables that a model makes from its own sizes
+    made = {name for name, _ in model.named_buffers() if not name.endswith(('running_mean', 'running_var'))}
+
+    def fits(name: str, value: Tensor) -> bool:  # quantised or complex numbers are no weights of ours
+        return value.shape == ours[name].shape and (value.is_floating_point() or name in made)
+
+    unfit = [name for name in ours if name in given and not fits(name, given[name])]
+    resampled = {name: value for name, value in _resampled(model, given, unfit).items() if fits(name, value)}
+    given = given | resampled
+    matched = [name for name in ours if name in given and fits(name, given[name])]
     missing = [name for name in ours if name not in given]
     unexpected = [name for name in given if name not in ours]
-    wrong_shape = [name for name in ours if name in given and given[name].shape != ours[name].shape]
+    wrong_shape = [name for name in unfit if name not in resampled]
 
-    def backbone(names: Iterable[str]) -> int:  # BN's counters have no say in a forward pass
-        return sum(name not in of_head and not name.endswith('num_batches_tracked') for name in names)
-    if backbone(matched) < max(0.99 * backbone(ours), 0.9 * backbone(given)):
+    skipped = of_head | made
+
+    def backbone(names: Iterable[str]) -> list[str]:
+        return [name for name in names if name not in skipped and not name.endswith('num_batches_tracked')]
+    lost = backbone([*missing, *wrong_shape])
+    if lost or len(backbone(matched)) < 0.9 * len(backbone(given)):
         is_of = f' of {weights.meta["model"]}' if weights.meta.get('model') else ''
-        into = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', type(model).__name__)
-        raise UserError(f'{weights.source}: weights{is_of} do not fit {into}: of its {backbone(ours)} tensors '
-                        f'{backbone(matched)} match, {len(missing)} are missing, {len(wrong_shape)} of another shape, '
-                        f'and {len(unexpected)} of the file have no place; give the --model the file was made with')
+        raise UserError(
+            f'{weights.source}: weights{is_of} do not fit {_name_of(model)}: of its {len(backbone(ours))} tensors '
+            f'{len(backbone(matched))} match, {len(missing)} are missing, {len(wrong_shape)} of another shape'
+            f'{f" ({_some(lost)})" if lost else ""}, and {len(unexpected)} of the file have no place; give the --model '
+            'the file was made with, and its --model_kwargs')
     lacking = [name for name in (*wrong_shape, *missing) if name in of_head]
     if lacking and not drop_classifier:
         has = ' x '.join(map(str, given[lacking[0]].shape)) if lacking[0] in given else 'none'
@@ -439,8 +529,83 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
                         f'{" x ".join(map(str, ours[lacking[0]].shape))} in the model: give --num_classes as the file '
                         f'has it, or train a new one with --finetune')
     dropped = [name for name in wrong_shape if name in of_head]
-    model.load_state_dict({name: given[name] for name in matched}, strict=False)
-    return Report(matched, missing, unexpected, [name for name in wrong_shape if name not in of_head], dropped)
+    try:
+        model.load_state_dict({name: given[name] for name in matched}, strict=False)
+    except Exception as error:  # tensors of a kind that cannot be copied, such as sparse ones
+        raise UserError(f'{weights.source}: cannot be loaded ({_in_a_line(error)}): save it anew') from None
+    return Report(matched, missing, unexpected, [name for name in wrong_shape if name not in of_head], dropped,
+                  list(resampled))
+
+
+def _resampled(model: nn.Module, given: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """The named tensors as timm's filter for the model's checkpoints makes them, where it has one: position embeddings
+    and the like, interpolated to the size of the model."""
+    maker = timm.model_entrypoint(_name_of(model)).__module__ if timm.is_model(_name_of(model)) else ''
+    filter_fn = getattr(sys.modules.get(maker), 'checkpoint_filter_fn', None)
+    if not names or filter_fn is None:
+        return {}
+    try:
+        filtered = filter_fn(dict(given), model)
+        return {name: filtered[name] for name in names if name in filtered}
+    except Exception:  # of another model's tensors; they are refused by their shapes
+        return {}
+
+
+def create_model(name: str, *, pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """timm's `create_model`. Raises UserError for an unknown name, or arguments with which the model cannot be."""
+    if not timm.is_model(name):
+        raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+    except OSError as error:
+        raise UserError(f"timm's weights of {name} cannot be had ({_in_a_line(error)}); download them elsewhere and "
+                        'give the file by --finetune, or with --eval by --checkpoint') from None
+    except UserError:
+        raise
+    except Exception as error:  # anything that timm's thousand models make of arguments that they do not expect
+        raise UserError(f'{name} cannot be built as the recipe says ({_in_a_line(error)}); see --model_kwargs, --drop, '
+                        '--drop_path 0') from None
+
+
+def check_forward(model: nn.Module, *, size: int, batch: int = 2, training: bool = False) -> None:
+    """Passes images of a size through a copy of a model, so that one that cannot take them is known at once.
+
+    The copy lies on torch's device `meta`, where tensors have shapes and no values: this takes little time and draws no
+    random number. A few models cannot be run there, and are run on the CPU.
+
+    Args:
+        model: on any device.
+        size: pixels of the square images, which have three channels.
+        batch: number of the images.
+        training: in training mode, in which some models do other things.
+
+    Raises:
+        UserError: where the model fails, or gives no logits [batch, classes].
+    """
+    reason = ''
+    for device in ('meta', 'cpu'):
+        trial = copy.deepcopy(model).to(device).train(training)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                logits = trial(torch.zeros(batch, 3, size, size, device=device))
+        except Exception as error:  # anything, of thousands of models
+            reason = _in_a_line(error)
+            continue
+        if isinstance(logits, Tensor) and logits.shape == (batch, model.num_classes):
+            return
+        shape = list(logits.shape) if isinstance(logits, Tensor) else f'a {type(logits).__name__}'
+        reason = f'it gives {shape}, not logits {[batch, model.num_classes]}'
+    raise UserError(f'{_name_of(model)} cannot take {batch} images of 3 x {size} x {size} ({reason}); give the size '
+                    f'it was made for by --input_size and --test_size, or --model_kwargs img_size={size} where it '
+                    'knows that, and leave in_chans out')
+
+
+def _name_of(model: nn.Module) -> str:
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', type(model).__name__)
+
+
+def _in_a_line(error: Exception) -> str:
+    return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
 def build_model(weights: Weights, name: str | None = None, *, gate: Gate | None = None) -> nn.Module:
@@ -456,13 +621,11 @@ def build_model(weights: Weights, name: str | None = None, *, gate: Gate | None 
     name = name or weights.meta.get('model')
     if not name:
         raise UserError(f'{weights.source}: the file does not say which model it is of: give --model')
-    if not timm.is_model(name):
-        raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
     kwargs = dict((weights.meta.get('recipe') or {}).get('model_kwargs') or {})
     gate = gate or weights.gate
     if gate and name.startswith('moganet'):
         kwargs['gate'] = gate
-    model = timm.create_model(name, num_classes=classes_of(weights, name), **kwargs)
+    model = create_model(name, num_classes=classes_of(weights, name), **kwargs)
     apply_weights(model, weights)
     return model.eval()
 

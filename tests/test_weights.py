@@ -396,17 +396,48 @@ def test_any_timm_model_takes_its_weights() -> None:
     assert str(report) == f'{len(report.matched)} tensors loaded'
 
 
-def test_report_names_what_is_missing_unexpected_and_of_another_shape() -> None:
+def test_report_names_what_is_unexpected_and_counters_may_be_missing() -> None:
     target = small_model()
     given = weights_of(small_model(), extra=torch.ones(1))
-    del given.state_dict['layer1.0.bn1.bias']
+    del given.state_dict['layer1.0.bn1.num_batches_tracked']
     given.state_dict['head_dist.weight'] = torch.ones(3)
     report = apply_weights(target, given)
-    assert report.missing == ['layer1.0.bn1.bias'] and report.unexpected == ['extra', 'head_dist.weight']
-    assert str(report).endswith('1 missing: layer1.0.bn1.bias; 2 unexpected: extra, head_dist.weight')
-    given = weights_of(small_model())
-    given.state_dict['conv1.weight'] = torch.ones(64, 1, 7, 7)
-    assert apply_weights(target, given).wrong_shape == ['conv1.weight']
+    assert report.missing == ['layer1.0.bn1.num_batches_tracked']
+    assert report.unexpected == ['extra', 'head_dist.weight']
+    assert str(report).endswith('1 missing: layer1.0.bn1.num_batches_tracked; 2 unexpected: extra, head_dist.weight')
+
+
+@pytest.mark.parametrize('drop', [False, True])
+@pytest.mark.parametrize(('name', 'value', 'said'), [
+    ('layer1.0.bn1.bias', None, '1 are missing, 0 of another shape (layer1.0.bn1.bias)'),
+    ('bn1.running_var', None, '1 are missing, 0 of another shape (bn1.running_var)'),
+    ('conv1.weight', torch.ones(64, 1, 7, 7), '0 are missing, 1 of another shape (conv1.weight)'),
+    ('conv1.weight', torch.ones(64, 3, 7, 7, dtype=torch.uint8), '0 are missing, 1 of another shape (conv1.weight)')])
+def test_no_tensor_of_the_backbone_keeps_random_numbers(name: str, value: Any, said: str, drop: bool) -> None:
+    target, given = small_model(), weights_of(small_model())
+    before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
+    if value is None:
+        del given.state_dict[name]
+    else:
+        given.state_dict[name] = value
+    with pytest.raises(UserError, match='do not fit resnet18') as error:
+        apply_weights(target, given, drop_classifier=drop)
+    assert said in str(error.value) and '--model_kwargs' in str(error.value)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in target.state_dict().items())
+
+
+def test_position_embedding_of_another_size_is_resampled_as_timm_does_and_said() -> None:
+    def tiny_vit(**kwargs: Any) -> nn.Module:
+        return timm.create_model('vit_tiny_patch16_224', num_classes=2, depth=1, **kwargs)
+    source, target = tiny_vit(img_size=32), tiny_vit(img_size=64)
+    report = apply_weights(target, weights_of(source))
+    assert report.resampled == ['pos_embed'] and report.wrong_shape == []
+    assert '1 resampled to the size of the model: pos_embed' in str(report)
+    from timm.layers import resample_abs_pos_embed
+    torch.testing.assert_close(target.pos_embed, resample_abs_pos_embed(source.pos_embed, [4, 4]), rtol=0, atol=0)
+    wider = timm.create_model('vit_tiny_patch16_224', num_classes=2, depth=1, img_size=64, embed_dim=96)
+    with pytest.raises(UserError, match='do not fit vit_tiny_patch16_224: .*cls_token, pos_embed'):
+        apply_weights(wider, weights_of(source))
 
 
 def test_classifier_of_another_size_is_dropped_only_for_fine_tuning() -> None:
