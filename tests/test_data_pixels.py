@@ -253,3 +253,123 @@ def test_digits_trained_on_both_pipelines_reach_the_same_accuracy(tmp_path):
     logging.getLogger().warning('fast %s, slow %s', fast, slow)
     assert min(fast.mean(), slow.mean()) > 80
     assert abs(fast.mean() - slow.mean()) < 2 * spread
+
+
+# ---- Bad images -----------------------------------------------------------------------------------------------------
+
+def forms():
+    """One small photograph as files of every kind that the data of this trade comes in, bytes by name."""
+    photo = PHOTOS[1].resize((48, 40))
+    deep = Image.fromarray(np.asarray(photo.convert('L')).astype(np.uint16) * 257)
+    alpha = photo.copy()
+    alpha.putalpha(128)
+    kinds = {'jpeg': (photo, 'JPEG', {}), 'progressive jpeg': (photo, 'JPEG', {'progressive': True}),
+             'grey jpeg': (photo.convert('L'), 'JPEG', {}), 'cmyk jpeg': (photo.convert('CMYK'), 'JPEG', {}),
+             'png': (photo, 'PNG', {}), 'palette png': (photo.convert('P'), 'PNG', {'transparency': b'\x01\x80'}),
+             '16-bit png': (deep, 'PNG', {}), 'rgba png': (alpha, 'PNG', {}), 'webp': (photo, 'WEBP', {}),
+             'gif': (photo.convert('P'), 'GIF', {}), 'bmp': (photo, 'BMP', {}), 'tiff': (photo, 'TIFF', {}),
+             'lzw tiff': (photo, 'TIFF', {'compression': 'tiff_lzw'}),
+             'jpeg tiff': (photo, 'TIFF', {'compression': 'jpeg'}), 'jpeg 2000': (photo, 'JPEG2000', {})}
+    return {name: encoded(image, form, **options) for name, (image, form, options) in kinds.items()}
+
+
+def damaged(file, rng):
+    """A file with bytes flipped, zeroed, inserted, repeated, or cut off; the head, which has the sizes, more often."""
+    end = len(file) if rng.random() < 0.5 else min(len(file), 200)
+    at, length = int(rng.integers(end)), int(rng.integers(1, 40))
+    kind = rng.integers(5)
+    if kind == 0:
+        return file[:at]
+    if kind == 1:
+        return file[:at] + bytes(length) + file[at + length:]
+    if kind == 2:
+        return file[:at] + rng.bytes(length) + file[at:]
+    if kind == 3:
+        return file[:at + length] + file[at:]
+    changed = np.frombuffer(file, np.uint8).copy()
+    changed[rng.integers(0, end, length)] ^= (1 << rng.integers(0, 8, length)).astype(np.uint8)
+    return changed.tobytes()
+
+
+def try_damage(files, count, seed=0, damage=damaged):
+    """Damages each file `count` times. Returns how many were read and how many refused; anything else is raised."""
+    recipe = replace(SMALL, input_size=32, test_size=32)
+    transforms, rng = (image_ops.TrainTransform(recipe), image_ops.TestTransform(recipe)), np.random.default_rng(seed)
+    read = refused = 0
+    for name, file in files.items():
+        for number in range(count):
+            bad = damage(file, rng)
+            image_ops.seed_image(number)
+            try:
+                with image_ops.refusing_bad_images():
+                    pixels = transforms[number % 2](bad)
+                assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8, name
+                read += 1
+            except image_ops.BadImage as error:
+                assert str(error) and '\n' not in str(error), name
+                refused += 1
+    return read, refused
+
+
+def test_whatever_is_damaged_the_image_is_read_or_is_a_bad_image_and_no_warning_is_shown(recwarn):
+    assert try_damage(forms(), 2, damage=lambda file, _: file) == (30, 0)
+    read, refused = try_damage(forms(), 100)
+    assert read > 200 and refused > 600
+    assert not [warning for warning in recwarn if 'PIL' in warning.filename]
+
+
+class Unusual(Exception):
+    pass
+
+
+@pytest.mark.parametrize('error', [
+    OSError(5, 'broken pipe'), Image.DecompressionBombError('large'), MemoryError(), RuntimeError('sizes\nof 0'),
+    IndexError('index'), KeyError('tag'), OverflowError(), AssertionError(), Unusual('never heard of')], ids=repr)
+def test_any_error_over_an_image_says_its_type_in_one_line_and_an_interrupt_is_none(error):
+    with pytest.raises(image_ops.BadImage) as caught, image_ops.refusing_bad_images():
+        raise error
+    assert caught.value.__cause__ is error and '\n' not in str(caught.value)
+    assert isinstance(error, OSError) or type(error).__name__ in str(caught.value)
+    with pytest.raises(KeyboardInterrupt), image_ops.refusing_bad_images():
+        raise KeyboardInterrupt
+
+
+def test_a_header_that_promises_gigapixels_is_a_bad_image_at_once():
+    file = bytearray(encoded(PHOTOS[0].resize((64, 64)), restart_marker_blocks=4))
+    size = file.index(b'\xff\xc0') + 5
+    file[size:size + 4] = b'\xff\xdc\xff\xdc'  # 65,500 by 65,500
+    for transform in (image_ops.TrainTransform(SMALL), image_ops.TestTransform(SMALL)):
+        with pytest.raises(image_ops.BadImage, match='DecompressionBomb'), image_ops.refusing_bad_images():
+            transform(bytes(file))
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 2), (3, 1), (1, 60000), (60000, 1), (2, 700), (101, 1)])
+@pytest.mark.parametrize('mode', ['center', 'squash', 'border'])
+def test_extreme_shapes_are_read_or_bad_and_take_no_gigabytes(shape, mode, monkeypatch):
+    """Their resized pixels are bounded: a line of 60,000 would be resized to 3.9 gigapixels before its crop."""
+    recipe, sizes = replace(SMALL, crop_mode=mode), []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, 'resize', lambda self, size, *rest, **named: (
+        sizes.append(size), resize(self, size, *rest, **named))[1])
+    file = encoded(Image.new('RGB', shape, (200, 30, 30)), 'PNG')
+    try:
+        with image_ops.refusing_bad_images():
+            pixels = image_ops.TestTransform(recipe)(file)
+        assert pixels.shape == (224, 224, 3)
+        assert mode == 'border' or (pixels == (200, 30, 30)).all()
+    except image_ops.BadImage:
+        assert mode == 'border'  # whose shorter side would be resized to nothing
+    assert max(width * height for width, height in sizes) <= 100 * 250**2
+    train = image_ops.TrainTransform(replace(SMALL, aa=None, color_jitter=None))
+    for seed in range(50):
+        image_ops.seed_image(seed)
+        assert (train(file) == (200, 30, 30)).all()
+
+
+def test_the_middle_of_a_long_image_is_the_crop_of_the_whole():
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (60, 3, 3), np.uint8)).resize((12, 1224), Image.Resampling.BICUBIC)
+    recipe = replace(SMALL, test_size=32, crop_pct=0.9)
+    theirs = create_transform(32, crop_pct=0.9, interpolation='bicubic', use_prefetcher=True)
+    got = image_ops.TestTransform(recipe)(np.asarray(coarse))
+    assert difference(got, theirs(coarse).permute(1, 2, 0))[1] == 0

@@ -436,7 +436,7 @@ def test_position_embedding_of_another_size_is_resampled_as_timm_does_and_said()
     from timm.layers import resample_abs_pos_embed
     torch.testing.assert_close(target.pos_embed, resample_abs_pos_embed(source.pos_embed, [4, 4]), rtol=0, atol=0)
     wider = timm.create_model('vit_tiny_patch16_224', num_classes=2, depth=1, img_size=64, embed_dim=96)
-    with pytest.raises(UserError, match='do not fit vit_tiny_patch16_224: .*cls_token, pos_embed'):
+    with pytest.raises(UserError, match=r'do not fit vit_tiny_patch16_224: .*cls_token, pos_embed'):
         apply_weights(wider, weights_of(source))
 
 
