@@ -25,9 +25,7 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
     Raises:
         UserError: where the model does not name its layers.
     """
-    if not hasattr(model, 'group_matcher'):
-        raise UserError(f'--layer_decay: {type(model).__name__} does not name its layers; give 1')
-    fine = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    fine = _levels(model, coarse=False, refusal='--layer_decay: {} does not name its layers; give 1')
     head = max(fine.values())
     blocks = head - 1
     groups = min(blocks, MAX_BLOCK_GROUPS)
@@ -38,6 +36,18 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
         return groups + 1 if layer == head else 1 + (layer - 1) * groups // blocks
 
     return {name: merged(layer) for name, layer in fine.items()}
+
+
+def _levels(model: nn.Module, *, coarse: bool, refusal: str) -> dict[str, int]:
+    """The level of every parameter by the model's `group_matcher`: layers, or with `coarse` stages.
+
+    Raises:
+        UserError: `refusal`, with the model's name, where it has none of the kind.
+    """
+    try:
+        return group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    except Exception as error:  # a model without, or for layers alone, which timm's say by various errors
+        raise UserError(refusal.format(type(model).__name__)) from error
 
 
 def freeze(model: nn.Module, *, stages: int = 0, linear_probe: bool = False) -> None:
@@ -56,9 +66,7 @@ def freeze(model: nn.Module, *, stages: int = 0, linear_probe: bool = False) -> 
         classifier = {id(param) for head in heads for param in head.parameters()}
         kept = {name for name, param in model.named_parameters() if id(param) in classifier}
     elif stages:
-        if not hasattr(model, 'group_matcher'):
-            raise UserError(f'--freeze_stages: {type(model).__name__} does not name its stages; use --linear_probe')
-        level = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+        level = _levels(model, coarse=True, refusal='--freeze_stages: {} does not name its stages; use --linear_probe')
         if stages >= max(level.values()):
             raise UserError(f'--freeze_stages {stages}: {type(model).__name__} has {max(level.values()) - 1} stages')
         kept = {name for name in level if level[name] > stages}

@@ -595,9 +595,11 @@ def check_forward(model: nn.Module, *, size: int, batch: int = 2, training: bool
             return
         shape = list(logits.shape) if isinstance(logits, Tensor) else f'a {type(logits).__name__}'
         reason = f'it gives {shape}, not logits {[batch, model.num_classes]}'
-    raise UserError(f'{_name_of(model)} cannot take {batch} images of 3 x {size} x {size} ({reason}); give the size '
-                    f'it was made for by --input_size and --test_size, or --model_kwargs img_size={size} where it '
-                    'knows that, and leave in_chans out')
+    cure = (f'give the size it was made for by --input_size and --test_size, or --model_kwargs img_size={size} where '
+            'it knows that, and leave in_chans out')
+    if batch == 1 and 'more than 1 value' in reason:  # in torch's words, a batch norm's
+        cure = 'give --batch_size 2 or more'
+    raise UserError(f'{_name_of(model)} cannot take {batch} images of 3 x {size} x {size} ({reason}); {cure}')
 
 
 def _name_of(model: nn.Module) -> str:

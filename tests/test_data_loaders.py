@@ -381,6 +381,44 @@ def test_evaluation_refuses_a_corrupt_image(tmp_path, monkeypatch):
         list(datasets.build_loaders(recipe, Run(eval=True, data_path=str(tmp_path), num_workers=0)).val)
 
 
+ERRORS = (MemoryError(), RuntimeError('sizes'), Image.DecompressionBombError('large'), IndexError(), OSError(5, 'disk'))
+
+
+@pytest.mark.parametrize('error', ERRORS, ids=repr)
+@pytest.mark.parametrize('place', ['reading', 'transform'])
+def test_whatever_an_image_makes_a_library_raise_it_is_named_or_replaced(numbered, monkeypatch, error, place):
+    source = datasets.open_source()
+    read = type(source).read
+
+    def fails(image):
+        if image[0] == 3 if isinstance(image, tuple) else np.array_equal(image, source.noise[3]):
+            raise error
+        return image
+
+    def batch(training=True, **changes):
+        batches = datasets.MapBatches(source, replace(numbered, **changes), 100, training=training)
+        transform = batches._transform
+        if place == 'transform':
+            batches._transform = lambda image: transform(fails(image))
+            batches._transform.size = transform.size
+        return batches[np.array([[0, 2, 0], [0, 3, 0]])]
+
+    if place == 'reading':
+        monkeypatch.setattr(type(source), 'read', lambda self, index: read(self, fails((index,))[0]))
+    for said in (batch(), batch(training=False), batch(training=False, on_bad_image='skip')):
+        assert said.startswith('image 3, number 3, cannot be read (') and '\n' not in said
+        assert (error.strerror if isinstance(error, OSError) else type(error).__name__) in said
+    assert '--on_bad_image skip' in batch() and 'replace or remove' in batch(training=False)
+    assert batch(on_bad_image='skip').bad == 1
+
+
+def test_a_fault_of_every_image_is_told_and_not_replaced_for_ever(numbered, monkeypatch):
+    monkeypatch.setattr(image_ops.TrainTransform, '__call__', lambda self, image: undefined)  # noqa: F821
+    said = datasets.MapBatches(datasets.open_source(), replace(numbered, on_bad_image='skip'), 100, training=True)[
+        np.array([[0, 3, 0]])]
+    assert "cannot be read (NameError: name 'undefined' is not defined)" in said
+
+
 @pytest.mark.gpu
 def test_cuda_prefetcher_gives_what_the_cpu_gives():
     recipe = replace(STRONG, reprob=0.0)  # the two devices draw different noise

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage import data as photos
 
 import datasets
+import engine
 import image_ops
 import image_sources
 from conftest import ROOT
@@ -314,14 +316,14 @@ def test_hugging_face_datasets_are_read_although_datasets_py_bears_their_name(tm
         *["['x', 'y', 'z'] 40 True"] * 4, f'{ROOT}/datasets.py True datasets.load']
 
 
-def write_shards(root, shards=3):
+def write_shards(root, shards=3, ending='jpg', broken=()):
     splits = {}
     for split, count in (('train', 48), ('validation', 13)):
         names, lengths = [], []
         for shard in range(shards):
             numbers = range(shard, count, shards)
-            members = {f'{i:04d}.{kind}': content for i in numbers
-                       for kind, content in (('jpg', encoded()), ('cls', str(i % 3).encode()))}
+            members = {f'{i:04d}.{kind}': content for i in numbers for kind, content in (
+                (ending, encoded()[:100 if (split, i) in broken else None]), ('cls', str(i % 3).encode()))}
             write(root / f'{split}-{shard}.tar', tar(members))
             names.append(f'{split}-{shard}.tar')
             lengths.append(len(numbers))
@@ -364,6 +366,59 @@ def test_streams_tell_their_errors_in_one_line(tmp_path):
             list(opened.train.epoch(0))
         assert '\n' not in str(caught.value)
         opened.close()
+
+
+@pytest.mark.parametrize('ending', ['jpeg', 'JPEG', 'png', 'webp', 'gif', 'bmp', 'tiff', 'xyz'])
+def test_members_of_shards_may_have_any_ending_of_an_image(tmp_path, ending):
+    write_shards(tmp_path, ending=ending)
+    opened = loaders(tmp_path, replace(RECIPE, data_set='wds/made-up', num_classes=3))
+    if ending == 'xyz':
+        with pytest.raises(UserError, match=r'train-\d\.tar: \d{4} cannot be read .*jpg.*skip') as caught:
+            next(opened.train.epoch(0))
+        assert '\n' not in str(caught.value)
+    else:
+        assert len(next(opened.train.epoch(0))[1]) == 4
+        assert sum(len(labels) for _, labels in opened.val) == 13
+
+
+@pytest.mark.parametrize('fault', ['shard', 'half a shard', 'image', 'count', 'everything'])
+def test_what_is_wrong_in_a_stream_follows_on_bad_image_and_costs_an_evaluation_a_warning(tmp_path, fault, caplog):
+    write_shards(tmp_path, broken=[('train', 1), ('validation', 4)] if fault == 'image' else ())
+    shard, model = tmp_path / 'validation-1.tar', torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(3))
+    recipe = replace(RECIPE, data_set='wds/made-up', num_classes=3)
+    if fault in ('shard', 'everything'):
+        for path in [*tmp_path.glob('*.tar')] if fault == 'everything' else (shard, tmp_path / 'train-1.tar'):
+            path.unlink()
+    if fault == 'half a shard':
+        for path in (shard, tmp_path / 'train-1.tar'):
+            path.write_bytes(path.read_bytes()[:3500])
+    if fault == 'count':
+        info = json.loads((tmp_path / '_info.json').read_text())
+        info['splits']['validation']['num_samples'] = 14
+        (tmp_path / '_info.json').write_text(json.dumps(info))
+    expected = {'image': 12, 'count': 13, 'shard': 9, 'half a shard': range(9, 13)}
+    opened = loaders(tmp_path, recipe)
+    images = torch.zeros(1, 3, recipe.test_size, recipe.test_size)
+    model(images)
+    if fault == 'everything':
+        with pytest.raises(UserError, match='the stream gives none of the 13 test images'):
+            engine.evaluate(model, opened.val, count=opened.val.count, exact=opened.val.exact)
+    else:
+        result = engine.evaluate(model, opened.val, count=opened.val.count, exact=opened.val.exact)
+        assert result['count'] in np.atleast_1d(expected[fault])
+        assert f'{result["count"]} images were evaluated, though the stream says it has' in caplog.text
+        assert fault == 'count' or ('validation-1.tar' in caplog.text and 'cannot be read' in caplog.text)
+    with pytest.raises(UserError, match='is a stream, which does not tell the names'):
+        _ = opened.val.names
+    if fault != 'count':
+        with pytest.raises(UserError, match=r'train-\d\.tar.* cannot be read \(.*--on_bad_image skip trains without'):
+            list(opened.train.epoch(0))
+        skipping = loaders(tmp_path, replace(recipe, on_bad_image='skip')).train
+        if fault == 'everything':
+            with pytest.raises(UserError, match='gives this process no whole micro-batch'):
+                list(skipping.epoch(0))
+        else:
+            assert len(list(skipping.epoch(0))) == skipping.updates_per_epoch and skipping.bad_images > 0
 
 
 def test_torchvisions_sets_are_read(tmp_path):

@@ -7,6 +7,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ import parts
 import recipes
 import runs
 import trainer
+from utils import UserError
 
 MODEL = ('--model', 'moganet_xtiny', '--model_kwargs', 'dims=[8,8,16,16]', 'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]',
          '--input_size', '32')
@@ -310,6 +312,17 @@ def test_class_map_numbers_the_classes(data, tmp_path):
     unmixed = '--mixup 0 --cutmix 0'
     labels = first_batch(data, unmixed)[1]
     assert torch.equal(first_batch(data, f'{unmixed} --class_map {tmp_path / "map.txt"}')[1], 2 - labels)
+
+
+@pytest.mark.parametrize('words, said', [
+    ('--input_size 64 32', '--input_size takes no further value 32; images are square: give one value'),
+    ('--epochs 1 --test-size=64 64 --lr 1', '--test_size takes no further value 64; images are square: give one value'),
+    ('--input_size 3 224 224', '--input_size takes no further value 224; images are square: give one value'),
+    ('--input_size 64x32', '--input_size 64x32: a whole number is wanted; images are square: give one value'),
+    ('--epochs 3 4', '--epochs takes no further value 4; give one value'), ('here', 'here belongs to no flag')])
+def test_a_value_too_many_is_told_with_the_flag_that_takes_one(words, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        recipes.resolve([*words.split(), '--model', 'moganet_xtiny'])
 
 
 @proves('on_bad_image')

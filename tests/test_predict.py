@@ -214,9 +214,13 @@ def test_bad_images_are_named_and_the_others_answered(site: str, checkpoint: Pat
     good = save(tmp_path / 'good.jpg')
     (tmp_path / 'cut.jpg').write_bytes(save(tmp_path / 'whole.jpg', quality=95).read_bytes()[:900])
     (tmp_path / 'text.png').write_text('no image')
+    huge = (tmp_path / 'whole.jpg').read_bytes()
+    sides = huge.index(b'\xff\xc0') + 5
+    (tmp_path / 'huge.jpg').write_bytes(huge[:sides] + b'\xff\xdc\xff\xdc' + huge[sides + 4:])  # 65,500 x 65,500
     (tmp_path / 'empty').mkdir()
     bad = {str(tmp_path / 'none.png'): 'No such file or directory', str(tmp_path / 'cut.jpg'): 'truncated',
-           str(tmp_path / 'text.png'): 'is no image', str(tmp_path / 'empty'): 'no image lies below this folder',
+           str(tmp_path / 'text.png'): 'is no image', str(tmp_path / 'huge.jpg'): 'DecompressionBombError',
+           str(tmp_path / 'empty'): 'no image lies below this folder',
            f'{site}/none.png': 'HTTP Error 404', f'{site}/page.html': 'is no image',
            'http://127.0.0.1:1/picture.png': 'refused'}
     words = [str(word) for source in bad for word in (source, good)]

@@ -378,6 +378,107 @@ def test_missing_files_directories_and_unknown_names_are_said(tmp_path: Path) ->
         load_weights('released:moganet_tinny')
 
 
+def tiny(**kwargs: Any) -> nn.Module:
+    """A MogaNet of four blocks."""
+    return timm.create_model(XT, dims=[8, 8, 16, 16], depths=[1] * 4, ffn_ratios=[2] * 4, num_classes=3, **kwargs)
+
+
+def random_file(path: Path, plain: State, rng: np.random.Generator) -> tuple[dict[str, State], bool]:
+    """Writes a checkpoint of a random form. Returns its sets by 'raw' and 'ema', and whether they are damaged."""
+    def choose(*values: Any) -> Any:
+        return values[int(rng.integers(len(values)))]
+
+    names = [name for name in plain if 'tracked' not in name]
+    kind = choose(*[torch.float32] * 3, torch.float16, torch.bfloat16, torch.float64)
+    sets: dict[str, State] = {which: {
+        name: (value + offset).to(kind) if value.is_floating_point() else value for name, value in plain.items()}
+        for offset, which in enumerate(('raw', 'ema'))}
+    hurt = rng.random() < 0.3
+    for state in sets.values() if hurt else ():
+        name = names[int(rng.integers(len(names)))]
+        state[name] = choose(state[name][:-1], state[name][None], state[name].to(torch.int8), state[name].cfloat(),
+                             state[name].to_sparse(), None)
+        if state[name] is None:
+            del state[name]
+    prefix = choose('', '', '', 'module.', '_orig_mod.', 'module._orig_mod.', 'model.', 'net.', 'model.module.',
+                    'backbone.', 'teacher.', 'encoder.x.')
+    raw, ema = ({prefix + name: value for name, value in state.items()} for state in sets.values())
+    stray = choose({}, {'n_averaged': torch.tensor(3)}, {'criterion.weight': torch.ones(3)}, {'module.x': None}, {5: 5},
+                   {'epoch': 7}, {'model': 'text'})
+    payload = choose(
+        raw, {**raw, **stray}, {'state_dict': raw}, {'state_dict': {**raw, **stray}}, {'model': raw, 'model_ema': ema},
+        {'state_dict': raw, 'state_dict_ema': ema}, {'state_dict_ema': ema}, {'model_ema': ema}, {'net': raw},
+        {'weights': raw}, {'model': {'model': raw}}, {'model': {'state_dict': {'net': raw}}}, {'params': {'lr': 1.0}},
+        {'teacher': ema, 'student': raw}, {'model': raw, 'net': ema}, {'model': [raw]}, [raw], {'model': {}}, 3,
+        raw | {f'net.{name}': value for name, value in ema.items()})
+    for _ in range(int(rng.integers(3)) if isinstance(payload, dict) else 0):
+        name = choose('epoch', 'args', 'classes', 'recipe', 'gate', 'meta', 'which', 'arch', 'optimizer', 9)
+        payload = {**payload, name:
+                   choose(1, 'ema', None, [], {}, [3], {'model': 5}, {'config': 7}, argparse.Namespace(input_size=[]),
+                          {'state': {0: torch.ones(2)}}, torch.ones(2), float('nan'))}
+    flat = isinstance(payload, dict) and payload and all(
+        isinstance(name, str) and isinstance(value, Tensor) and not value.is_sparse for name, value in payload.items())
+    if flat and rng.random() < 0.5:
+        note = choose(None, {}, {'moganet': 'no json'}, {'moganet': '{}'}, {'moganet': '[1]'},
+                      {'moganet': '{"which": "x", "gate": null, "meta": {}}'},
+                      {'moganet': '{"which": "raw", "gate": 3, "meta": {}}'},
+                      {'moganet': '{"which": "raw", "gate": null, "meta": 3}'})
+        safetensors.torch.save_file({name: value.clone().contiguous() for name, value in payload.items()}, path, note)
+    else:
+        torch.save(payload, path, _use_new_zipfile_serialization=bool(rng.integers(2)))
+    return sets, hurt
+
+
+def test_a_random_checkpoint_gives_the_right_tensors_or_one_clear_line(tmp_path: Path) -> None:
+    rng, plain, target, outcomes = np.random.default_rng(0), tiny().state_dict(), tiny(), collections.Counter()
+    for number in range(200):
+        path = tmp_path / f'{number}.pth'
+        sets, hurt = random_file(path, plain, rng)
+        try:
+            read = load_weights(path, ('auto', 'raw', 'ema')[number % 3])
+            apply_weights(target, read)
+        except UserError as error:
+            assert str(path) in str(error) and '\n' not in str(error), error
+            outcomes['refused'] += 1
+            continue
+        finally:
+            path.unlink()
+        assert not hurt, f'{number}: {read}'
+        given = target.state_dict()
+        assert any(all(torch.equal(value, state[name].to(value.dtype)) for name, value in given.items())
+                   for state in sets.values()), f'{number}: {read}'  # all of one set
+        outcomes['read'] += 1
+    assert outcomes['read'] > 40 and outcomes['refused'] > 60, outcomes
+
+
+def test_weights_in_several_files_are_read_by_their_index(tmp_path: Path) -> None:
+    state = tiny().state_dict()
+    names = list(state)
+    files = {f'model-0000{part}-of-00002.safetensors': names[part - 1::2] for part in (1, 2)}
+    for file, some in files.items():
+        safetensors.torch.save_file({name: state[name].contiguous() for name in some}, tmp_path / file)
+    index = tmp_path / 'model.safetensors.index.json'
+    places = {name: file for file, some in files.items() for name in some}
+    index.write_text(json.dumps({'metadata': {}, 'weight_map': places}))
+    read = load_weights(index)
+    target = tiny()
+    apply_weights(target, read)
+    assert all(torch.equal(value, state[name]) for name, value in target.state_dict().items())
+    with pytest.raises(UserError, match=r'is one of 2 parts: give the index beside it'):
+        load_weights(tmp_path / 'model-00001-of-00002.safetensors')
+    index.write_text(json.dumps({'weight_map': dict.fromkeys(names, 'model-00001-of-00002.safetensors')}))
+    with pytest.raises(UserError, match=r'its parts lack \d+ of its \d+ tensors'):
+        load_weights(index)
+    (tmp_path / 'model-00002-of-00002.safetensors').unlink()
+    index.write_text(json.dumps({'weight_map': dict.fromkeys(names, '../model-00002-of-00002.safetensors')}))
+    with pytest.raises(UserError, match=r'its part model-00002-of-00002\.safetensors cannot be read'):
+        load_weights(index)
+    for text in ('{}', '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{'):
+        index.write_text(text)
+        with pytest.raises(UserError, match='damaged or no checkpoint'):
+            load_weights(index)
+
+
 # ---- Into a model ---------------------------------------------------------------------------------------------------
 
 def small_model(**kwargs: Any) -> nn.Module:

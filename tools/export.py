@@ -222,6 +222,13 @@ def main(argv: list[str] | None = None) -> None:
             write_atomically(args.output, lambda file: file.write(data))
     except OSError as failure:
         raise UserError(f'cannot write {args.output}: {failure.strerror or failure}') from None
+    except UserError:
+        raise
+    except Exception as failure:  # of the model, at a size that it cannot take, or of an exporter, at its operations
+        reason = ' '.join(str(failure).split())[:200]
+        raise UserError(f'{about["model"]} cannot be written as {args.format} for images of '
+                        f'{" x ".join(map(str, shape))} ({type(failure).__name__}: {reason}); give another --format or '
+                        '--input_size') from failure
     file = args.output / 'model.safetensors' if args.format == 'huggingface' else args.output
     print(f'{weights}\n{file}: {file.stat().st_size:,} bytes, sha256 {sha256_of(file)}\n'
           f'logits within {error:.1e} of the checkpoint\'s at batch sizes 1 and 3')
