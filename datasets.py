@@ -243,13 +243,15 @@ class StreamBatches(IterableDataset):
             return _Builder(self._recipe, self._transform, self._num_classes, size=self._batch_size,
                             training=self._training)
 
-        builder = start()
+        builder, told = start(), False
 
         def note(reasons: list[str]) -> None:
+            nonlocal told
             if reasons and self._training and self._recipe.on_bad_image == 'stop':
                 raise BadImage(f'{reasons[0]}; --on_bad_image skip trains without what cannot be read')
-            if reasons and not builder.bad:
+            if reasons and not told:  # one of a pass says it for all
                 log.warning('--data_set %s: %s; left out', self._recipe.data_set, reasons[0])
+                told = True
             builder.bad += len(reasons)
 
         try:

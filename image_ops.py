@@ -36,7 +36,7 @@ except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder to ke
     kernels = None
 
 TINY = np.zeros((8, 8, 3), np.uint8)
-MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # above which Pillow refuses an image; 0.5 GB of RGB
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # above which Pillow refuses an image; 0.5 GB of RGB
 MAX_ASPECT = 100  # of sides; of a longer image, the test transform sees the middle
 
 

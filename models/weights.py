@@ -545,7 +545,9 @@ def _resampled(model: nn.Module, given: dict[str, Tensor], names: list[str]) -> 
     if not names or filter_fn is None:
         return {}
     try:
-        filtered = filter_fn(dict(given), model)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of timm's and torch's own doings
+            filtered = filter_fn(dict(given), model)
         return {name: filtered[name] for name in names if name in filtered}
     except Exception:  # of another model's tensors; they are refused by their shapes
         return {}
@@ -582,19 +584,19 @@ def check_forward(model: nn.Module, *, size: int, batch: int = 2, training: bool
     Raises:
         UserError: where the model fails, or gives no logits [batch, classes].
     """
-    reason = ''
+    reason, wanted = '', (batch, getattr(model, 'num_classes', None))
     for device in ('meta', 'cpu'):
-        trial = copy.deepcopy(model).to(device).train(training)
         try:
+            trial = copy.deepcopy(model).to(device).train(training)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 logits = trial(torch.zeros(batch, 3, size, size, device=device))
         except Exception as error:  # anything, of thousands of models
             reason = _in_a_line(error)
             continue
-        if isinstance(logits, Tensor) and logits.shape == (batch, model.num_classes):
+        if isinstance(logits, Tensor) and logits.shape == wanted:
             return
         shape = list(logits.shape) if isinstance(logits, Tensor) else f'a {type(logits).__name__}'
-        reason = f'it gives {shape}, not logits {[batch, model.num_classes]}'
+        reason = f'it gives {shape}, not logits {list(wanted)}'
     cure = (f'give the size it was made for by --input_size and --test_size, or --model_kwargs img_size={size} where '
             'it knows that, and leave in_chans out')
     if batch == 1 and 'more than 1 value' in reason:  # in torch's words, a batch norm's
