@@ -352,9 +352,12 @@ def _interpret(payload: Any, told: dict[str, str] | None) -> Interpreted:
     if all(isinstance(value, Tensor) for value in payload.values()):
         return {'raw': _clean(payload)}, None, 'bare' if told is None else 'safetensors', {}
     plain, averages = ([name for name in names if _holds_weights(payload.get(name))] for names in (_RAW, _AVERAGES))
+    if not plain and not averages:  # an empty one still says which model it is of
+        plain = [name for name in _RAW if isinstance(payload.get(name), Mapping) and not payload[name]][:1]
     if len(plain) > 1 or len(averages) > 1:
         raise UserError(f'holds weights under several names, {", ".join(plain + averages)}: save the right ones alone')
-    if plain and not averages and not any(isinstance(value, Tensor) for value in payload[plain[0]].values()):
+    if plain and not averages and payload[plain[0]] and not any(
+            isinstance(value, Tensor) for value in payload[plain[0]].values()):
         return _interpret(payload[plain[0]], None)  # a dict in a dict
     tensors = {name: value for name, value in payload.items() if isinstance(value, Tensor)}
     if not plain and not averages and any('.' in str(name) for name in tensors):  # beside an epoch and the like
