@@ -2,12 +2,13 @@
 # make test       the tests that need neither GPU nor Slurm, but for the slow ones; make test-all adds those
 # make test-slurm the tests on a Slurm of this machine alone; needs root, and apt where Slurm is not installed
 # make lint       ruff
+# make golden     whether this checkout computes the same bits as an older commit: make golden BASE=<commit>
 # make benchmark  measures this machine, minutes, and writes BENCHMARKS.md; tools/gpu_check.sh does it for a GPU
 
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test test-all test-slurm lint benchmark
+.PHONY: demo test test-all test-slurm lint golden benchmark
 
 # Made anew when the dependencies change; a broken installation leaves no stamp
 $(VENV)/installed: pyproject.toml
@@ -34,3 +35,6 @@ lint: $(VENV)/installed
 benchmark: $(VENV)/installed
 	$(PYTHON) tools/benchmark.py report --device cpu
 	$(PYTHON) tools/docs.py
+
+golden: $(VENV)/installed
+	$(PYTHON) tests/golden.py $(BASE)
