@@ -1,2 +1,16 @@
-"""MogaNet for timm: importing this package registers the six variants with `timm.create_model`."""
-from models import moganet as moganet
+"""MogaNet for timm: importing this package registers the six variants with `timm.create_model`, and the released files
+as their pretrained weights.
+"""
+from torch import Tensor
+
+from models import moganet
+from models.released import pretrained_cfgs
+from models.weights import load_weights
+
+
+def _read(source: str) -> tuple[dict[str, Tensor], moganet.Gate | None]:
+    weights = load_weights(source)
+    return weights.state_dict, weights.gate
+
+
+moganet.register(pretrained_cfgs(), _read)

@@ -1,127 +1,31 @@
 """Every checkpoint format turned into a plain state dict, without ever unpickling arbitrary code.
 
-`load_weights` reads a path, a URL or `released:NAME` (the table of released files below) and says what the file is;
+`load_weights` reads a path, a URL or `released:NAME` (a row of `released.RELEASED`) and says what the file is;
 `apply_weights` puts the tensors into a model and says what matched. Formats: our training checkpoints, timm's, mmcv's
 (OpenMixup), ConvNeXt's and DeiT's, bare state dicts, safetensors.
 """
 import argparse
 import contextlib
-import hashlib
 import json
-import os
 import pickletools
 import re
-import ssl
 import struct
-import sys
-import tempfile
-import urllib.error
-import urllib.parse
-import urllib.request
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import safetensors
 import timm
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from utils import UserError, nearest, write_atomically, write_json
-
-Gate = Literal['single', 'double']
-Which = Literal['raw', 'ema']
-
-
-# ---- The released files ---------------------------------------------------------------------------------------------
-
-_H = 'https://github.com/Westlake-AI/MogaNet/releases/download/moganet-in1k-weights/'
-_O = 'https://github.com/Westlake-AI/openmixup/releases/download/moganet-in1k-weights/'
-
-
-@dataclass(frozen=True)
-class Released:
-    """A released ImageNet-1k checkpoint and how it reaches its published accuracy.
-
-    Sizes and hashes are not published, so none are given; a download's own are shown and remembered.
-    """
-    model: str
-    url: str
-    format: Literal['timm', 'mmcv']
-    gate: Gate
-    weights: Which  # those that reach the accuracy
-    test_size: int  # pixels, squares
-    crop_pct: float
-    acc1: float | None  # published top-1 and top-5, %; None where not published for this file
-    acc5: float | None
-
-
-def _timm(model: str, file: str, weights: Which, size: int, acc1: float, acc5: float) -> Released:
-    """A file of the authors' MogaNet repository: trained with the single gate."""
-    return Released(model, f'{_H}{file}.pth.tar', 'timm', 'single', weights, size, 0.9, acc1, acc5)
-
-
-def _mmcv(model: str, file: str, weights: Which, size: int, acc1: float | None, acc5: float | None = None, *,
-          gate: Gate = 'double', crop_pct: float = 0.9) -> Released:
-    """A file of the authors' OpenMixup: trained with `attn_force_fp32`, which is the double gate."""
-    return Released(model, f'{_O}{file}.pth', 'mmcv', gate, weights, size, crop_pct, acc1, acc5)
-
-
-# Accuracies: the authors' repository for its own files; the paper's table for OpenMixup's 300-epoch files where it has
-# the model at that size; OpenMixup's own for 3-Augment (XT) and RSB A3.
-RELEASED: dict[str, Released] = {
-    'moganet_xtiny': _timm('moganet_xtiny', 'moganet_xtiny_sz224_8xbs128_ep300', 'raw', 224, 76.5, 93.4),
-    'moganet_xtiny_256': _timm('moganet_xtiny', 'moganet_xtiny_sz256_8xbs128_ep300', 'raw', 256, 77.2, 93.8),
-    'moganet_tiny': _timm('moganet_tiny', 'moganet_tiny_sz224_8xbs128_ep300', 'raw', 224, 79.0, 94.6),
-    'moganet_tiny_256': _timm('moganet_tiny', 'moganet_tiny_sz256_8xbs128_ep300', 'raw', 256, 79.6, 94.9),
-    'moganet_small': _timm('moganet_small', 'moganet_small_sz224_8xbs128_ep300', 'ema', 224, 83.4, 96.9),
-    'moganet_base': _timm('moganet_base', 'moganet_base_sz224_8xbs128_ep300', 'ema', 224, 84.3, 97.0),
-    'moganet_large': _timm('moganet_large', 'moganet_large_sz224_8xbs64_ep300', 'ema', 224, 84.7, 97.1),
-    'moganet_xlarge': _timm('moganet_xlarge', 'moganet_xlarge_sz224_8xbs64_ep300', 'ema', 224, 85.1, 97.4),
-    'moganet_xtiny_openmixup': _mmcv('moganet_xtiny', 'moga_xtiny_sz224_8xb128_fp16_ep300', 'raw', 224, 76.5),
-    'moganet_xtiny_256_openmixup': _mmcv('moganet_xtiny', 'moga_xtiny_sz256_8xb128_fp16_ep300', 'raw', 256, None),
-    'moganet_xtiny_3aug_256': _mmcv(
-        'moganet_xtiny', 'moga_xtiny_deit3_sz256_lr2e_3_8xb128_fp16_ep300', 'raw', 256, 77.6),
-    'moganet_tiny_openmixup': _mmcv('moganet_tiny', 'moga_tiny_sz224_8xb128_fp16_ep300', 'raw', 224, 79.0),
-    'moganet_tiny_256_openmixup': _mmcv('moganet_tiny', 'moga_tiny_sz256_8xb128_fp16_ep300', 'raw', 256, 79.6),
-    'moganet_tiny_3aug_256': _mmcv(
-        'moganet_tiny', 'moga_tiny_deit3_sz256_lr2e_3_8xb128_fp16_ep300', 'raw', 256, 80.0, 95.0),
-    'moganet_small_openmixup': _mmcv('moganet_small', 'moga_small_ema_sz224_8xb128_ep300', 'ema', 224, 83.4),
-    'moganet_small_openmixup_single': _mmcv(
-        'moganet_small', 'moga_small_ema_sz224_8xb128_no_forcefp32_ep300', 'ema', 224, None, gate='single'),
-    'moganet_base_openmixup': _mmcv('moganet_base', 'moga_base_ema_sz224_8xb128_ep300', 'ema', 224, 84.2),
-    'moganet_large_openmixup': _mmcv('moganet_large', 'moga_large_ema_sz224_8xb64_accu2_ep300', 'ema', 224, 84.6),
-    'moganet_xlarge_openmixup': _mmcv('moganet_xlarge', 'moga_xlarge_ema_sz224_8xb32_accu2_ep300', 'ema', 224, None),
-    'moganet_xtiny_rsb_a3': _mmcv(
-        'moganet_xtiny', 'moga_xtiny_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 72.8, crop_pct=0.95),
-    'moganet_tiny_rsb_a3': _mmcv(
-        'moganet_tiny', 'moga_tiny_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 75.4, crop_pct=0.95),
-    'moganet_small_rsb_a3': _mmcv(
-        'moganet_small', 'moga_small_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 81.1, crop_pct=0.95),
-    'moganet_base_rsb_a3': _mmcv(
-        'moganet_base', 'moga_base_rsb_a3_sz160_8xb128_accu2_ep100', 'raw', 224, 82.2, crop_pct=0.95),
-    'moganet_large_rsb_a3': _mmcv(
-        'moganet_large', 'moga_large_rsb_a3_sz160_8xb128_accu2_ep100', 'raw', 224, 83.2, crop_pct=0.95),
-}
-_RELEASED_BY_FILE = {row.url.rsplit('/', 1)[1]: name for name, row in RELEASED.items()}
-
-
-def pretrained_cfgs() -> dict[str, dict[str, Any]]:
-    """timm's pretrained cfgs of the released files: `moganet_tiny.in1k`, `moganet_tiny.in1k_256`, and so on.
-
-    The tag is what a file's name adds to its model's; a model's first is timm's default.
-    """
-    return {f'{row.model}.in1k{name.removeprefix(row.model)}': {
-        'url': row.url, 'crop_pct': row.crop_pct, 'input_size': (3, row.test_size, row.test_size),
-        'pool_size': (row.test_size // 32, row.test_size // 32),
-    } for name, row in RELEASED.items()}
-
+from models.download import download, forget, remembered
+from models.moganet import Gate
+from models.released import RELEASED, RELEASED_BY_FILE, Which
+from utils import UserError, nearest
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
@@ -165,15 +69,15 @@ def load_weights(source: str | Path, which: Literal['auto', 'raw', 'ema'] = 'aut
         url = RELEASED[name].url
     elif re.match(r'https?://', source):
         url = source
-    path = _download(url) if url else Path(source).expanduser()
-    row = RELEASED.get(name or _RELEASED_BY_FILE.get(path.name, ''))
+    path = download(url) if url else Path(source).expanduser()
+    row = RELEASED.get(name or RELEASED_BY_FILE.get(path.name, ''))
     try:
         payload, told = _read_file(path)
         sets, gate, kind, meta = _interpret(payload, told)
     except UserError as error:
         if not url:
             raise UserError(f'{source}: {error}') from None
-        _forget(path)
+        forget(path)
         raise UserError(f'{source}: {error} (removed from the cache)') from None
     if row and row.weights == 'ema' and kind == 'mmcv' and list(sets) == ['raw']:
         sets = {'ema': sets['raw']}  # even without their `ema_` twins, the plain names hold the average
@@ -182,11 +86,11 @@ def load_weights(source: str | Path, which: Literal['auto', 'raw', 'ema'] = 'aut
     if which not in sets:
         raise UserError(f'{source}: has no {which} weights, only {" and ".join(sets)}: leave the choice to auto')
     if row:
-        meta = {'released': name or _RELEASED_BY_FILE[path.name], 'interpolation': 'bicubic'} | {
+        meta = {'released': name or RELEASED_BY_FILE[path.name], 'interpolation': 'bicubic'} | {
             key: getattr(row, key) for key in ('model', 'test_size', 'crop_pct', 'acc1', 'acc5')} | {
             key: value for key, value in meta.items() if key in ('classes', 'epoch', 'metric', 'args')}
     if url:
-        meta |= _remembered(path)
+        meta |= remembered(path)
     return Weights(sets[which], gate or (row.gate if row else None), which, kind, meta, source)
 
 
@@ -465,114 +369,3 @@ def build_model(weights: Weights, name: str | None = None, *, gate: Gate | None 
     model = timm.create_model(name, num_classes=classes_of(weights, name), **kwargs)
     apply_weights(model, weights)
     return model.eval()
-
-
-# ---- Downloads ------------------------------------------------------------------------------------------------------
-
-def _note(path: Path) -> Path:
-    """Where a downloaded file's address, size and hash are kept."""
-    return path.with_name(f'{path.name}.json')
-
-
-def _remembered(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(_note(path).read_text())
-    return {}
-
-
-def _forget(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-        _note(path).unlink(missing_ok=True)
-
-
-def _download(url: str) -> Path:
-    """A URL's file in torch's hub cache, fetched unless it is there. A file put there by hand is taken as it is.
-
-    Raises:
-        UserError: unreachable, not a file, broken off for good, or another hash than the URL's `#sha256=`.
-    """
-    url, _, wanted = url.partition('#sha256=')
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme != 'https' and parts.hostname not in ('127.0.0.1', 'localhost'):
-        raise UserError(f'{url}: plain http can be altered on its way: use https')
-    name = Path(urllib.parse.unquote(parts.path)).name
-    if name in ('', '..'):
-        raise UserError(f'{url}: names no file')
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / name
-    if _is_cached(path, url, wanted):
-        return path
-    # torchrun starts many processes at once: on each node one fetches, the others wait and find the file. The lock is a
-    # local file, since not every shared file system has locks; two nodes may both fetch, and the last rename stands.
-    key = hashlib.sha256(str(path).encode()).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir()) / f'moganet-{getattr(os, "getuid", int)()}-{key}.lock'):
-        if not _is_cached(path, url, wanted):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, lambda file: _fetch(url, file, wanted, path))
-                facts = {'url': url, 'bytes': path.stat().st_size, 'sha256': sha256_of(path)}
-                write_json(_note(path), facts)
-            except OSError as error:
-                raise UserError(f'cannot write {path}: {error.strerror or error}') from None
-            print(f'{path}: {facts["bytes"]:,} bytes, sha256 {facts["sha256"]}', file=sys.stderr)
-    return path
-
-
-def _is_cached(path: Path, url: str, wanted: str) -> bool:
-    """Whether the cache's file is whole and the one asked for, as far as size and hash are known."""
-    known = _remembered(path)
-    wanted = wanted.lower() or known.get('sha256', '')
-    return path.is_file() and known.get('url', url) == url and (not wanted or sha256_of(path) == wanted)
-
-
-def _fetch(url: str, file: BinaryIO, wanted: str, path: Path) -> None:
-    """Downloads with a progress bar on stderr, taking a broken-off transfer up again where it stopped, three times."""
-    cure = f'download it elsewhere and put it at {path}, or give its path'
-    print(f'downloading {url}', file=sys.stderr)
-    done, digest = 0, hashlib.sha256()
-    with tqdm(desc=path.name, unit='B', unit_scale=True, leave=False, disable=None) as bar:
-        for _ in range(4):
-            request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
-            try:
-                with urllib.request.urlopen(request, timeout=30) as reply:
-                    if url.startswith('https:') and not reply.url.startswith('https:'):
-                        raise UserError(f'{url}: sends on to plain {reply.url}: refused')
-                    if reply.headers.get_content_type() == 'text/html':
-                        raise UserError(f'{url}: answers with a web page, not a file: give the link of the file itself')
-                    if done and reply.status != 206:  # the server starts over
-                        done, digest = 0, hashlib.sha256()
-                        file.seek(0)
-                        file.truncate()
-                    length = reply.headers.get('Content-Length')
-                    total = done + int(length) if length else None
-                    bar.reset(total)
-                    bar.update(done)
-                    while block := reply.read(1 << 20):
-                        file.write(block)
-                        digest.update(block)
-                        done += len(block)
-                        bar.update(len(block))
-                if total is None or done == total:
-                    break
-                failure = 'the connection closed'
-            except urllib.error.HTTPError as error:
-                raise UserError(f'{url}: the server answers {error.code} {error.reason}: check the address') from None
-            except urllib.error.URLError as error:
-                raise UserError(f'{url}: cannot be reached ({error.reason}): {cure}') from None
-            except (HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
-                failure = type(error).__name__
-        else:
-            raise UserError(f'{url}: broke off four times, at last after {done:,} bytes ({failure}), and nothing was '
-                            f'kept: try again later, or {cure}')
-    if wanted and digest.hexdigest() != wanted.lower():
-        raise UserError(f'{url}: its sha256 is {digest.hexdigest()}, not {wanted} as asked for; nothing was kept: '
-                        'check the address and the hash')
-
-
-def sha256_of(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

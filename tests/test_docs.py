@@ -18,7 +18,7 @@ import recipes
 import run_with_submitit
 import runs
 from conftest import ROOT
-from models.weights import RELEASED
+from models.released import RELEASED
 from recipes import RECIPES
 from test_data_sources import encoded, tar, write, write_meta, write_parquet, write_shards
 from tools import docs

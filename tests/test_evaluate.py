@@ -27,8 +27,8 @@ import recipes
 import reference
 import runs
 import test_weights as files
-from models import weights
-from models.weights import RELEASED
+from models import download
+from models.released import RELEASED
 
 XT = 'moganet_xtiny'
 FOUR_BLOCKS = {'dims': [8, 8, 16, 16], 'depths': [1, 1, 1, 1], 'ffn_ratios': [2, 2, 2, 2]}
@@ -223,7 +223,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
     def offline(*_: Any) -> None:
         raise AssertionError('nothing is to be downloaded')
 
-    monkeypatch.setattr(weights, '_fetch', offline)
+    monkeypatch.setattr(download, '_fetch', offline)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     monkeypatch.chdir(tmp_path)
 

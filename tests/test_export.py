@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import reference
 from conftest import ROOT
+from models.download import sha256_of
 from models.moganet import MogaNet
-from models.weights import build_model, load_weights, sha256_of
+from models.weights import build_model, load_weights
 from test_weights import cache, mmcv_file, put, seeded, training_file
 from tools import export, strip_checkpoint
 from utils import UserError

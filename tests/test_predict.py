@@ -24,7 +24,7 @@ import recipes
 import reference
 import runs
 from conftest import ROOT
-from models import weights as weights_module
+from models.released import RELEASED
 from test_weights import seeded, stripped_timm_file, timm_file
 from utils import UserError
 
@@ -260,7 +260,7 @@ def test_file_without_a_classifier_is_refused(tmp_path: Path) -> None:
 
 def test_released_file_needs_no_further_word(tmp_path: Path, monkeypatch, capsys) -> None:
     """Model, size, crop and which weights come from the table of released files."""
-    row = weights_module.RELEASED[f'{XT}_256']
+    row = RELEASED[f'{XT}_256']
     path = tmp_path / 'hub' / 'checkpoints' / row.url.rsplit('/', 1)[1]
     path.parent.mkdir(parents=True)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))

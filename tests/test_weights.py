@@ -24,8 +24,9 @@ from torch import Tensor, nn
 import models  # noqa: F401  registers MogaNet
 import recipes
 import reference
-from models import weights
-from models.weights import RELEASED, Weights, apply_weights, build_model, load_weights
+from models import download
+from models.released import RELEASED
+from models.weights import Weights, apply_weights, build_model, load_weights
 from utils import UserError
 
 XT = 'moganet_xtiny'
@@ -622,7 +623,7 @@ def test_download_happens_once_and_its_size_and_hash_are_shown_and_remembered(
         server: Server, cache: Path, capsys: pytest.CaptureFixture) -> None:
     read = load_weights(f'{server.url}/x.pth')
     assert read.state_dict['w'][-1] == 39999
-    sha256 = weights.sha256_of(cache / 'x.pth')
+    sha256 = download.sha256_of(cache / 'x.pth')
     assert f'{len(server.content):,} bytes, sha256 {sha256}' in capsys.readouterr().err
     assert json.loads((cache / 'x.pth.json').read_text()) == {
         'url': f'{server.url}/x.pth', 'bytes': len(server.content), 'sha256': sha256}
@@ -664,7 +665,7 @@ def test_failed_download_gives_one_line_and_leaves_nothing(
 
 def test_right_hash_is_accepted_and_a_cached_file_with_another_fetched_anew(server: Server, cache: Path) -> None:
     load_weights(f'{server.url}/x.pth')
-    sha256 = weights.sha256_of(cache / 'x.pth')
+    sha256 = download.sha256_of(cache / 'x.pth')
     load_weights(f'{server.url}/x.pth#sha256={sha256.upper()}')
     assert len(server.requests) == 1
     (cache / 'x.pth').write_bytes(flipped(server.content))  # a bit rots in the cache
@@ -677,7 +678,7 @@ def test_right_hash_is_accepted_and_a_cached_file_with_another_fetched_anew(serv
 def test_interrupted_download_leaves_nothing(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
-    monkeypatch.setattr(weights.tqdm, 'update', interrupt)
+    monkeypatch.setattr(download.tqdm, 'update', interrupt)
     with pytest.raises(KeyboardInterrupt):
         load_weights(f'{server.url}/x.pth')
     assert list(cache.iterdir()) == []

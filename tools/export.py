@@ -26,8 +26,9 @@ from timm.data import ImageNetInfo
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from models.download import sha256_of
 from models.moganet import MogaNet, fuse
-from models.weights import Weights, build_model, load_weights, sha256_of
+from models.weights import Weights, build_model, load_weights
 from utils import UserError, run_cli, write_atomically
 
 # Relative, on logits. Another runtime adds up in another order, which comes to 1e-6 (onnxruntime, MogaNet-XT); a wrong

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from models.weights import load_weights, sha256_of
+from models.download import sha256_of
+from models.weights import load_weights
 from utils import UserError, run_cli, write_atomically
 
 
