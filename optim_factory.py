@@ -68,8 +68,10 @@ def freeze(model: nn.Module, *, stages: int = 0, linear_probe: bool = False) -> 
 
 
 def _our_exempt(model: nn.Module) -> set[str]:
-    """Biases, normalisations (every parameter of at most one dimension) and what the model names in
-    `no_weight_decay()`: of MogaNet its layer scales and sigma scales."""
+    """Biases, normalisations (every parameter of at most one dimension) and the names of `no_weight_decay()`.
+
+    MogaNet names its layer scales and sigma scales there.
+    """
     named = set(model.no_weight_decay()) if hasattr(model, 'no_weight_decay') else set()
     return named | {name for name, param in model.named_parameters() if param.ndim <= 1}
 
@@ -80,16 +82,16 @@ def _authors_exempt(model: nn.Module) -> set[str]:
 
 
 def _authors_layers_exempt(model: nn.Module) -> set[str]:
-    """Biases, and what has a single dimension of more than 1: the weight of `decompose` too."""
+    """Biases, and every parameter with a single dimension above 1, which the weight of `decompose` is too."""
     return {name for name, param in model.named_parameters()
             if name.endswith('.bias') or sum(size != 1 for size in param.shape) == 1}
 
 
 def _authors_levels(model: nn.Module) -> dict[str, int]:
-    """Levels 0 to 13 of a dense model over a MogaNet with that many blocks in stage 3 as B or L.
+    """The authors' levels for detectors over MogaNet-B and L: 0 the stem, 13 the heads.
 
-    As recorded, with its oddities: no parameter has level 1, stage 3 begins with 4 and goes on with 3, and the norms
-    after the stages are at the heads' level.
+    Their oddities belong to the recorded results: no parameter has level 1, the embedding of stage 3 has a higher level
+    than the stage's first blocks, and the norms after the stages learn as fast as the heads.
 
     Raises:
         UserError: where the model has no MogaNet's stages.
@@ -113,9 +115,9 @@ class Rule(NamedTuple):
 
 RULES: dict[str, Rule] = {
     'ours': Rule(_our_exempt),
-    'authors': Rule(_authors_exempt),  # of RetinaNet, Mask R-CNN, Cascade S and UPerNet
-    'authors_layers': Rule(_authors_layers_exempt, _authors_levels),  # of Cascade B and L
-    'all': Rule(lambda model: set()),  # of Semantic FPN: everything decays
+    'authors': Rule(_authors_exempt),  # RetinaNet, Mask R-CNN, Cascade S and UPerNet
+    'authors_layers': Rule(_authors_layers_exempt, _authors_levels),  # Cascade B and L
+    'all': Rule(lambda model: set()),  # Semantic FPN: every parameter decays
 }
 
 
@@ -188,9 +190,9 @@ def cosine(update: int, *, start: float, end: float, first: int, total: int) -> 
 
 
 def poly(update: int, *, start: float, end: float, first: int, total: int, power: float) -> float:
-    """A power of the remaining share of updates: `start` at update `first`, on its way to `end` at update `total`.
+    """From `start` at update `first` to `end` at update `total`, by a power of the updates that remain.
 
-    As in mmcv, the last update of a run of `total` does not quite come to `end`.
+    The last update of a run, `total - 1`, stays above `end`, as in mmcv.
     """
     remaining = 1 - min((update - first) / max(total - first, 1), 1.0)
     return (start - end) * remaining ** power + end

@@ -622,7 +622,9 @@ def register(
     pretrained_cfgs: Mapping[str, dict[str, Any]] | None = None,
     read: Callable[[str], tuple[dict[str, torch.Tensor], Gate | None]] | None = None,
 ) -> None:
-    """Registers the variants with `timm.create_model`, in place of whatever timm has under these names.
+    """Registers the variants with `timm.create_model`, in place of timm's models of these names, if it has any.
+
+    timm registers its models when it is imported, which this file does first.
 
     Args:
         pretrained_cfgs: by `variant.tag`, the `url` of a file of weights and what of `_cfg` is different for it. By
@@ -635,7 +637,7 @@ def register(
     default_cfgs.clear()
     rows = pretrained_cfgs or {create.__name__: {} for create in _VARIANTS}
     default_cfgs.update(generate_default_cfgs({name: _cfg(**row) for name, row in rows.items()}))
-    with warnings.catch_warnings():  # timm warns of every name that is taken: by an earlier call, or by a port in timm
+    with warnings.catch_warnings():  # timm warns of a name that is taken, by an earlier call or by a port in timm
         warnings.filterwarnings('ignore', 'Overwriting moganet_')
         for create in _VARIANTS:
             register_model(create)
