@@ -7,6 +7,8 @@
 
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
+# Tests run on two cores, a file on one of them; tests/conftest.py says which files share a core
+BESIDE := --numprocesses 2 --dist loadgroup
 
 .PHONY: demo test test-all test-slurm lint golden benchmark
 
@@ -21,10 +23,10 @@ demo: $(VENV)/installed
 	$(PYTHON) main.py --eval --checkpoint runs/demo/checkpoint-best-ema.pth --output_dir runs/demo
 
 test: $(VENV)/installed
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(BESIDE)
 
 test-all: $(VENV)/installed
-	$(PYTHON) -m pytest -m 'not gpu and not slurm'
+	$(PYTHON) -m pytest $(BESIDE) -m 'not gpu and not slurm'
 
 test-slurm: $(VENV)/installed
 	$(PYTHON) -m pytest -m slurm tests/slurm

@@ -1,10 +1,12 @@
-"""The training step, an epoch of them, and evaluation. Values in, metrics out: no files, no flags.
+"""The training step, a stretch of them, and evaluation, for any task. Values in, metrics out: no files, no flags.
 
 Nothing in a step waits for the device: losses, overflow flags and norms stay on it until they are printed.
 """
 import contextlib
 import dataclasses
+import functools
 import inspect
+import operator
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -15,15 +17,12 @@ import torch.distributed as dist
 from timm.models import model_parameters
 from timm.utils import dispatch_clip_grad
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import Buffers
 from optim_factory import ModelEma
-from utils import UserError, derive_seed
+from utils import UserError, derive_seed, log, sum_dtype
 
-MAX_CONFUSION = 100  # classes of which a confusion matrix is still one that a person reads
 AUTOCAST = {'fp32': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
@@ -34,11 +33,6 @@ class NonFiniteError(RuntimeError):
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The autocast context of a precision; for fp32 one that does nothing."""
     return torch.autocast(device.type, dtype=AUTOCAST[precision], enabled=AUTOCAST[precision] is not None)
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """Sums over an epoch are kept in float64, where the device has it (MPS does not)."""
-    return torch.float32 if device.type == 'mps' else torch.float64
 
 
 def create_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
@@ -64,7 +58,7 @@ def frozen_norms(model: nn.Module) -> set[str]:
 def wrap_distributed(model: nn.Module, device: torch.device) -> nn.Module:
     """The model in DDP where there is a process group, else the model itself.
 
-    BN statistics are not broadcast every step: `checkpoint.Buffers` makes them equal before they are used.
+    BN statistics are not broadcast every step: `Buffers` makes them equal before they are used.
     """
     if not dist.is_initialized():
         return model
@@ -76,14 +70,76 @@ def wrap_distributed(model: nn.Module, device: torch.device) -> nn.Module:
                                    gradient_as_bucket_view=True, **{no_broadcast: False})
 
 
+class Buffers:
+    """The BN statistics of a model, and of its moving average, as one flat tensor.
+
+    They differ between the ranks and take no part in training, which normalises by the batch; so what is made of them
+    for evaluating and saving is put back afterwards, and the course of training does not depend on how often that is.
+    """
+
+    def __init__(self, *models: nn.Module | None):
+        """
+        Args:
+            models: the first is on the process's device; others may be missing, or elsewhere.
+        """
+        self._buffers = [buffer for model in models if model is not None for buffer in model.buffers()
+                         if buffer.is_floating_point()]
+        self._device = next(models[0].parameters()).device
+        self._own: torch.Tensor | None = None  # this rank's statistics, while others stand in their place
+
+    def own(self) -> torch.Tensor:
+        """This rank's own statistics [n], also within `agreed`."""
+        return self.get() if self._own is None else self._own
+
+    def get(self) -> torch.Tensor:
+        """A copy of all of them, [n], on the device of the first model."""
+        if not self._buffers:
+            return torch.zeros(0, device=self._device)
+        return torch.cat([buffer.reshape(-1).to(self._device) for buffer in self._buffers])
+
+    def set(self, flat: torch.Tensor) -> None:
+        """Writes back what `get` returned."""
+        parts = flat.split([buffer.numel() for buffer in self._buffers]) if self._buffers else []
+        for device in {buffer.device for buffer in self._buffers}:
+            pairs = [(buffer, part.view_as(buffer).to(device, buffer.dtype))
+                     for buffer, part in zip(self._buffers, parts, strict=True) if buffer.device == device]
+            torch._foreach_copy_(*[list(side) for side in zip(*pairs, strict=True)])
+
+    @contextlib.contextmanager
+    def agreed(self, mode: str, *, first: Callable[[], None] | None = None) -> Iterator[None]:
+        """Within the context the buffers are equal on all ranks, by one flat exchange.
+
+        Args:
+            mode: 'reduce', the mean over the ranks; 'broadcast', rank 0's; 'none', each rank its own.
+            first: is called before the exchange; it may change the buffers (Precise BN).
+        """
+        self._own = own = self.get()
+        if first is not None:
+            first()
+        if dist.is_initialized() and mode != 'none' and own.numel():
+            common = self.get()
+            if mode == 'reduce':
+                dist.all_reduce(common)
+                common /= dist.get_world_size()
+            else:
+                dist.broadcast(common, src=0)
+            self.set(common)
+        try:
+            yield
+        finally:
+            self._own = None
+            self.set(own)
+
+
 @torch.no_grad()
-def precise_bn(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *,
+def precise_bn(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any], *,
                precision: str = 'fp32', frozen: Collection[str] = ()) -> None:
     """Replaces the running BN statistics by the plain mean over some training batches (Precise BN, arXiv 2105.07576).
 
     Args:
         model: unwrapped model; its mode is restored.
-        batches: this rank's micro-batches (images [B, 3, H, W], targets).
+        batches: this rank's micro-batches, on the device.
+        forward: the pass of a model over a batch.
         frozen: names of norms that keep their statistics.
     """
     device = next(model.parameters()).device
@@ -96,8 +152,8 @@ def precise_bn(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Ten
         norm.momentum = None  # the cumulative mean
         norm.train()
     with autocast(device, precision):
-        for images, _ in batches:
-            model(images.to(device))
+        for batch in batches:
+            forward(model, batch)
     for norm, momentum, count in zip(norms, momenta, counts, strict=True):
         norm.momentum = momentum
         norm.num_batches_tracked.copy_(count)
@@ -105,31 +161,52 @@ def precise_bn(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Ten
         train_mode(model)
 
 
+class Sums:
+    """Named sums in one tensor on the device, so that one exchange and one read take them all.
+
+    Attributes:
+        values: [names], which a checkpoint keeps.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device, dtype: torch.dtype = torch.float32):
+        self.names = tuple(names)
+        self.values = torch.zeros(len(self.names), device=device, dtype=dtype)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A view of one sum, which may be changed in place."""
+        return self.values[self.names.index(name)]
+
+    def add(self, **values: torch.Tensor | float) -> None:
+        """Adds to sums by their names."""
+        for name, value in values.items():
+            self[name].add_(value)
+
+
 class TrainStep:
-    """One update of the weights: the only forward and backward pass of training, for every precision.
+    """One update of the weights: the only forward and backward pass of training, for every task and precision.
 
     Autocast, loss, backward, unscale, clip, step, moving average. Scaler, accumulation, clipping and average are
     switches of that one line.
 
     Attributes:
-        sums: [3] on the device, since `reset`: this rank's summed loss, its images, and the unreadable ones among them
-            that were replaced, which the caller adds.
-        skips: [2] on the device: updates that the scaler skipped, since `reset` and in a row.
+        sums: since `reset`, of this rank: the summed 'loss', the 'images', the 'bad_images' among them that were
+            replaced, which the caller adds, and the single losses that the task names.
+        skips: updates that the scaler skipped: 'all' since `reset`, and 'in_a_row'.
     """
 
-    def __init__(self, model: nn.Module, criterion: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer, *,
-                 device: torch.device, precision: str = 'fp32', scaler: torch.amp.GradScaler | None = None,
-                 ema: ModelEma | None = None, clip_grad: float | None = None, clip_mode: str = 'norm',
-                 update_freq: int = 1, seed: int = 0, rank: int = 0):
+    def __init__(self, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer, *, device: torch.device,
+                 precision: str = 'fp32', scaler: torch.amp.GradScaler | None = None, ema: ModelEma | None = None,
+                 clip_grad: float | None = None, clip_mode: str = 'norm', update_freq: int = 1, seed: int = 0,
+                 rank: int = 0):
         """
         Args:
             model: the model, in DDP where there are several processes.
-            criterion: loss of (logits, targets), the mean over the images.
+            task: gives `loss(model, batch)`, named means over the images, and `losses`, the names to be summed.
             scaler: fp16's; None for one that passes everything through.
             update_freq: micro-steps per update.
             seed: from it, the update, the micro-step and the rank, drop path and dropout are drawn.
         """
-        self.model, self.criterion, self.optimizer, self.device = model, criterion, optimizer, device
+        self.model, self.task, self.optimizer, self.device = model, task, optimizer, device
         self.precision, self.ema = precision, ema
         self.scaler = scaler or create_scaler(device, precision)
         self.clip_grad, self.clip_mode = clip_grad, clip_mode
@@ -137,34 +214,37 @@ class TrainStep:
         self.unwrapped: nn.Module = getattr(model, 'module', model)
         self.buffers = Buffers(self.unwrapped)
         self._counts = [buffer for buffer in self.unwrapped.buffers() if not buffer.is_floating_point()]
-        self.sums = torch.zeros(3, device=device, dtype=sum_dtype(device))
-        self.skips = torch.zeros(2, device=device)
+        self.sums = Sums(('loss', 'images', 'bad_images', *task.losses), device, sum_dtype(device))
+        self.skips = Sums(('all', 'in_a_row'), device)
 
     def reset(self) -> None:
         """Begins new sums, at the start of an epoch."""
-        self.sums.zero_()
-        self.skips[0] = 0
+        self.sums.values.zero_()
+        self.skips['all'].zero_()
 
-    def __call__(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], update: int) -> None:
+    def __call__(self, batches: Iterator[Any], update: int) -> None:
         """Trains on the next `update_freq` micro-batches.
 
         Args:
-            batches: images [B, 3, H, W] and targets [B] or [B, classes], on the device.
+            batches: on the device.
             update: number of the update in the run, from 0.
         """
         before = self._snapshot()
-        loss_sum = torch.zeros_like(self.sums[0])
+        sums = {name: torch.zeros_like(self.sums['loss']) for name in ('loss', *self.task.losses)}
         seen = 0
         for micro_step in range(self.update_freq):
-            images, targets = next(batches)
+            batch = next(batches)
             torch.manual_seed(derive_seed(self.seed, 'step', update, micro_step, self.rank))
             exchange = micro_step == self.update_freq - 1 or not hasattr(self.model, 'no_sync')
             with contextlib.nullcontext() if exchange else self.model.no_sync():
                 with autocast(self.device, self.precision):
-                    loss = self.criterion(self.model(images), targets)
+                    losses = self.task.loss(self.model, batch)
+                    loss = total(losses)
                 self.scaler.scale(loss / self.update_freq).backward()
-            loss_sum += loss.detach() * len(images)
-            seen += len(images)
+            sums['loss'] += loss.detach() * len(batch)
+            for name in self.task.losses:
+                sums[name] += losses[name].detach() * len(batch)
+            seen += len(batch)
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad is not None:
             # Adaptive clipping leaves the classifier out (arXiv 2102.06171)
@@ -177,13 +257,12 @@ class TrainStep:
         if self.ema is not None:
             self.ema.update(update, skipped=skipped)
         if skipped is None:
-            self.sums[0] += loss_sum
-            self.sums[1] += seen
+            self.sums.add(**sums, images=seen)
         else:
-            self.sums[0] += torch.where(skipped > 0, 0.0, loss_sum)
-            self.sums[1] += seen * (1 - skipped)
-            self.skips[0] += skipped
-            self.skips[1].add_(1).mul_(skipped)
+            self.sums.add(**{name: torch.where(skipped > 0, 0.0, value) for name, value in sums.items()},
+                          images=seen * (1 - skipped))
+            self.skips.add(all=skipped)
+            self.skips['in_a_row'].add_(1).mul_(skipped)
 
     def _snapshot(self) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
         """The BN buffers before an update that may overflow."""
@@ -207,18 +286,19 @@ class TrainStep:
             count.copy_(torch.where(skipped > 0, old, count))
         return skipped
 
-    def warm_up(self, images: torch.Tensor, targets: torch.Tensor) -> None:
-        """A throwaway pass that lets DDP settle its buckets, so that a resumed run sums in the order of the first.
+    def warm_up(self, batch: Any) -> None:
+        """A throwaway pass of a model in DDP or compiled, before the training starts.
 
-        DDP reorders its buckets after its first backward pass, and from three processes on the order changes the sums.
-        The BN buffers are put back; the random state is derived anew each step.
+        It lets DDP settle its buckets, so that a resumed run sums in the order of the first, and shows whether torch
+        can compile the model. DDP reorders its buckets after its first backward pass, and from three processes on the
+        order changes the sums. The BN buffers are put back; the random state is derived anew each step.
         """
-        if not isinstance(self.model, DistributedDataParallel):
+        if not isinstance(self.model, DistributedDataParallel) and self.unwrapped._compiled_call_impl is None:
             return
         kept, counts = self.buffers.get(), [count.clone() for count in self._counts]
         train_mode(self.model)
         with autocast(self.device, self.precision):
-            loss = self.criterion(self.model(images), targets)
+            loss = total(self.task.loss(self.model, batch))
         loss.backward()
         self.optimizer.zero_grad()
         self.buffers.set(kept)
@@ -227,11 +307,11 @@ class TrainStep:
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:
-        """Reads the sums and the health of all ranks: where training waits for the device: on reports and before saves.
+        """Reads the sums and the health of all ranks. Training waits for the device here: on reports and before saves.
 
         Returns:
-            'loss', the mean over the images since `reset`; 'bad_images'; 'skipped', the updates skipped by the scaler;
-            'skips_in_row'.
+            'loss' and the task's single losses, means over the images since `reset`; 'bad_images'; 'skipped', the
+            updates skipped by the scaler; 'skips_in_row'.
 
         Raises:
             NonFiniteError: on every rank alike, where loss, parameters, buffers or average of any are not finite.
@@ -240,14 +320,21 @@ class TrainStep:
                    for tensor in model.state_dict().values() if tensor.is_floating_point()]
         # The largest absolute value of each tensor: NaN and inf come through, and it cannot overflow as a sum would
         norms = torch.stack([norm.to(self.device) for norm in torch._foreach_norm(watched, float('inf'))])
-        broken = ~(norms.isfinite().all() & self.sums.isfinite().all())
-        values = torch.cat([self.sums, broken.to(self.sums)[None], self.skips.to(self.sums)])
+        sums = self.sums.values
+        broken = ~(norms.isfinite().all() & sums.isfinite().all())
+        values = torch.cat([sums, broken.to(sums)[None], self.skips.values.to(sums)])
         if dist.is_initialized():
-            dist.all_reduce(values[:4])
-        loss, seen, bad_images, broken_ranks, skipped, skips_in_row = values.tolist()
-        if broken_ranks:
+            dist.all_reduce(values[:len(sums) + 1])
+        found = dict(zip((*self.sums.names, 'broken ranks', 'skipped', 'skips_in_row'), values.tolist(), strict=True))
+        if found.pop('broken ranks'):
             raise NonFiniteError('the loss, the weights, the BN statistics or their average are NaN or infinite')
-        return {'loss': loss / max(seen, 1), 'bad_images': bad_images, 'skipped': skipped, 'skips_in_row': skips_in_row}
+        images = max(found.pop('images'), 1)
+        return found | {name: found[name] / images for name in ('loss', *self.task.losses)}
+
+
+def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of a task's losses."""
+    return functools.reduce(operator.add, losses.values())
 
 
 class _Timed:
@@ -269,10 +356,10 @@ class _Timed:
 
 @dataclasses.dataclass
 class Progress:
-    """What an epoch reports every `print_freq` updates."""
+    """What a stretch of updates reports every `print_freq` of them."""
 
-    update: int  # updates of this epoch done
-    updates: int  # updates of an epoch
+    update: int  # updates of the stretch done
+    updates: int  # updates of the stretch
     loss: float
     lr: float
     images_per_second: float
@@ -281,134 +368,120 @@ class Progress:
     skipped: float
 
 
-def train_one_epoch(step: TrainStep, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, epoch: int,
-                    updates: int, start: int = 0, set_schedule: Callable[[int], float], images_per_update: int,
-                    print_freq: int = 50, max_skips: int = 50, report: Callable[[Progress], None] | None = None,
-                    after_update: Callable[[int], bool] | None = None) -> dict[str, float]:
-    """Trains the updates `start` .. `updates - 1` of an epoch.
+def train_updates(step: TrainStep, batches: Iterable[Any], *, begin: int, end: int, start: int | None = None,
+                  set_schedule: Callable[[int], float], images_per_update: int, print_freq: int = 50,
+                  max_skips: int = 50, report: Callable[[Progress], None] | None = None,
+                  after_update: Callable[[int], bool] | None = None) -> dict[str, float]:
+    """Trains what is left of a stretch of the run: the updates `start` .. `end - 1`.
 
     Args:
-        step: the training step; its sums hold what an interrupted epoch had before `start`.
+        step: the training step; its sums hold what an interrupted stretch had before `start`.
         batches: this rank's micro-batches from update `start` on.
+        begin: the update with which the stretch began; `start` by default.
         set_schedule: sets the optimizer for an update of the run and returns the learning rate.
         images_per_update: over all ranks.
         print_freq: updates between reports, at which the device is waited for.
         max_skips: updates that the scaler may skip in a row.
         report: receives the figures every `print_freq` updates and at the end.
-        after_update: receives the updates of this epoch that are done; returns True to stop here.
+        after_update: receives the updates of the run that are done; returns True to stop here.
 
     Returns:
-        'train_loss', 'lr' of the last update, 'images_per_second', 'data_wait' (share of the time), 'skipped',
-        'bad_images', and 'updates' done in the epoch, fewer than `updates` where `after_update` stopped it.
+        'train_loss' and the task's single losses, 'lr' of the last update, 'images_per_second', 'data_wait' (share of
+        the time), 'skipped', 'bad_images', and 'done', the updates of the run, fewer than `end` where `after_update`
+        stopped it.
 
     Raises:
         NonFiniteError: on all ranks alike.
     """
     train_mode(step.model)
+    start = begin if start is None else start
     timed = _Timed(batches)
-    begin = time.perf_counter()
+    clock = time.perf_counter()
     figures: dict[str, float] = {}
     done, lr = start, 0.0
-    for done in range(start + 1, updates + 1):
-        update = epoch * updates + done - 1
-        lr = set_schedule(update)
-        step(timed, update)
+    for done in range(start + 1, end + 1):
+        lr = set_schedule(done - 1)
+        step(timed, done - 1)
         stop = after_update(done) if after_update is not None else False
-        if done % print_freq == 0 or done == updates or stop:
+        if (done - begin) % print_freq == 0 or done == end or stop:
             figures = step.check()
             if figures['skips_in_row'] >= max_skips:
                 raise NonFiniteError(f'fp16 overflowed in {max_skips} updates in a row')
-            seconds = time.perf_counter() - begin
+            seconds = time.perf_counter() - clock
             rate, wait = (done - start) * images_per_update / seconds, timed.seconds / seconds
             if report is not None:
-                report(Progress(done, updates, figures['loss'], lr, rate, seconds / (done - start), wait,
+                report(Progress(done - begin, end - begin, figures['loss'], lr, rate, seconds / (done - start), wait,
                                 figures['skipped']))
         if stop:
             break
-    return {'train_loss': figures['loss'], 'lr': lr, 'images_per_second': rate, 'data_wait': wait,
-            'skipped': figures['skipped'], 'bad_images': figures['bad_images'], 'updates': done}
+    return {'train_loss': figures['loss'], **{f'train_{name}': figures[name] for name in step.task.losses}, 'lr': lr,
+            'images_per_second': rate, 'data_wait': wait, 'skipped': figures['skipped'],
+            'bad_images': figures['bad_images'], 'done': done}
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, count: int,
-             precision: str = 'fp32', valid_labels: Sequence[int] | None = None,
-             real_labels: torch.Tensor | None = None, confusion: int = 0) -> dict[str, Any]:
-    """Accuracy and cross-entropy over a data set that the ranks share out, each image once.
+def evaluate(models: dict[str, nn.Module], batches: Iterable[Any], metric: Any, *, count: int, device: torch.device,
+             exact: bool = True, precision: str = 'fp32') -> dict[str, dict[str, Any]]:
+    """Evaluates several models in one pass over a data set that the ranks share out, each image once.
 
     Args:
-        model: unwrapped; a rank may have fewer batches than another, so that nothing in it may communicate.
-        batches: this rank's images [B, 3, H, W] and class indices [B].
+        models: unwrapped, on the device; a rank may have fewer batches than another, so that nothing in them may
+            communicate.
+        batches: this rank's.
+        metric: a new `tasks.Metric`.
         count: images of the whole data set.
-        valid_labels: the model's classes that the data set has, in the order of its labels; all of them by default.
-        real_labels: bool [images of this rank, classes], all the labels that are right for an image; an image without
-            any is left out (ReaL, arXiv 2006.07159).
-        confusion: the number of classes, where their confusion matrix is wanted.
+        exact: whether `count` is sure; a stream only says how many images it has, and another number is a warning.
 
     Returns:
-        'acc1' and 'acc5' in % (top-5 is top-k where there are k < 5 classes), 'loss' per image, 'count', with
-        `real_labels` 'real_acc1' in %, and with `confusion` 'confusion', the images [true][predicted].
+        the metric's result by model.
 
     Raises:
-        RuntimeError: where the images seen by all ranks are not `count`.
+        RuntimeError: where the images seen by all ranks are not `count`, which is exact.
+        UserError: where a stream gives no image.
     """
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    sums = torch.zeros(6 + confusion**2, device=device, dtype=sum_dtype(device))
-    matrix = sums[6:].view(confusion, confusion)
-    seen = 0
-    for images, targets in batches:
-        images, targets = images.to(device), targets.to(device)
+    training = [model for model in models.values() if model.training]
+    for model in models.values():
+        model.eval()
+    for batch in batches:
         with autocast(device, precision):
-            logits = model(images)
-        logits = logits.float()
-        if valid_labels is not None:
-            logits = logits[:, valid_labels]
-        top = logits.topk(min(5, logits.shape[1])).indices
-        right = top == targets[:, None]
-        sums[:3] += torch.stack([right[:, 0].sum(), right.sum(), F.cross_entropy(logits, targets, reduction='sum')])
-        if real_labels is not None:
-            real = real_labels[seen:seen + len(images)].to(device)
-            sums[3:5] += torch.stack([real.gather(1, top[:, :1]).sum(), real.any(1).sum()])
-        if confusion:
-            matrix.index_put_((targets, top[:, 0]), torch.ones_like(sums[0]), accumulate=True)
-        seen += len(images)
-    sums[5] = seen
-    if was_training:
+            metric.update(models, batch)
+    for model in training:
         train_mode(model)
-    if dist.is_initialized():
-        sums = sums.cuda() if dist.get_backend() == 'nccl' else sums  # a moving average may be kept on the CPU
-        dist.all_reduce(sums)
-    correct1, correct5, loss, real_correct, real_count, total = sums[:6].tolist()
-    if total != count:
-        raise RuntimeError(f'{total:.0f} images were evaluated, but the data set has {count}')
-    result = {'acc1': 100 * correct1 / total, 'acc5': 100 * correct5 / total, 'loss': loss / total, 'count': int(total)}
-    if real_labels is not None:
-        result['real_acc1'] = 100 * real_correct / max(real_count, 1)
-    if confusion:
-        result['confusion'] = sums[6:].view(confusion, confusion).long().tolist()
-    return result
+    results = metric.result(list(models))
+    seen = next(iter(results.values()))['count']
+    if seen != count and exact:
+        raise RuntimeError(f'{seen} images were evaluated, but the data set has {count}')
+    if not seen:
+        raise UserError(f'the stream gives none of the {count} test images that it says it has; check its shards')
+    if seen != count:
+        log.warning('%d images were evaluated, though the stream says it has %d: shards or images are missing, or its '
+                    'count is wrong', seen, count)
+    return results
 
 
 @torch.no_grad()
-def throughput(model: nn.Module, images: torch.Tensor, *, precision: str = 'fp32', seconds: float = 3.0) -> float:
-    """Images a second of the model alone, in evaluation mode, on one batch [B, 3, H, W] on its device."""
+def throughput(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any], *, device: torch.device,
+               precision: str = 'fp32', seconds: float = 3.0) -> float:
+    """Images a second of the model alone, in evaluation mode, on one batch on its device."""
     model.eval()
 
-    def forward() -> None:
-        with autocast(images.device, precision):
-            model(images)[0, 0].item()  # waits for the device
+    def run() -> None:
+        with autocast(device, precision):
+            forward(model, batch)
+        if device.type != 'cpu':
+            torch.accelerator.synchronize(device)
 
     for _ in range(2):
-        forward()
+        run()
     begin, done = time.perf_counter(), 0
     while time.perf_counter() - begin < seconds:
-        forward()
-        done += len(images)
+        run()
+        done += len(batch)
     return done / (time.perf_counter() - begin)
 
 
-def largest_micro_batch(model: nn.Module, criterion: Callable[..., torch.Tensor], sizes: Sequence[int], *,
-                        input_size: int, device: torch.device, precision: str) -> int:
+def largest_micro_batch(model: nn.Module, task: Any, sizes: Sequence[int], *, device: torch.device,
+                        precision: str) -> int:
     """The first of `sizes`, falling, of which a training step fits the memory of a CUDA device; the same on all ranks.
 
     A tenth of the memory is left free, for the optimizer's state, DDP's buckets and fragmentation.
@@ -424,9 +497,9 @@ def largest_micro_batch(model: nn.Module, criterion: Callable[..., torch.Tensor]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            images = torch.zeros(size, 3, input_size, input_size, device=device)
+            batch = task.example_batch(size, device)
             with autocast(device, precision):
-                loss = criterion(model(images), torch.zeros(size, dtype=torch.int64, device=device))
+                loss = total(task.loss(model, batch))
             loss.backward()
             fits = torch.cuda.max_memory_allocated(device) < budget
         except torch.cuda.OutOfMemoryError:

@@ -1,81 +1,101 @@
-"""Says what is in images: classes and probabilities, by any checkpoint that `main.py --eval` evaluates.
+"""Says what is in images, by any checkpoint that `main.py --eval` evaluates: a classifier's classes and probabilities.
 
     python predict.py photo.jpg folder https://HOST/cat.png --checkpoint released:moganet_small
-    python predict.py folder --checkpoint runs/demo/checkpoint-best-ema.pth --topk 3 --json
+    python predict.py folder --checkpoint runs/demo/checkpoint-best-ema.pth --topk 3 --json --draw pictures
 
 The pixels are those of the evaluation: test size, crop, interpolation and normalisation are the checkpoint's own, and
 EXIF's rotation is not applied. Exit status 2 where an image could not be read; the others are answered all the same.
 """
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import re
+import sys
 import urllib.request
-from collections.abc import Iterator, Sequence
-from http.client import HTTPException
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import nn
 
-import recipes
-from evaluation import find_recipe
-from image_ops import UNREADABLE, TestTransform, normalise, why_unreadable
-from image_sources import is_image
-from models.weights import build_model
-from recipes import Recipe, Run
-from utils import UserError, choose_device, run_cli, to_stderr
+from pipeline import sources
+from pipeline.augmentation import BadImage, decode, refusing_bad_images
+from recipes import RECIPES, Classification, Run
+from recipes.command_line import parse_field, row_of_model
+from recipes.saved import check_parts
+from training.evaluation import load_task
+from utils import UserError, as_path, choose_device, expand, run_cli, to_stderr, write_atomically
 
-# What a source of an image raises: files, the network, Pillow
-BAD_IMAGE = (*UNREADABLE, HTTPException, Image.DecompressionBombError)
-# Flags of main.py that mean here what they mean there
-FLAGS = ('weights', 'model', 'gate', 'test_size', 'crop_pct', 'crop_mode', 'interpolation', 'device')
+# Fields of the recipe that may be set for a test, and flags of main.py that mean here what they mean there
+SETTINGS = ('model', 'gate', 'test_size', 'crop_pct', 'crop_mode', 'interpolation')
+FLAGS = ('weights', *SETTINGS, 'device')
 
 
-class Classifier:
+class Predictor:
     """A checkpoint's model, and what `main.py --eval` would evaluate it by.
 
     Attributes:
+        task: what it finds in an image, and how that is shown.
+        model: in evaluation mode, on `device`.
+        weights: what was read from the file.
         about: one line on the weights and the settings.
-        names: of the classes, by index.
     """
 
-    def __init__(self, source: str, flags: Sequence[str] = ()):
+    def __init__(self, source: str, *, device: str = 'auto', weights: str = 'auto',
+                 settings: Mapping[str, Any] | None = None):
         """
         Args:
             source: a path, an https URL or `released:NAME`.
-            flags: words of main.py's command line, those of `FLAGS`.
+            device: 'auto', 'cuda', 'mps' or 'cpu'.
+            weights: 'auto', 'raw' or 'ema'.
+            settings: fields of the recipe that win over the checkpoint's own, as `test_size`.
 
         Raises:
-            UserError: for a wrong flag, or a file that is no classifier.
+            UserError: for a wrong setting, or a file that holds no such model.
         """
-        asked, run = recipes.resolve(['--eval', f'--checkpoint={source}', *flags])
-        weights, recipe, _ = find_recipe(source, asked, run)
-        self.recipe = recipe
-        self.device = choose_device(run.device)
-        self.model = build_model(weights, recipe.model, gate=recipe.gate).to(self.device)
-        if not self.model.num_classes:
+        settings = dict(settings or {})
+        row = row_of_model(settings['model']) if settings.get('model') else replace(RECIPES['default'], model='')
+        asked = replace(row, **settings)
+        check_parts(asked, settings)
+        asked.check()
+        run = Run(eval=True, checkpoint=(source,), weights=weights, given=tuple(settings), device=device)
+        self.device = choose_device(device)
+        self.task, self.model, self.weights = load_task(source, asked, run, self.device)
+        self.recipe = self.task.recipe
+        self.about = f'{self.weights}; {self.task.show_settings()}'
+
+    def predict(self, images: Sequence[Any]) -> list[Any]:
+        """What the model finds in each of some undecoded images (bytes). Raises BadImage."""
+        return self.task.predict(self.model, [self.task.prepare(image) for image in images])
+
+
+class Classifier(Predictor):
+    """A checkpoint that tells classes apart.
+
+    Attributes:
+        names: of the classes, by index.
+    """
+
+    def __init__(self, source: str, **others: Any):
+        super().__init__(source, **others)
+        if not getattr(self.model, 'num_classes', 0):
             raise UserError(f'{source}: holds no classifier; give a checkpoint that was trained to tell classes apart')
-        self.names = class_names(weights.meta.get('classes') or (), self.model)
-        self.about = (f'{weights}; {recipe.model} at {recipe.test_size}, crop {recipe.crop_pct:g} '
-                      f'({recipe.crop_mode}), {recipe.interpolation}')
-        self._transform = TestTransform(recipe)
-        self._mean = torch.tensor(recipe.mean, device=self.device) * 255
-        self._scale = 1 / (torch.tensor(recipe.std, device=self.device) * 255)
+        self.names = self.task.classes
 
     def pixels(self, source: str) -> np.ndarray:
-        """The test crop, uint8 [H, W, 3], of a file or of what a URL returns. Raises `BAD_IMAGE`."""
-        return self._transform(read(source))
+        """The test crop, uint8 [H, W, 3], of a file or of what a URL returns. Raises BadImage."""
+        with refusing_bad_images():
+            return self.task.prepare(read(source))
 
     def images(self, pixels: Sequence[np.ndarray]) -> torch.Tensor:
         """The model's input, float32 [B, 3, H, W] on the device, from what `pixels` returns."""
-        batch = torch.from_numpy(np.stack(pixels)).to(self.device)
-        return normalise(batch.view(-1, 3), self._mean, self._scale, None).view(batch.shape).permute(0, 3, 1, 2)
+        return self.task.to_input(pixels, self.device)
 
     @torch.inference_mode()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
@@ -83,27 +103,10 @@ class Classifier:
         return self.model(images).float().softmax(1).cpu()
 
 
-def class_names(classes: Sequence[str], model: nn.Module) -> list[str]:
-    """The names of a model's classes.
-
-    Args:
-        classes: the checkpoint's own names, or none: then ImageNet's, if there are as many, else the numbers. WordNet
-            ids are described in words.
-    """
-    subset = infer_imagenet_subset(model)
-    imagenet = ImageNetInfo(subset or 'imagenet-1k')
-    names = list(classes) or (imagenet.label_names() if subset else [])
-    if all(re.fullmatch(r'n\d{8}', name) for name in names):
-        with contextlib.suppress(KeyError):  # ids that are not ImageNet's stay as they are
-            names = [imagenet.label_name_to_description(name) for name in names]
-    return names + [str(number) for number in range(len(names), model.num_classes)]
-
-
-def find_images(sources: Sequence[str]) -> Iterator[str]:
-    """The sources, and in place of a folder all images below it in sorted order."""
-    for source in sources:
-        below = sorted(path for path in Path(source).rglob('*') if is_image(path.name) and path.is_file())
-        yield from map(str, below) if below else (source,)
+def find_images(names: Sequence[str]) -> Iterator[str]:
+    """The names, and in place of a folder all images below it in sorted order. Raises UserError where it is closed."""
+    for name in names:
+        yield from (sources.find_images(name) if os.path.isdir(name) else ()) or (name,)
 
 
 def read(source: str) -> bytes:
@@ -121,52 +124,76 @@ def read(source: str) -> bytes:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose a checkpoint and how it is evaluated."""
     parser.add_argument('--checkpoint', required=True, metavar='SOURCE', help='a path, an https URL or released:NAME')
-    fields = Recipe.__dataclass_fields__ | Run.__dataclass_fields__
+    fields = Classification.__dataclass_fields__ | Run.__dataclass_fields__
     for name in FLAGS:
         parser.add_argument(f'--{name}', help=fields[name].metadata['help'].replace('%', '%%'))
 
 
-def from_flags(args: argparse.Namespace) -> Classifier:
-    """The classifier that the flags of `add_flags` ask for."""
-    given = {name: getattr(args, name) for name in FLAGS}
-    return Classifier(args.checkpoint, [f'--{name}={value}' for name, value in given.items() if value is not None])
+def from_flags(args: argparse.Namespace, kind: type[Predictor] = Predictor) -> Predictor:
+    """The predictor that the flags of `add_flags` ask for. Raises UserError."""
+    settings = {name: parse_field(Classification, name, getattr(args, name)) for name in SETTINGS
+                if getattr(args, name) is not None}
+    if args.weights not in (None, 'auto', 'raw', 'ema'):
+        raise UserError(f'--weights {args.weights}: choose from auto, raw, ema')
+    return kind(args.checkpoint, device=args.device or 'auto', weights=args.weights or 'auto', settings=settings)
+
+
+def picture_path(folder: Path, name: str) -> Path:
+    """A PNG in a folder named after an image; numbered where another image has the name."""
+    stem = Path(name).stem or 'image'
+    names = (f'{stem}{f"-{number}" if number else ""}.png' for number in itertools.count())
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def main(argv: list[str] | None = None) -> int:
     """Predicts as the flags say. Returns the exit status; raises UserError where the checkpoint is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders, or http(s) URLs')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', type=expand, help='files, folders, or http(s) URLs')
     parser.add_argument('--topk', type=int, default=5, help='classes to show of each image')
     parser.add_argument('--json', action='store_true', help='print a JSON list instead of lines')
+    parser.add_argument('--draw', type=as_path, metavar='FOLDER',
+                        help='write a picture of each prediction into a folder')
     parser.add_argument('--batch_size', type=int, default=32, help='images at a time')
     add_flags(parser)
     args = parser.parse_args(argv)
     if min(args.topk, args.batch_size) < 1:
         raise UserError('--topk and --batch_size: give at least 1')
-    classifier = from_flags(args)
-    to_stderr(classifier.about)
-    predicted, bad, sources = [], 0, find_images(args.images)
-    while some := list(itertools.islice(sources, args.batch_size)):
-        names, pixels = [], []
+    predictor = from_flags(args)
+    to_stderr(predictor.about)
+    task, predicted, bad, pending = predictor.task, [], 0, iter([*find_images(args.images)])
+    while some := list(itertools.islice(pending, args.batch_size)):
+        names, files, samples = [], [], []
         for source in some:
             shown = source.encode(errors='backslashreplace').decode()  # file names need not be Unicode
             try:
-                pixels.append(classifier.pixels(source))
+                with refusing_bad_images():
+                    file = read(source)
+                    samples.append(predictor.task.prepare(file))
+                files.append(file)
                 names.append(shown)
-            except BAD_IMAGE as error:
-                to_stderr(f'error: {shown}: {why_unreadable(error)}')
+            except BadImage as error:
+                to_stderr(f'error: {shown}: {error}')
                 bad += 1
-        rows = classifier.probabilities(classifier.images(pixels)) if pixels else ()
-        for name, row in zip(names, rows, strict=True):
-            top = [{'class': number, 'name': classifier.names[number], 'probability': row[number].item()}
-                   for number in row.topk(min(args.topk, len(row))).indices.tolist()]
+        results = task.predict(predictor.model, samples) if samples else ()
+        for name, file, result in zip(names, files, results, strict=True):
+            if args.draw:
+                draw(args.draw, name, task.draw(Image.fromarray(decode(file)), result, count=args.topk))
             if args.json:
-                predicted.append({'image': name, 'predictions': top})
+                predicted.append({'image': name, 'predictions': task.to_json(result, count=args.topk)})
             else:
-                print(name, *(f'{100 * entry["probability"]:8.2f} %  {entry["name"]}' for entry in top), sep='\n')
+                print(name, *task.to_text(result, count=args.topk), sep='\n')
     if args.json:
         print(json.dumps(predicted, indent=1))
     return 2 if bad else 0
+
+
+def draw(folder: Path, name: str, picture: Image.Image) -> None:
+    """Writes the picture of an image's prediction. Raises UserError where it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(picture_path(folder, name), lambda file: picture.save(file, 'PNG'))
+    except OSError as error:
+        raise UserError(f'--draw {folder} cannot be written ({error.strerror or error}); give another folder') from None
 
 
 if __name__ == '__main__':

@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
+
 import submitit
 from submitit.core.utils import FailedJobError, JobPaths, cloudpickle_dump
 from submitit.helpers import Checkpointable, environment_variables
@@ -151,8 +153,11 @@ class Task(Checkpointable):
 
 def state_of(job_id: str) -> str:
     """What Slurm says about a job now, as RUNNING or CANCELLED; '' where it cannot be asked."""
-    shown = subprocess.run(['scontrol', '--oneliner', 'show', 'job', job_id], capture_output=True, text=True)
-    found = re.search(r'\bJobState=(\w+)', shown.stdout)
+    try:
+        shown = ask('scontrol', '--oneliner', 'show', 'job', job_id)
+    except UserError:
+        return ''
+    found = re.search(r'\bJobState=(\w+)', ' '.join(shown))
     return found[1] if found else ''
 
 
@@ -197,11 +202,13 @@ def parser() -> Parser:
     add('--cpus_per_gpu', type=int, default=10, help='cores of each task (10)')
     add('--mem_per_gpu', type=float, help="memory of each task, GB; the partition's default where not given")
     add('--setup', action='append', default=[], help="shell command to begin with, as 'module load cuda'; repeatable")
-    add('--shared_dir', help="folder that all nodes see, for the job's files; the run's output folder where not given")
-    add('--job_dir', help="the job's folder itself; 'slurm' in the shared folder where not given")
+    add('--shared_dir', type=utils.expand,
+        help="folder that all nodes see, for the job's files; the run's output folder where not given")
+    add('--job_dir', type=utils.expand, help="the job's folder itself; 'slurm' in the shared folder where not given")
     add('--max_restarts', type=int, default=100, help='restarts after which to give up (100)')
     add('--signal_delay', type=int, default=120, help='seconds before the time limit at which to save (120)')
-    add('--array', metavar='FILE', help='submit an array: a line of FILE each, a recipe or flags of main.py')
+    add('--array', metavar='FILE', type=utils.expand,
+        help='submit an array: a line of FILE each, a recipe or flags of main.py')
     add('--sweep', metavar='GRID', help="submit an array: all combinations of 'lr=1e-3,2e-3 seed=0,1,2'")
     add('--local', action='store_true', help='run on this machine, without Slurm')
     add('--dry_run', action='store_true', help='print the sbatch script and submit nothing')
@@ -341,7 +348,10 @@ def check_cluster(args: argparse.Namespace, device: str, script: str) -> None:
             cure = f'give --gpus {max(counts)} and more --nodes' if any(counts) else 'give another --partition, or ' \
                 '--device cpu'
             raise UserError(f'{args.gpus} GPUs a node are asked for, but no node {there}: {cure}')
-    tried = subprocess.run(['sbatch', '--test-only'], input=script, capture_output=True, text=True)
+    try:
+        tried = subprocess.run(['sbatch', '--test-only'], input=script, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise UserError('Slurm does not answer (sbatch --test-only, 60 s); ask again later, or use --local') from None
     if tried.returncode:
         reason = '; '.join(re.findall(r'error: (.*)', tried.stderr)) or tried.stderr.strip()
         raise UserError(f'Slurm refuses the job, nothing is submitted: {reason}')
@@ -406,7 +416,7 @@ def submit(argv: Sequence[str]) -> list[submitit.Job]:
     folders = [Path(run.output_dir).absolute() for _, run in runs if run.output_dir]
     recipe, first = runs[0]
     parent = args.shared_dir or (os.path.commonpath(folders) if folders else f'runs/{recipe.name}')
-    folder = Path(args.job_dir or Path(parent, 'slurm')).expanduser().absolute()
+    folder = Path(args.job_dir or Path(parent, 'slurm')).absolute()
     values = parameters(args, name=recipe.name, device=first.device)
     command = shlex.join([sys.executable, '-u', '-m', 'submitit.core._submit', str(folder)])
     script = slurm._make_sbatch_string(command=command, folder=folder, map_count=len(lines) if len(lines) > 1 else None,

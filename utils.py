@@ -5,13 +5,21 @@ torch is imported inside the functions that need it, so that the command line an
 import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
+import io
+import itertools
 import json
 import logging
+import multiprocessing
 import os
 import re
+import select
 import signal
+import socket
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,18 +42,136 @@ def nearest(word: str, known: Iterable[str], *, prefix: str = '') -> str:
     return f'; did you mean {", ".join(prefix + name for name in close)}?' if close else ''
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
 def to_stderr(text: str) -> None:
-    print(text.rstrip(), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # a terminal that was closed
+        print(text.rstrip(), file=sys.stderr, flush=True)
+
+
+def _accept_any_name() -> None:
+    """Lets stdout show file names that are not Unicode, as stderr does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        with contextlib.suppress(OSError, ValueError):  # a pipe that nobody reads any more
+            sys.stdout.reconfigure(errors='backslashreplace')
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
     """Runs a command and exits: with its status, or with one line and status 2 on a user error."""
+    _accept_any_name()
     try:
+        settle()
         status = main() or 0
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
+        to_stderr(f'error: {error}')
         status = 2
+    except BrokenPipeError:  # `| head` has seen enough
+        status = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # else Python tries again as it ends, fails, and makes the status 120
+            _discard(stream)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def going_on_without(what: str) -> Iterator[None]:
+    """The one rule for what only notes, shows or checks: it is not worth a run. Where it fails, the log has a line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        log.error('%s: %s; the run goes on without it.', what, reason_of(error))
+
+
+# ---- What a process finds -------------------------------------------------------------------------------------------
+
+def expand(path: str) -> str:
+    """A path with `~` replaced by the home folder; addresses and `released:NAME` stay as they are.
+
+    The one place where paths are expanded: all flags go through it, of main.py and of the tools.
+    """
+    return path if re.match(r'released:|\w+://', path) else os.path.expanduser(path)
+
+
+def as_path(path: str) -> Path:
+    """A flag's word as a path, for argparse."""
+    return Path(expand(path))
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether a folder can be written, or made where it is not there yet."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+
+
+def settle() -> None:
+    """Makes good what a service or a container may leave out: standard streams, a home, a name of the user.
+
+    Raises:
+        UserError: where no folder for temporary files can be written.
+    """
+    # A file that took the place of a closed standard stream would receive what a library prints
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # for names that the encoding lacks
+            getattr(sys, name).reconfigure(errors='backslashreplace')
+    try:
+        temporary = tempfile.gettempdir()
+    except OSError:
+        raise UserError('no folder for temporary files can be written; free space in /tmp, or set TMPDIR') from None
+    spare = os.path.join(temporary, f'moganet-home-{getattr(os, "getuid", int)()}')
+    homeless = os.path.expanduser('~') == '~'  # no HOME, and a user without a line in /etc/passwd
+    caches = (Path(__file__).parent / '__pycache__', Path(os.path.expanduser('~'), '.cache'))
+    no_cache = 'NUMBA_CACHE_DIR' not in os.environ and (homeless or not any(map(is_writable, caches)))
+    if homeless or no_cache:
+        try:
+            os.makedirs(spare, mode=0o700, exist_ok=True)
+            if os.stat(spare).st_uid != os.getuid():
+                raise PermissionError
+        except OSError:  # another user's: what is kept there is code
+            spare = tempfile.mkdtemp(prefix='moganet-home-')
+    if homeless:
+        os.environ['HOME'] = spare
+        os.environ.setdefault('USER', str(os.getuid()))
+    if no_cache:
+        os.environ['NUMBA_CACHE_DIR'] = os.path.join(spare, 'numba')
+
+
+def number_of(name: str, default: int) -> int:
+    """A whole number of the launcher's environment. Raises UserError for another text."""
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch(r'\d{1,9}', text.strip()):
+        raise UserError(f'{name} is {text!r} in the environment, where a launcher sets a whole number: unset it, or '
+                        'start by torchrun')
+    return int(text)
+
+
+def check_launch() -> None:
+    """Refuses an environment that describes several processes but not where they meet. Raises UserError."""
+    world_size, rank = number_of('WORLD_SIZE', 1), number_of('RANK', 0)
+    number_of('LOCAL_RANK', 0)
+    missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if world_size < 1:
+        raise UserError('WORLD_SIZE is 0 in the environment: unset it, or start by torchrun')
+    if world_size > 1 and missing:
+        raise UserError(f'WORLD_SIZE is {world_size} in the environment, but {" and ".join(missing)} '
+                        f'{"is" if len(missing) == 1 else "are"} not set: for several processes start by torchrun '
+                        f'--nproc_per_node={world_size} main.py ..., for one unset WORLD_SIZE')
+    if world_size > 1:
+        number_of('MASTER_PORT', 0)
+    if rank >= world_size:
+        raise UserError(f'RANK is {rank} in the environment, but WORLD_SIZE is {world_size}: ranks count from 0; start '
+                        'by torchrun, or unset both')
 
 
 # ---- Derived randomness ---------------------------------------------------------------------------------------------
@@ -120,18 +246,21 @@ def init_processes(device: str) -> Processes:
     import datetime
 
     import torch.distributed as dist
-    local_rank = int(os.environ.get('LOCAL_RANK', 0))
-    chosen = choose_device(device, local_rank)
-    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    chosen = choose_device(device, number_of('LOCAL_RANK', 0))
+    world_size = number_of('WORLD_SIZE', 1)
     if world_size == 1:
         return Processes(device=chosen)
-    # An hour, since rank 0 may be saving to a slow disk; a rank that dies closes its connections, or its launcher
-    # stops the others, long before
-    patience = datetime.timedelta(hours=1)
-    dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=patience,
-                            device_id=chosen if chosen.type == 'cuda' else None)
-    return Processes(device=chosen, rank=dist.get_rank(), world_size=world_size,
-                     host_group=dist.new_group(backend='gloo', timeout=patience))
+    # A rank that dies closes its connections, or its launcher stops the others, long before
+    patience = datetime.timedelta(seconds=RANK_PATIENCE)
+    try:
+        dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=patience,
+                                device_id=chosen if chosen.type == 'cuda' else None)
+        host_group = dist.new_group(backend='gloo', timeout=patience)
+    except (dist.DistError, ValueError) as error:  # of the store and the network; of an address that is none
+        raise UserError(f'the {world_size} processes cannot meet at {os.environ.get("MASTER_ADDR")}:'
+                        f'{os.environ.get("MASTER_PORT")} ({reason_of(error)[:200]}): give a MASTER_PORT that is free '
+                        'on the node of rank 0, and see that all ranks are started and reach it') from None
+    return Processes(device=chosen, rank=dist.get_rank(), world_size=world_size, host_group=host_group)
 
 
 def leave_processes() -> None:
@@ -141,21 +270,32 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
+def _wait_for_rank_zero(store: Any, key: str) -> None:
+    """Waits until rank 0 has set a key. Raises UserError after a day."""
+    import datetime
+
+    import torch.distributed as dist
+    try:
+        with waiting_for(f'rank 0 ({key})'):
+            store.wait([key], datetime.timedelta(seconds=STORE_PATIENCE))
+    except dist.DistStoreError:
+        raise UserError(f'rank 0 has not come on for {STORE_PATIENCE} s (the others wait for its {key}): start again, '
+                        'and see what its node does') from None
+
+
 @contextlib.contextmanager
 def rank_zero_first(name: str) -> Iterator[None]:
     """Lets rank 0 through the body first; the others wait for it, up to a day, and then follow.
 
     The wait is on the launcher's key-value store and not a collective, which would time out over a long index build.
     """
-    import datetime
-
     import torch.distributed as dist
     if not dist.is_initialized():
         yield
         return
     store, key = dist.distributed_c10d._get_default_store(), f'moganet/{name}'
     if dist.get_rank() > 0:
-        store.wait([key], datetime.timedelta(days=1))
+        _wait_for_rank_zero(store, key)
     try:
         yield
     finally:
@@ -165,8 +305,6 @@ def rank_zero_first(name: str) -> Iterator[None]:
 
 def from_rank_zero(name: str, compute: Callable[[], str]) -> str:
     """A text that rank 0 computes and all ranks return, so that they cannot come to different answers."""
-    import datetime
-
     import torch.distributed as dist
     if not dist.is_initialized():
         return compute()
@@ -174,8 +312,21 @@ def from_rank_zero(name: str, compute: Callable[[], str]) -> str:
     if dist.get_rank() == 0:
         store.set(key, compute())
     else:
-        store.wait([key], datetime.timedelta(days=1))
+        _wait_for_rank_zero(store, key)
     return store.get(key).decode()
+
+
+def lost_ranks(error: Exception) -> str:
+    """What a failed exchange between the ranks says of the others, as a line; '' for another error."""
+    text = reason_of(error)
+    if re.search(r'Timed out waiting|[Tt]imeout\(ms\)|collective operation timeout|wait timeout', text):
+        return (f'another rank has not come on for {RANK_PATIENCE:g} s: see what it and its node do, and start the '
+                'same command again')
+    if re.search(r'Connection closed by peer|Connection reset by peer|Broken pipe|connection was aborted|'
+                 r'remote process exited', text):
+        return ('another rank has ended without a word, as one that the system kills when memory runs out: see the log '
+                'of its node, and start the same command again')
+    return ''
 
 
 def claim_error(rank: int) -> bool:
@@ -190,14 +341,49 @@ def claim_error(rank: int) -> bool:
         return False
 
 
+# ---- Waits, and their end -------------------------------------------------------------------------------------------
+
+# Seconds after which a wait ends. CONTRIBUTING.md lists all waits; a test finds those that have no limit
+RANK_PATIENCE = 3600.0  # for another rank, which may be saving to a slow disk
+STORE_PATIENCE = 86400.0  # for rank 0 while it builds an index or downloads
+WRITE_PATIENCE = 3600.0  # for the write of a checkpoint
+STALL = 7200.0  # without a sign of life from the training; above all those that it may wait for
+STOP_PATIENCE = 600.0  # without a sign of life after a signal to stop
+SECOND_PATIENCE = 10.0  # without a sign of life after a second one
+
+_signs = 0  # of life
+_waits: list[str] = []  # what the main thread waits for, the innermost last
+
+
+def alive() -> None:
+    """A sign of life: a batch has come, an update is done, a piece of a checkpoint is written."""
+    global _signs
+    _signs += 1
+
+
+@contextlib.contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """Names what the main thread waits for within, in case that `StopRequest` has to end the wait."""
+    _waits.append(what)
+    try:
+        yield
+    finally:
+        _waits.pop()
+        alive()
+
+
 class StopRequest:
     """Requests to stop, by signal to any rank, on which all ranks agree without waiting for the device.
 
     Every update the ranks start to combine their flags on the host and look at what the update before brought; so all
     see a request after the same update, one later than the first that noticed it.
+
+    A hang is worse than a crash: a thread ends the process, with a line that says what was waited for, where signs of
+    life (`alive`) stay out for `STOP_PATIENCE` seconds after a signal, for `SECOND_PATIENCE` after a second one, and
+    for `STALL` without any. Python's own handlers cannot do that: the main thread may be blocked in a library.
     """
 
-    def __init__(self, processes: Processes, names: Sequence[str] = ('TERM', 'INT', 'USR1', 'USR2')):
+    def __init__(self, processes: Processes, names: Sequence[str] = ('TERM', 'INT', 'HUP', 'USR1', 'USR2')):
         """
         Args:
             names: of the signals, without SIG.
@@ -210,12 +396,26 @@ class StopRequest:
 
     def __enter__(self) -> 'StopRequest':
         for number in self._signals:
-            self._previous[number] = signal.signal(number, self._receive)
+            # nohup ignores SIGHUP so that the run outlives its terminal. torchrun sets it back in its processes
+            if number != getattr(signal, 'SIGHUP', 0) or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        if self._signals:
+            self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, name='stop', daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._signals:
+            signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._writer.send(bytes(1))  # no signal: ends the thread
+        self._watcher.join(timeout=10)
+        self._writer.close()
+        self._reader.close()
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         # A second Ctrl-C means now; a launcher's echo of the first comes within milliseconds and does not
@@ -227,8 +427,43 @@ class StopRequest:
             self._received = number
             log.warning('%s received: saving after this update', signal.Signals(number).name)
 
+    def _watch(self) -> None:
+        """The thread: counts signals and the seconds without a sign of life."""
+        first, number, again = 0.0, 0, False
+        silent, seen, before = 0.0, _signs, time.monotonic()
+        while True:
+            limit = SECOND_PATIENCE if again else STOP_PATIENCE if number else STALL
+            tick = min(limit / 4, 5.0)
+            ready = select.select([self._reader], [], [], tick)[0]
+            now = time.monotonic()
+            if ready:
+                received = self._reader.recv(4096)
+                if 0 in received:  # the training is over
+                    return
+                for one in received:
+                    if one in self._previous:
+                        again = again or (number != 0 and now - first > 1)
+                        first, number = first or now, number or one
+            # By small steps, so that the hours of a suspended process or machine do not count
+            silent, before = silent + min(now - before, 2 * tick), now
+            if _signs != seen:
+                silent, seen = 0.0, _signs
+            if silent >= limit:
+                self._end(number, limit, again)
+
+    def _end(self, number: int, limit: float, again: bool) -> None:
+        """Ends the process, which cannot end itself."""
+        after = f' after {"a second signal" if again else signal.Signals(number).name}' if number else ''
+        what = _waits[-1] if _waits else 'the device or the other ranks'
+        to_stderr(f'error: rank {self._processes.rank} waited {limit:g} s for {what}{after}, without an update: ended; '
+                  'start the same command again to continue from the last checkpoint')
+        for child in multiprocessing.active_children():  # a stopped worker would stay for ever
+            child.kill()
+        os._exit(1)
+
     def agreed(self) -> int:
         """The signal on which all ranks agree to stop now, or 0. To be called by every rank after every update."""
+        alive()
         if self._processes.host_group is None:
             return self._received
         import torch
@@ -236,12 +471,19 @@ class StopRequest:
         number = 0
         if self._pending is not None:
             work, flag = self._pending
-            work.wait()
+            with waiting_for('the other ranks'):
+                work.wait()  # as long as its group does, RANK_PATIENCE
             number = flag.tolist()[0]  # host memory; no read of the device
         flag = torch.tensor([self._received])
         self._pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._processes.host_group, async_op=True),
                          flag)
         return number
+
+
+def sum_dtype(device: 'torch.device') -> 'torch.dtype':
+    """Sums over an epoch are kept in float64, where the device has it (MPS does not)."""
+    import torch
+    return torch.float32 if device.type == 'mps' else torch.float64
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
@@ -282,9 +524,57 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda file: file.write(f'{text}\n'.encode()))
 
 
+def read_json(path: Path, fits: Callable[[Any], bool]) -> Any:
+    """The value in a file of ours, or None where there is none. A damaged one is moved aside, and the log says so.
+
+    Args:
+        fits: whether a value is what the file should hold.
+    """
+    try:
+        value = json.loads(path.read_text())
+        if fits(value):
+            return value
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):  # a folder, another encoding, no JSON
+        pass
+    set_aside(path)
+    return None
+
+
+def set_aside(path: Path) -> None:
+    """Moves a damaged file out of the way, under a name that is free, and says so."""
+    names = (path.with_name(f'{path.name}.damaged{number or ""}') for number in itertools.count())
+    aside = next(name for name in names if not os.path.lexists(name))
+    os.rename(path, aside)
+    log.warning('%s is damaged: it is kept as %s, and begun anew.', path, aside.name)
+
+
+def _discard(stream: Any) -> None:
+    """Lets all that is written to a stream go nowhere, whatever its buffers still hold."""
+    with contextlib.suppress(OSError, ValueError):
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, stream.fileno())
+        os.close(descriptor)
+
+
+class _Output(logging.StreamHandler):
+    """The log on stdout, which may go away (`| head`, a closed terminal) or be full: neither is worth a run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk may have room again
+            _discard(self.stream)
+            self.setStream(open(os.devnull, 'w'))  # noqa: SIM115
+            to_stderr(f'The log cannot be written to stdout ({reason_of(error)}); the run goes on without it.')
+
+
 def setup_logging(rank: int) -> None:
     """Sends rank 0's log to stdout. The others know the same and are silent; errors reach stderr by `main`."""
-    handler = logging.StreamHandler(sys.stdout)
+    _accept_any_name()
+    handler = _Output(sys.stdout)
     handler.setFormatter(logging.Formatter('%(message)s'))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)

@@ -1,13 +1,17 @@
 """MogaNet: multi-order gated aggregation network (https://arxiv.org/abs/2211.03295), in timm's conventions.
 
 Read bottom-up: a `MogaBlock` is a spatial mixer (`MultiOrderGatedAggregation`) and a channel mixer
-(`ChannelAggregation`), four stages of blocks make a `MogaNet`, and the functions at the end register its six variants.
+(`ChannelAggregation`), four stages of blocks make a `MogaNet`, and the functions at the end make its six variants.
 State-dict names are those of the released checkpoints, whence the mixed capitals.
+
+This file needs torch and timm, and nothing else of this repository: copied into another project and imported there, it
+registers the variants with `timm.create_model` (README.md, "The backbone in another project").
 """
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal
 
 import torch
@@ -25,8 +29,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
-
-from models.weights import load_weights, pretrained_cfgs
 
 Gate = Literal['single', 'double']
 
@@ -559,59 +561,86 @@ def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({name: _cfg(**row) for name, row in pretrained_cfgs().items()})
+default_cfgs: dict[str, Any] = {}  # timm's name for the cfgs of a module's models; filled by `register`
+# Reads a pretrained file into (state dict, gate); where there is none, timm reads it. Set by `register`.
+_read: Callable[[str], tuple[dict[str, torch.Tensor], Gate | None]] | None = None
 
 
 def _create_moganet(
     variant: str, pretrained: bool, kwargs: dict[str, Any], *, dims: tuple[int, ...], depths: tuple[int, ...]
 ) -> MogaNet:
     kwargs = {'dims': dims, 'depths': depths, **kwargs}
-    if pretrained:
+    if pretrained and _read:
         overlay = kwargs.get('pretrained_cfg_overlay') or {}
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
         source = cfg.file or cfg.url
         if source and not (cfg.state_dict or cfg.hf_hub_id or cfg.source == 'local-dir'):
             # timm would neither open the released files, which carry more than tensors, nor know their gate
-            weights = load_weights(source)
-            kwargs['pretrained_cfg_overlay'] = {**overlay, 'state_dict': weights.state_dict}
-            kwargs.setdefault('gate', weights.gate or 'single')
+            state_dict, gate = _read(source)
+            kwargs['pretrained_cfg_overlay'] = {**overlay, 'state_dict': state_dict}
+            kwargs.setdefault('gate', gate or 'single')
     model = build_model_with_cfg(MogaNet, variant, pretrained, feature_cfg={'out_indices': (0, 1, 2, 3)}, **kwargs)
     for module in model.modules():  # with features_only, a wrapper has a cfg of its own
         getattr(module, 'pretrained_cfg', {}).pop('state_dict', None)  # would keep the weights twice
     return model
 
 
-@register_model
 def moganet_xtiny(pretrained: bool = False, **kwargs: Any) -> MogaNet:
     """MogaNet-XT: 2.96 M parameters, 0.79 GMACs at 224."""
     return _create_moganet('moganet_xtiny', pretrained, kwargs, dims=(32, 64, 96, 192), depths=(3, 3, 10, 2))
 
 
-@register_model
 def moganet_tiny(pretrained: bool = False, **kwargs: Any) -> MogaNet:
     """MogaNet-T: 5.20 M parameters, 1.09 GMACs at 224."""
     return _create_moganet('moganet_tiny', pretrained, kwargs, dims=(32, 64, 128, 256), depths=(3, 3, 12, 2))
 
 
-@register_model
 def moganet_small(pretrained: bool = False, **kwargs: Any) -> MogaNet:
     """MogaNet-S: 25.3 M parameters, 4.94 GMACs at 224."""
     return _create_moganet('moganet_small', pretrained, kwargs, dims=(64, 128, 320, 512), depths=(2, 3, 12, 2))
 
 
-@register_model
 def moganet_base(pretrained: bool = False, **kwargs: Any) -> MogaNet:
     """MogaNet-B: 43.7 M parameters, 9.88 GMACs at 224."""
     return _create_moganet('moganet_base', pretrained, kwargs, dims=(64, 160, 320, 512), depths=(4, 6, 22, 3))
 
 
-@register_model
 def moganet_large(pretrained: bool = False, **kwargs: Any) -> MogaNet:
     """MogaNet-L: 82.5 M parameters, 15.8 GMACs at 224."""
     return _create_moganet('moganet_large', pretrained, kwargs, dims=(64, 160, 320, 640), depths=(4, 6, 44, 4))
 
 
-@register_model
 def moganet_xlarge(pretrained: bool = False, **kwargs: Any) -> MogaNet:
     """MogaNet-XL: 181.0 M parameters, 34.4 GMACs at 224."""
     return _create_moganet('moganet_xlarge', pretrained, kwargs, dims=(96, 192, 480, 960), depths=(6, 6, 44, 4))
+
+
+_VARIANTS = (moganet_xtiny, moganet_tiny, moganet_small, moganet_base, moganet_large, moganet_xlarge)
+
+
+def register(
+    pretrained_cfgs: Mapping[str, dict[str, Any]] | None = None,
+    read: Callable[[str], tuple[dict[str, torch.Tensor], Gate | None]] | None = None,
+) -> None:
+    """Registers the variants with `timm.create_model`, in place of timm's models of these names, if it has any.
+
+    timm registers its models when it is imported, which this file does first.
+
+    Args:
+        pretrained_cfgs: by `variant.tag`, the `url` of a file of weights and what of `_cfg` is different for it. By
+            default no variant has pretrained weights.
+        read: reads a path or URL of weights into (state dict in this file's names, gate or None for the single one).
+            By default timm reads it.
+    """
+    global _read
+    _read = read
+    default_cfgs.clear()
+    rows = pretrained_cfgs or {create.__name__: {} for create in _VARIANTS}
+    default_cfgs.update(generate_default_cfgs({name: _cfg(**row) for name, row in rows.items()}))
+    with warnings.catch_warnings():  # timm warns of a name that is taken, by an earlier call or by a port in timm
+        warnings.filterwarnings('ignore', 'Overwriting moganet_')
+        for create in _VARIANTS:
+            register_model(create)
+
+
+register()

@@ -1,127 +1,33 @@
 """Every checkpoint format turned into a plain state dict, without ever unpickling arbitrary code.
 
-`load_weights` reads a path, a URL or `released:NAME` (the table of released files below) and says what the file is;
+`load_weights` reads a path, a URL or `released:NAME` (a row of `released.RELEASED`) and says what the file is;
 `apply_weights` puts the tensors into a model and says what matched. Formats: our training checkpoints, timm's, mmcv's
 (OpenMixup), ConvNeXt's and DeiT's, bare state dicts, safetensors.
 """
 import argparse
 import contextlib
-import hashlib
 import json
-import os
 import pickletools
 import re
-import ssl
 import struct
 import sys
-import tempfile
-import urllib.error
-import urllib.parse
-import urllib.request
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import safetensors
 import timm
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from utils import UserError, nearest, write_atomically, write_json
-
-Gate = Literal['single', 'double']
-Which = Literal['raw', 'ema']
-
-
-# ---- The released files ---------------------------------------------------------------------------------------------
-
-_H = 'https://github.com/Westlake-AI/MogaNet/releases/download/moganet-in1k-weights/'
-_O = 'https://github.com/Westlake-AI/openmixup/releases/download/moganet-in1k-weights/'
-
-
-@dataclass(frozen=True)
-class Released:
-    """A released ImageNet-1k checkpoint and how it reaches its published accuracy.
-
-    Sizes and hashes are not published, so none are given; a download's own are shown and remembered.
-    """
-    model: str
-    url: str
-    format: Literal['timm', 'mmcv']
-    gate: Gate
-    weights: Which  # those that reach the accuracy
-    test_size: int  # pixels, squares
-    crop_pct: float
-    acc1: float | None  # published top-1 and top-5, %; None where not published for this file
-    acc5: float | None
-
-
-def _timm(model: str, file: str, weights: Which, size: int, acc1: float, acc5: float) -> Released:
-    """A file of the authors' MogaNet repository: trained with the single gate."""
-    return Released(model, f'{_H}{file}.pth.tar', 'timm', 'single', weights, size, 0.9, acc1, acc5)
-
-
-def _mmcv(model: str, file: str, weights: Which, size: int, acc1: float | None, acc5: float | None = None, *,
-          gate: Gate = 'double', crop_pct: float = 0.9) -> Released:
-    """A file of the authors' OpenMixup: trained with `attn_force_fp32`, which is the double gate."""
-    return Released(model, f'{_O}{file}.pth', 'mmcv', gate, weights, size, crop_pct, acc1, acc5)
-
-
-# Accuracies: the authors' repository for its own files; the paper's table for OpenMixup's 300-epoch files where it has
-# the model at that size; OpenMixup's own for 3-Augment (XT) and RSB A3.
-RELEASED: dict[str, Released] = {
-    'moganet_xtiny': _timm('moganet_xtiny', 'moganet_xtiny_sz224_8xbs128_ep300', 'raw', 224, 76.5, 93.4),
-    'moganet_xtiny_256': _timm('moganet_xtiny', 'moganet_xtiny_sz256_8xbs128_ep300', 'raw', 256, 77.2, 93.8),
-    'moganet_tiny': _timm('moganet_tiny', 'moganet_tiny_sz224_8xbs128_ep300', 'raw', 224, 79.0, 94.6),
-    'moganet_tiny_256': _timm('moganet_tiny', 'moganet_tiny_sz256_8xbs128_ep300', 'raw', 256, 79.6, 94.9),
-    'moganet_small': _timm('moganet_small', 'moganet_small_sz224_8xbs128_ep300', 'ema', 224, 83.4, 96.9),
-    'moganet_base': _timm('moganet_base', 'moganet_base_sz224_8xbs128_ep300', 'ema', 224, 84.3, 97.0),
-    'moganet_large': _timm('moganet_large', 'moganet_large_sz224_8xbs64_ep300', 'ema', 224, 84.7, 97.1),
-    'moganet_xlarge': _timm('moganet_xlarge', 'moganet_xlarge_sz224_8xbs64_ep300', 'ema', 224, 85.1, 97.4),
-    'moganet_xtiny_openmixup': _mmcv('moganet_xtiny', 'moga_xtiny_sz224_8xb128_fp16_ep300', 'raw', 224, 76.5),
-    'moganet_xtiny_256_openmixup': _mmcv('moganet_xtiny', 'moga_xtiny_sz256_8xb128_fp16_ep300', 'raw', 256, None),
-    'moganet_xtiny_3aug_256': _mmcv(
-        'moganet_xtiny', 'moga_xtiny_deit3_sz256_lr2e_3_8xb128_fp16_ep300', 'raw', 256, 77.6),
-    'moganet_tiny_openmixup': _mmcv('moganet_tiny', 'moga_tiny_sz224_8xb128_fp16_ep300', 'raw', 224, 79.0),
-    'moganet_tiny_256_openmixup': _mmcv('moganet_tiny', 'moga_tiny_sz256_8xb128_fp16_ep300', 'raw', 256, 79.6),
-    'moganet_tiny_3aug_256': _mmcv(
-        'moganet_tiny', 'moga_tiny_deit3_sz256_lr2e_3_8xb128_fp16_ep300', 'raw', 256, 80.0, 95.0),
-    'moganet_small_openmixup': _mmcv('moganet_small', 'moga_small_ema_sz224_8xb128_ep300', 'ema', 224, 83.4),
-    'moganet_small_openmixup_single': _mmcv(
-        'moganet_small', 'moga_small_ema_sz224_8xb128_no_forcefp32_ep300', 'ema', 224, None, gate='single'),
-    'moganet_base_openmixup': _mmcv('moganet_base', 'moga_base_ema_sz224_8xb128_ep300', 'ema', 224, 84.2),
-    'moganet_large_openmixup': _mmcv('moganet_large', 'moga_large_ema_sz224_8xb64_accu2_ep300', 'ema', 224, 84.6),
-    'moganet_xlarge_openmixup': _mmcv('moganet_xlarge', 'moga_xlarge_ema_sz224_8xb32_accu2_ep300', 'ema', 224, None),
-    'moganet_xtiny_rsb_a3': _mmcv(
-        'moganet_xtiny', 'moga_xtiny_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 72.8, crop_pct=0.95),
-    'moganet_tiny_rsb_a3': _mmcv(
-        'moganet_tiny', 'moga_tiny_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 75.4, crop_pct=0.95),
-    'moganet_small_rsb_a3': _mmcv(
-        'moganet_small', 'moga_small_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 81.1, crop_pct=0.95),
-    'moganet_base_rsb_a3': _mmcv(
-        'moganet_base', 'moga_base_rsb_a3_sz160_8xb128_accu2_ep100', 'raw', 224, 82.2, crop_pct=0.95),
-    'moganet_large_rsb_a3': _mmcv(
-        'moganet_large', 'moga_large_rsb_a3_sz160_8xb128_accu2_ep100', 'raw', 224, 83.2, crop_pct=0.95),
-}
-_RELEASED_BY_FILE = {row.url.rsplit('/', 1)[1]: name for name, row in RELEASED.items()}
-
-
-def pretrained_cfgs() -> dict[str, dict[str, Any]]:
-    """timm's pretrained cfgs of the released files: `moganet_tiny.in1k`, `moganet_tiny.in1k_256`, and so on.
-
-    The tag is what a file's name adds to its model's; a model's first is timm's default.
-    """
-    return {f'{row.model}.in1k{name.removeprefix(row.model)}': {
-        'url': row.url, 'crop_pct': row.crop_pct, 'input_size': (3, row.test_size, row.test_size),
-        'pool_size': (row.test_size // 32, row.test_size // 32),
-    } for name, row in RELEASED.items()}
-
+from models.build import create_model, name_of
+from models.download import download, forget, remembered
+from models.moganet import Gate
+from models.released import RELEASED, RELEASED_BY_FILE, Which
+from utils import UserError, expand, nearest, reason_of
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
@@ -165,15 +71,15 @@ def load_weights(source: str | Path, which: Literal['auto', 'raw', 'ema'] = 'aut
         url = RELEASED[name].url
     elif re.match(r'https?://', source):
         url = source
-    path = _download(url) if url else Path(source).expanduser()
-    row = RELEASED.get(name or _RELEASED_BY_FILE.get(path.name, ''))
+    path = download(url) if url else Path(expand(source))
+    row = RELEASED.get(name or RELEASED_BY_FILE.get(path.name, ''))
     try:
         payload, told = _read_file(path)
-        sets, gate, kind, meta = _interpret(payload, told)
+        sets, gate, kind, meta = _interpreted(payload, told)
     except UserError as error:
         if not url:
             raise UserError(f'{source}: {error}') from None
-        _forget(path)
+        forget(path)
         raise UserError(f'{source}: {error} (removed from the cache)') from None
     if row and row.weights == 'ema' and kind == 'mmcv' and list(sets) == ['raw']:
         sets = {'ema': sets['raw']}  # even without their `ema_` twins, the plain names hold the average
@@ -182,11 +88,11 @@ def load_weights(source: str | Path, which: Literal['auto', 'raw', 'ema'] = 'aut
     if which not in sets:
         raise UserError(f'{source}: has no {which} weights, only {" and ".join(sets)}: leave the choice to auto')
     if row:
-        meta = {'released': name or _RELEASED_BY_FILE[path.name], 'interpolation': 'bicubic'} | {
+        meta = {'released': name or RELEASED_BY_FILE[path.name], 'interpolation': 'bicubic'} | {
             key: getattr(row, key) for key in ('model', 'test_size', 'crop_pct', 'acc1', 'acc5')} | {
             key: value for key, value in meta.items() if key in ('classes', 'epoch', 'metric', 'args')}
     if url:
-        meta |= _remembered(path)
+        meta |= remembered(path)
     return Weights(sets[which], gate or (row.gate if row else None), which, kind, meta, source)
 
 
@@ -221,8 +127,12 @@ _HARMLESS = [argparse.Namespace, (_Dtype, 'numpy.dtype'), (_scalar, 'numpy.core.
              (_scalar, 'numpy._core.multiarray.scalar')]
 
 
-def _read_file(path: Path) -> tuple[Any, dict[str, str] | None]:
-    """The content of a checkpoint file and, of a safetensors file, its notes. Nothing in the file is executed."""
+def _read_file(path: Path, *, of_index: bool = False) -> tuple[Any, dict[str, str] | None]:
+    """The content of a checkpoint file and, of a safetensors file, its notes. Nothing in the file is executed.
+
+    Args:
+        of_index: the file is one of several that an index names.
+    """
     if path.is_dir():
         raise UserError('is a directory: give a checkpoint file')
     try:
@@ -236,6 +146,10 @@ def _read_file(path: Path) -> tuple[Any, dict[str, str] | None]:
         raise UserError('is a web page, not a checkpoint: fetch it again, from the link of the file itself')
     if head.startswith(b'version https://git-lfs'):
         raise UserError('is a Git LFS pointer, not the file: run `git lfs pull`')
+    if path.suffix == '.json' and b'{' in head:
+        return _read_parts(path)
+    if not of_index and (found := re.search(r'-\d+-of-0*([2-9]|\d{2,})\.', path.name)):
+        raise UserError(f'is one of {found[1]} parts: give the index beside it (*.index.json)')
     try:
         if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < 2**32:  # length of the header, then its JSON
             with safetensors.safe_open(path, 'pt') as file:
@@ -256,6 +170,24 @@ def _read_file(path: Path) -> tuple[Any, dict[str, str] | None]:
                             ) from None
         reason = re.split(r'\. |\n', str(error).strip())[0][:120] or type(error).__name__
         raise UserError(f'is damaged or no checkpoint ({reason}): fetch or copy it again') from None
+
+
+def _read_parts(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of the files, beside it, that an index names (Hugging Face's `*.index.json`)."""
+    try:
+        places = {str(name): Path(file).name for name, file in json.loads(index.read_text())['weight_map'].items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f'is damaged or no checkpoint ({reason_of(error)[:200]}): an index has a weight_map') from None
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(places.values())):
+        try:
+            part, _ = _read_file(index.with_name(file), of_index=True)
+        except UserError as error:
+            raise UserError(f'its part {file} {error}') from None
+        tensors |= part if isinstance(part, Mapping) else {}
+    if lost := sorted(places.keys() - tensors.keys()):
+        raise UserError(f'its parts lack {len(lost)} of its {len(places)} tensors, {lost[0]} for one: fetch them again')
+    return tensors, {}
 
 
 def _foreign_globals(path: Path, message: str) -> str:
@@ -286,26 +218,67 @@ def _foreign_globals(path: Path, message: str) -> str:
 Interpreted = tuple[dict[str, dict[str, Tensor]], Gate | None, str, dict[str, Any]]
 
 
+# The names of a state dict and of its average in a file, by the programs that write it
+_RAW = ('state_dict', 'model', 'model_state_dict', 'net', 'network', 'weights', 'params', 'module')
+_AVERAGES = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'model_ema_state_dict', 'params_ema', 'ema')
+
+
+def _interpreted(payload: Any, told: dict[str, str] | None) -> Interpreted:
+    """What `_interpret` says. Raises UserError also where a file's notes make no sense."""
+    try:
+        sets, gate, kind, meta = _interpret(payload, told)
+        if gate not in (None, 'single', 'double'):
+            raise ValueError(f'a gate {gate!r}')
+        if not set(sets) <= {'raw', 'ema'}:
+            raise ValueError(f'weights {" and ".join(sets)}')
+        if not all(isinstance(name, str) for name in meta.get('classes', ())):
+            raise ValueError('classes without names')
+    except UserError:
+        raise
+    except Exception as error:  # a file may hold anything under any name
+        raise UserError(f'says what cannot be ({type(error).__name__}: {reason_of(error)[:200]}): save the state dict '
+                        'alone') from None
+    return sets, gate, kind, meta
+
+
+def _holds_weights(value: Any) -> bool:
+    """Whether a value is a state dict, or a dict that holds one under a known name."""
+    return isinstance(value, Mapping) and (any(isinstance(entry, Tensor) for entry in value.values())
+                                           or any(_holds_weights(value.get(name)) for name in (*_RAW, *_AVERAGES)))
+
+
 def _interpret(payload: Any, told: dict[str, str] | None) -> Interpreted:
     """Tells a file's format by its keys: ({'ema' and / or 'raw': state dict}, gate, format, meta)."""
     if not isinstance(payload, Mapping) or not payload:
         raise UserError(f'holds a {type(payload).__name__}, not weights')
     if told and 'moganet' in told:  # a safetensors file of tools/export.py
         note = json.loads(told['moganet'])
-        return {note['which']: _clean(payload)}, note['gate'], 'safetensors', note['meta']
+        return {note['which']: _clean(payload)}, note['gate'], 'safetensors', dict(note['meta'])
     if all(isinstance(value, Tensor) for value in payload.values()):
         return {'raw': _clean(payload)}, None, 'bare' if told is None else 'safetensors', {}
-    if 'state_dict' in payload:
-        raw, ema, kind = payload['state_dict'], payload.get('state_dict_ema'), 'timm'
-    elif 'model' in payload:
-        raw, ema, kind = payload['model'], payload.get('model_ema'), 'deit'
-    else:
-        raise UserError(f'holds no weights under any name known here, only {", ".join(map(str, list(payload)[:8]))}')
-    raw = _clean(raw)
+    plain, averages = ([name for name in names if _holds_weights(payload.get(name))] for names in (_RAW, _AVERAGES))
+    if not plain and not averages:  # an empty one still says which model it is of
+        plain = [name for name in _RAW if isinstance(payload.get(name), Mapping) and not payload[name]][:1]
+    if len(plain) > 1 or len(averages) > 1:
+        raise UserError(f'holds weights under several names, {", ".join(plain + averages)}: save the right ones alone')
+    if plain and not averages and payload[plain[0]] and not any(
+            isinstance(value, Tensor) for value in payload[plain[0]].values()):
+        return _interpret(payload[plain[0]], None)  # a dict in a dict
+    tensors = {name: value for name, value in payload.items() if isinstance(value, Tensor)}
+    if not plain and not averages and any('.' in str(name) for name in tensors):  # beside an epoch and the like
+        return {'raw': _clean(tensors)}, None, 'bare', {}
+    if not plain and not averages and any(name in payload for name in (*_RAW, *_AVERAGES)):
+        raise UserError('holds something other than tensors where its weights should be')
+    if not plain and not averages:
+        raise UserError(f'holds no weights under any name known here, only {", ".join(map(str, list(payload)[:8]))}: '
+                        'save the state dict of the model alone')
+    kind = 'timm' if (plain + averages)[0].startswith('state_dict') else 'deit'
+    sets = {'ema': _clean(payload[averages[0]])} if averages else {}
+    if plain:
+        sets['ema' if payload.get('which') == 'ema' else 'raw'] = _clean(payload[plain[0]])
+    raw = next(reversed(sets.values()))
     if any(name.startswith('backbone.') for name in raw):
         return _interpret_mmcv(raw, _mapping(payload.get('meta')))
-    sets = {'ema': _clean(ema)} if ema is not None else {}
-    sets['ema' if payload.get('which') == 'ema' else 'raw'] = raw
     if recipe := _mapping(payload.get('recipe')):
         meta = {key: recipe.get(key) for key in _EVALUATION} | {
             key: payload.get(key) for key in ('epoch', 'classes', 'recipe')}
@@ -363,10 +336,16 @@ def _gate_in(text: str) -> Gate | None:
 
 
 def _clean(tensors: Any) -> dict[str, Tensor]:
-    """A state dict without the marks of DistributedDataParallel, torch.compile and AveragedModel on its names."""
+    """A state dict without what DistributedDataParallel, torch.compile, AveragedModel and Lightning add to its names.
+
+    Lightning's are those of the attributes in which people keep their model; no timm model has a part of these names.
+    """
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError('holds something other than tensors where its weights should be')
-    cleaned = {re.sub(r'^(module\.)+', '', name.replace('_orig_mod.', '')): value for name, value in tensors.items()}
+    cleaned = {re.sub(r'^((module|model|net)\.)+', '', name.replace('_orig_mod.', '')): value
+               for name, value in tensors.items()}
+    if len(cleaned) < len(tensors):
+        raise UserError('holds two models, under several prefixes of the same names: save the right one alone')
     return {name: value for name, value in cleaned.items() if name != 'n_averaged'}
 
 
@@ -380,16 +359,21 @@ class Report:
     unexpected: list[str]  # in the file, not in the model
     wrong_shape: list[str]
     dropped: list[str]  # the classifier's, of another size, when fine-tuning
+    resampled: list[str]  # of another size, as timm's own filter made them fit
 
     def __str__(self) -> str:
         parts = [f'{len(self.matched)} tensors loaded']
         if self.dropped:
             parts.append(f'classifier of another size dropped ({", ".join(self.dropped)}): the new one starts afresh')
-        for what, names in (('missing', self.missing), ('unexpected', self.unexpected),
-                            ('of another shape', self.wrong_shape)):
+        for what, names in (('resampled to the size of the model', self.resampled), ('missing', self.missing),
+                            ('unexpected', self.unexpected), ('of another shape', self.wrong_shape)):
             if names:
-                parts.append(f'{len(names)} {what}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}')
+                parts.append(f'{len(names)} {what}: {_some(names)}')
         return '; '.join(parts)
+
+
+def _some(names: list[str]) -> str:
+    return f'{", ".join(names[:4])}{", ..." if len(names) > 4 else ""}'
 
 
 def classifier_names(model: nn.Module | str) -> tuple[str, ...]:
@@ -401,9 +385,9 @@ def classifier_names(model: nn.Module | str) -> tuple[str, ...]:
 
 def classes_of(weights: Weights, name: str) -> int:
     """The classes that a checkpoint of the timm model `name` tells apart; 0 where it has no classifier."""
-    sizes = [len(weights.state_dict[f'{head}.weight']) for head in classifier_names(name)
-             if f'{head}.weight' in weights.state_dict]
-    return sizes[0] if sizes else 0
+    shapes = [weights.state_dict[f'{head}.weight'].shape for head in classifier_names(name)
+              if f'{head}.weight' in weights.state_dict]
+    return shapes[0][0] if shapes and shapes[0] else 0
 
 
 def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool = False) -> Report:
@@ -413,25 +397,39 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
         drop_classifier: for fine-tuning: keep the model's classifier where the file's has another size or is missing.
 
     Raises:
-        UserError: another classifier without `drop_classifier`; or fewer than 99 % of the backbone's tensors match, or
-            fewer than 90 % of the file's, which is then a deeper model's. The model is then untouched.
+        UserError: another classifier without `drop_classifier`; or a tensor of the backbone is missing or of another
+            shape, and would stay at its random initial values; or fewer than 90 % of the file's tensors have a place,
+            which is then a deeper model's. The model is then untouched.
     """
     ours, given = model.state_dict(), weights.state_dict
     classifier = tuple(f'{name}.' for name in classifier_names(model))
     of_head = {name for name in [*ours, *given] if name.startswith(classifier)} if classifier else set()
-    matched = [name for name in ours if name in given and given[name].shape == ours[name].shape]
+    # Counters, and tables that a model makes from its own sizes
+    made = {name for name, _ in model.named_buffers() if not name.endswith(('running_mean', 'running_var'))}
+
+    def fits(name: str, value: Tensor) -> bool:  # quantised or complex numbers are no weights of ours
+        return value.shape == ours[name].shape and (value.is_floating_point() or name in made)
+
+    unfit = [name for name in ours if name in given and not fits(name, given[name])]
+    resampled = {name: value for name, value in _resampled(model, given, unfit).items() if fits(name, value)}
+    given = given | resampled
+    matched = [name for name in ours if name in given and fits(name, given[name])]
     missing = [name for name in ours if name not in given]
     unexpected = [name for name in given if name not in ours]
-    wrong_shape = [name for name in ours if name in given and given[name].shape != ours[name].shape]
+    wrong_shape = [name for name in unfit if name not in resampled]
 
-    def backbone(names: Iterable[str]) -> int:  # BN's counters have no say in a forward pass
-        return sum(name not in of_head and not name.endswith('num_batches_tracked') for name in names)
-    if backbone(matched) < max(0.99 * backbone(ours), 0.9 * backbone(given)):
+    skipped = of_head | made
+
+    def backbone(names: Iterable[str]) -> list[str]:
+        return [name for name in names if name not in skipped and not name.endswith('num_batches_tracked')]
+    lost = backbone([*missing, *wrong_shape])
+    if lost or len(backbone(matched)) < 0.9 * len(backbone(given)):
         is_of = f' of {weights.meta["model"]}' if weights.meta.get('model') else ''
-        into = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', type(model).__name__)
-        raise UserError(f'{weights.source}: weights{is_of} do not fit {into}: of its {backbone(ours)} tensors '
-                        f'{backbone(matched)} match, {len(missing)} are missing, {len(wrong_shape)} of another shape, '
-                        f'and {len(unexpected)} of the file have no place; give the --model the file was made with')
+        raise UserError(
+            f'{weights.source}: weights{is_of} do not fit {name_of(model)}: of its {len(backbone(ours))} tensors '
+            f'{len(backbone(matched))} match, {len(missing)} are missing, {len(wrong_shape)} of another shape'
+            f'{f" ({_some(lost)})" if lost else ""}, and {len(unexpected)} of the file have no place; give the --model '
+            'the file was made with, and its --model_kwargs')
     lacking = [name for name in (*wrong_shape, *missing) if name in of_head]
     if lacking and not drop_classifier:
         has = ' x '.join(map(str, given[lacking[0]].shape)) if lacking[0] in given else 'none'
@@ -439,8 +437,28 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
                         f'{" x ".join(map(str, ours[lacking[0]].shape))} in the model: give --num_classes as the file '
                         f'has it, or train a new one with --finetune')
     dropped = [name for name in wrong_shape if name in of_head]
-    model.load_state_dict({name: given[name] for name in matched}, strict=False)
-    return Report(matched, missing, unexpected, [name for name in wrong_shape if name not in of_head], dropped)
+    try:
+        model.load_state_dict({name: given[name] for name in matched}, strict=False)
+    except Exception as error:  # tensors of a kind that cannot be copied, such as sparse ones
+        raise UserError(f'{weights.source}: cannot be loaded ({reason_of(error)[:200]}): save it anew') from None
+    return Report(matched, missing, unexpected, [name for name in wrong_shape if name not in of_head], dropped,
+                  list(resampled))
+
+
+def _resampled(model: nn.Module, given: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """The named tensors as timm's filter for the model's checkpoints makes them, where it has one: position embeddings
+    and the like, interpolated to the size of the model."""
+    maker = timm.model_entrypoint(name_of(model)).__module__ if timm.is_model(name_of(model)) else ''
+    filter_fn = getattr(sys.modules.get(maker), 'checkpoint_filter_fn', None)
+    if not names or filter_fn is None:
+        return {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of timm's and torch's own doings
+            filtered = filter_fn(dict(given), model)
+        return {name: filtered[name] for name in names if name in filtered}
+    except Exception:  # of another model's tensors; they are refused by their shapes
+        return {}
 
 
 def build_model(weights: Weights, name: str | None = None, *, gate: Gate | None = None) -> nn.Module:
@@ -456,123 +474,10 @@ def build_model(weights: Weights, name: str | None = None, *, gate: Gate | None 
     name = name or weights.meta.get('model')
     if not name:
         raise UserError(f'{weights.source}: the file does not say which model it is of: give --model')
-    if not timm.is_model(name):
-        raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
     kwargs = dict((weights.meta.get('recipe') or {}).get('model_kwargs') or {})
     gate = gate or weights.gate
     if gate and name.startswith('moganet'):
         kwargs['gate'] = gate
-    model = timm.create_model(name, num_classes=classes_of(weights, name), **kwargs)
+    model = create_model(name, num_classes=classes_of(weights, name), **kwargs)
     apply_weights(model, weights)
     return model.eval()
-
-
-# ---- Downloads ------------------------------------------------------------------------------------------------------
-
-def _note(path: Path) -> Path:
-    """Where a downloaded file's address, size and hash are kept."""
-    return path.with_name(f'{path.name}.json')
-
-
-def _remembered(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(_note(path).read_text())
-    return {}
-
-
-def _forget(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-        _note(path).unlink(missing_ok=True)
-
-
-def _download(url: str) -> Path:
-    """A URL's file in torch's hub cache, fetched unless it is there. A file put there by hand is taken as it is.
-
-    Raises:
-        UserError: unreachable, not a file, broken off for good, or another hash than the URL's `#sha256=`.
-    """
-    url, _, wanted = url.partition('#sha256=')
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme != 'https' and parts.hostname not in ('127.0.0.1', 'localhost'):
-        raise UserError(f'{url}: plain http can be altered on its way: use https')
-    name = Path(urllib.parse.unquote(parts.path)).name
-    if name in ('', '..'):
-        raise UserError(f'{url}: names no file')
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / name
-    if _is_cached(path, url, wanted):
-        return path
-    # torchrun starts many processes at once: on each node one fetches, the others wait and find the file. The lock is a
-    # local file, since not every shared file system has locks; two nodes may both fetch, and the last rename stands.
-    key = hashlib.sha256(str(path).encode()).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir()) / f'moganet-{getattr(os, "getuid", int)()}-{key}.lock'):
-        if not _is_cached(path, url, wanted):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, lambda file: _fetch(url, file, wanted, path))
-                facts = {'url': url, 'bytes': path.stat().st_size, 'sha256': sha256_of(path)}
-                write_json(_note(path), facts)
-            except OSError as error:
-                raise UserError(f'cannot write {path}: {error.strerror or error}') from None
-            print(f'{path}: {facts["bytes"]:,} bytes, sha256 {facts["sha256"]}', file=sys.stderr)
-    return path
-
-
-def _is_cached(path: Path, url: str, wanted: str) -> bool:
-    """Whether the cache's file is whole and the one asked for, as far as size and hash are known."""
-    known = _remembered(path)
-    wanted = wanted.lower() or known.get('sha256', '')
-    return path.is_file() and known.get('url', url) == url and (not wanted or sha256_of(path) == wanted)
-
-
-def _fetch(url: str, file: BinaryIO, wanted: str, path: Path) -> None:
-    """Downloads with a progress bar on stderr, taking a broken-off transfer up again where it stopped, three times."""
-    cure = f'download it elsewhere and put it at {path}, or give its path'
-    print(f'downloading {url}', file=sys.stderr)
-    done, digest = 0, hashlib.sha256()
-    with tqdm(desc=path.name, unit='B', unit_scale=True, leave=False, disable=None) as bar:
-        for _ in range(4):
-            request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
-            try:
-                with urllib.request.urlopen(request, timeout=30) as reply:
-                    if url.startswith('https:') and not reply.url.startswith('https:'):
-                        raise UserError(f'{url}: sends on to plain {reply.url}: refused')
-                    if reply.headers.get_content_type() == 'text/html':
-                        raise UserError(f'{url}: answers with a web page, not a file: give the link of the file itself')
-                    if done and reply.status != 206:  # the server starts over
-                        done, digest = 0, hashlib.sha256()
-                        file.seek(0)
-                        file.truncate()
-                    length = reply.headers.get('Content-Length')
-                    total = done + int(length) if length else None
-                    bar.reset(total)
-                    bar.update(done)
-                    while block := reply.read(1 << 20):
-                        file.write(block)
-                        digest.update(block)
-                        done += len(block)
-                        bar.update(len(block))
-                if total is None or done == total:
-                    break
-                failure = 'the connection closed'
-            except urllib.error.HTTPError as error:
-                raise UserError(f'{url}: the server answers {error.code} {error.reason}: check the address') from None
-            except urllib.error.URLError as error:
-                raise UserError(f'{url}: cannot be reached ({error.reason}): {cure}') from None
-            except (HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
-                failure = type(error).__name__
-        else:
-            raise UserError(f'{url}: broke off four times, at last after {done:,} bytes ({failure}), and nothing was '
-                            f'kept: try again later, or {cure}')
-    if wanted and digest.hexdigest() != wanted.lower():
-        raise UserError(f'{url}: its sha256 is {digest.hexdigest()}, not {wanted} as asked for; nothing was kept: '
-                        'check the address and the hash')
-
-
-def sha256_of(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -36,7 +36,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 seen = 0
 def watch(module, inputs):
     global seen
-    if type(module).__name__ == 'MogaNet':
+    # Throwaway passes before the training are of zeros, or on the device meta
+    if type(module).__name__ == 'MogaNet' and not inputs[0].is_meta and inputs[0].any():
         seen += 1
         if seen <= 6:
             pixels = inputs[0].detach().contiguous().numpy().tobytes()

@@ -22,8 +22,9 @@ TINY = ('--model', 'moganet_xtiny', '--model_kwargs', 'dims=[8,8,16,16]', 'depth
 
 os.environ['TORCH_CPP_LOG_LEVEL'] = 'ERROR'  # as main.py sets it, before torch is imported
 _context = multiprocessing.get_context('forkserver')
-_context.set_forkserver_preload(['torch', 'timm', 'main', 'trainer', 'evaluation', 'models.moganet', 'models.weights',
-                                 'torch.utils.tensorboard', 'timm.loss'])
+_context.set_forkserver_preload([
+    'torch', 'timm', 'main', 'training.trainer', 'training.evaluation', 'tasks.classification', 'models.moganet',
+    'models.weights', 'torch.utils.tensorboard', 'timm.loss'])
 
 
 def make_image_folder(root: Path, *, classes: int = 3, train: int = 16, val: int = 5, size: int = 40) -> Path:
@@ -81,7 +82,8 @@ def start(argv: tuple[str, ...], output: Path, *, world_size: int = 1, before: s
 
     Args:
         output: file that takes what they print.
-        before: Python to run in each process first, with `rank` defined; for faults that a test plants.
+        before: Python to run in each process first, with `rank` defined; for faults that a test plants. A function
+            `observe(state)` in it is called after every update.
     """
     with socket.socket() as server:
         server.bind(('127.0.0.1', 0))
@@ -119,7 +121,8 @@ def _rank(argv: list[str], output: str, environment: dict[str, str], before: str
     # Of data workers: a process from a forkserver would start a forkserver of its own
     multiprocessing.set_start_method('fork', force=True)
     torch.set_num_threads(1)
-    exec(before, {'rank': rank})
-    status = main.main(argv)
+    planted = {'rank': rank}
+    exec(before, planted)
+    status = main.main(argv, observer=planted.get('observe'))
     sys.stdout.flush()
     os._exit(status) if status else None

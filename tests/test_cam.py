@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import models  # noqa: F401  registers MogaNet
 import predict
 import reference
-from test_weights import training_file
+from builders import training_file
 from tools import cam
 from utils import UserError
 
@@ -155,7 +155,7 @@ def test_orders_are_the_inputs_of_the_mixture_and_the_gate_its_factor(gate: str)
 
 
 def test_block_is_chosen_by_its_number(checkpoint: Path, photo: Path) -> None:
-    classifier = predict.Classifier(str(checkpoint), ['--device', 'cpu'])
+    classifier = predict.Classifier(str(checkpoint), device='cpu')
     image = classifier.images([classifier.pixels(str(photo))])
     first, last, default = (cam.explain(classifier, image, 0, stages=[2], block=block)[0] for block in (1, 2, None))
     assert first.label.startswith('stage 2, block 1 of 2') and default.label == last.label
@@ -171,7 +171,7 @@ def test_block_is_chosen_by_its_number(checkpoint: Path, photo: Path) -> None:
 def test_picture_has_a_row_a_stage_and_says_what_is_explained(checkpoint: Path, photo: Path, capsys) -> None:
     whole = picture(photo, checkpoint)
     said = capsys.readouterr().out
-    answer = predict.Classifier(str(checkpoint), ['--device', 'cpu'])
+    answer = predict.Classifier(str(checkpoint), device='cpu')
     probabilities = answer.probabilities(answer.images([answer.pixels(str(photo))]))[0]
     best = probabilities.argmax().item()
     assert f'\n{CLASSES[best]} ({100 * probabilities[best]:.1f} %)\n' in said and said.endswith('cam.png\n')
@@ -207,8 +207,8 @@ def test_other_convolutional_models_have_their_stages_without_the_aggregation(ph
     torch.manual_seed(0)
     model = timm.create_model('resnet18', num_classes=3).eval()
     torch.save(model.state_dict(), tmp_path / 'resnet')
-    classifier = predict.Classifier(str(tmp_path / 'resnet'), ['--model', 'resnet18', '--test_size', '96', '--device',
-                                                                'cpu'])
+    classifier = predict.Classifier(str(tmp_path / 'resnet'), device='cpu',
+                                    settings={'model': 'resnet18', 'test_size': 96})
     image = classifier.images([classifier.pixels(str(photo))])
     rows = cam.explain(classifier, image, 1, stages=None, block=None)
     assert [row.cam.shape for row in rows] == [(48, 48), (24, 24), (12, 12), (6, 6), (3, 3)]

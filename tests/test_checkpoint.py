@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import KEYS, CheckpointError, CheckpointFolder, load
+from training.checkpoint import KEYS, CheckpointError, CheckpointFolder, load
 
 STATE = {**dict.fromkeys(KEYS, 0), 'version': 1, 'model': {'weight': torch.arange(6.0)}, 'step': 3}
 

@@ -13,6 +13,7 @@ import main
 import recipes
 import runs
 from conftest import ROOT
+from utils import UserError
 
 CPU = ('--device', 'cpu', '--num_workers', '0')
 TINY = (*runs.TINY, *CPU, '--batch_size', '8', '--total_batch_size', '8', '--epochs', '2', '--warmup_epochs', '0')
@@ -49,7 +50,7 @@ def refusal(argv: list[str], capsys) -> str:
 # ---- A run and its folder -------------------------------------------------------------------------------------------
 
 def test_run_folder_holds_recipe_versions_log_scalars_and_checkpoints(finished):
-    recipe = recipes.load_recipe(str(finished / 'recipe.json'))
+    recipe = recipes.saved.load_recipe(str(finished / 'recipe.json'))
     assert (recipe.model, recipe.num_classes, recipe.total_batch_size, recipe.epochs) == ('moganet_xtiny', 3, 8, 2)
     (start,) = json.loads((finished / 'environment.json').read_text())
     assert start['torch'].split('+')[0] == torch.__version__.split('+')[0]
@@ -389,7 +390,7 @@ def test_flag_of_the_first_release_works_or_names_its_successor(flag, dashes, mo
     argv = [f'--{flag.replace("_", "-") if dashes else flag}', *words.split()]
     base = [] if flag == 'model' else ['--model', 'moganet_small']
     if flag in REFUSED:
-        with pytest.raises(recipes.UserError) as refused:
+        with pytest.raises(UserError) as refused:
             recipes.resolve([*base, *argv])
         assert f'--{flag} is gone' in str(refused.value) and outcome in str(refused.value)
         return
@@ -415,3 +416,154 @@ def test_use_amp_false_is_fp32():
 @pytest.mark.parametrize('words', [['--local_rank=0'], ['--local-rank=0'], ['--local_rank', '0']])
 def test_local_rank_of_the_old_launcher_is_accepted(words):
     assert recipes.resolve(['--model', 'moganet_small', *words])[0] == recipes.RECIPES['moganet_small']
+
+
+# ---- What a process finds: the launcher's variables, a home, paths, standard streams --------------------------------
+
+@pytest.mark.parametrize('environment,named', [
+    ({'WORLD_SIZE': '2'}, 'RANK and MASTER_ADDR and MASTER_PORT are not set'),
+    ({'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'localhost'}, 'MASTER_PORT is not set'),
+    ({'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_PORT': '1234'}, 'MASTER_ADDR is not set'),
+    ({'WORLD_SIZE': '2', 'RANK': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '1234'}, 'RANK is 2'),
+    ({'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': 'x'}, "MASTER_PORT is 'x'"),
+    ({'WORLD_SIZE': 'two'}, "WORLD_SIZE is 'two'"), ({'WORLD_SIZE': '0'}, 'WORLD_SIZE is 0'),
+    ({'WORLD_SIZE': '-1'}, "WORLD_SIZE is '-1'"), ({'WORLD_SIZE': '1.0'}, "WORLD_SIZE is '1.0'"),
+    ({'RANK': 'first'}, "RANK is 'first'"), ({'RANK': '1'}, 'RANK is 1'), ({'LOCAL_RANK': 'x'}, "LOCAL_RANK is 'x'"),
+])
+def test_a_launchers_variables_that_cannot_be_are_one_line(environment, named, monkeypatch, capsys):
+    for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    line = refusal([*TINY, '--data_set', 'fake'], capsys)
+    assert named in line and 'unset' in line
+
+
+def test_a_port_in_use_is_one_line(data, tmp_path, monkeypatch, capsys):
+    import socket
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        for name, value in {'WORLD_SIZE': '2', 'RANK': '0', 'LOCAL_RANK': '0', 'MASTER_ADDR': '127.0.0.1',
+                            'MASTER_PORT': str(server.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        line = refusal([*TINY, '--batch_size', '4', '--data_path', str(data), '--output_dir', str(tmp_path / 'run')],
+                       capsys)
+    assert 'cannot meet at 127.0.0.1' in line and 'MASTER_PORT' in line
+
+
+def test_every_path_of_the_command_line_has_its_home_expanded(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/of')
+    paths = [field for cls in (recipes.Recipe, recipes.Run) for field in dataclasses.fields(cls)
+             if field.metadata['path']]
+    named = {'data_path', 'eval_data_path', 'class_map', 'output_dir', 'log_dir', 'finetune', 'resume', 'checkpoint',
+             'valid_labels', 'real_labels', 'results_file'}
+    assert {field.name for field in paths} >= named
+    for field in paths:
+        words = ['--eval', '--checkpoint', 'x'] if field.name in (
+            'checkpoint', 'valid_labels', 'real_labels', 'results_file') else ['--model', 'moganet_tiny']
+        resolved = recipes.resolve([*words, f'--{field.name}=~/x'])
+        value = next(getattr(part, field.name) for part in resolved if hasattr(part, field.name))
+        assert value == (('/home/of/x',) if field.name == 'checkpoint' else '/home/of/x'), field.name
+    recipe, run = recipes.resolve(['--eval', '--checkpoint', '~/a', 'released:x~', 'https://h/~b', 'c~', '--data_set',
+                                   'hfds/~/parquet'])
+    assert run.checkpoint == ('/home/of/a', 'released:x~', 'https://h/~b', 'c~')
+    assert recipe.data_set == 'hfds//home/of/parquet'
+
+
+def test_a_run_in_the_home_folder_is_continued_from_there(data, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'data').symlink_to(data)
+    assert main.main([*TINY, '--epochs', '1', '--data_path=~/data', '--output_dir=~/run']) == 0
+    assert main.main([*TINY, '--epochs', '1', '--config=~/run/recipe.json', '--data_path=~/data',
+                      '--output_dir=~/again', '--log_dir=~/board']) == 0
+    assert main.main(['--eval', '--checkpoint=~/run/checkpoint-last.pth', '--data_path=~/data', *CPU,
+                      '--results_file=~/results.csv']) == 0
+    assert {path.name for path in tmp_path.iterdir()} >= {'run', 'again', 'board', 'results.csv'}
+    assert not (tmp_path / '~').exists() and (tmp_path / 'run' / 'eval.json').exists()
+
+
+def test_without_a_home_and_a_line_in_the_password_file_there_is_a_folder_for_what_is_kept(tmp_path, monkeypatch):
+    import getpass
+    import tempfile
+
+    import utils
+    for name in ('HOME', 'USER', 'LOGNAME', 'LNAME', 'USERNAME', 'NUMBA_CACHE_DIR', 'XDG_CACHE_HOME'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr('pwd.getpwuid', lambda uid: {}[uid])
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    utils.settle()
+    home = Path.home()
+    assert home.parent == tmp_path and home.stat().st_mode & 0o777 == 0o700
+    assert os.environ['NUMBA_CACHE_DIR'].startswith(str(home)) and getpass.getuser()
+    os.environ.pop('HOME')
+    home.rmdir()
+    home.symlink_to(tmp_path / 'elsewhere')  # that somebody else laid there
+    utils.settle()
+    assert Path.home() != home and Path.home().parent == tmp_path
+
+
+def test_a_home_that_cannot_be_written_keeps_its_name_and_numba_has_another_place(tmp_path, monkeypatch):
+    import utils
+    monkeypatch.delenv('NUMBA_CACHE_DIR', raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setattr(utils, 'is_writable', lambda folder: False)
+    utils.settle()
+    assert os.environ['HOME'] == str(tmp_path) and os.path.isabs(os.environ.pop('NUMBA_CACHE_DIR'))
+
+
+def test_no_folder_for_temporary_files_is_one_line(monkeypatch, capsys):
+    def none() -> str:
+        raise FileNotFoundError('No usable temporary directory found')
+
+    monkeypatch.setattr('tempfile.gettempdir', none)
+    assert 'TMPDIR' in refusal([*TINY, '--data_set', 'fake'], capsys)
+
+
+@pytest.mark.parametrize('script', ['main.py --list_recipes', 'run_with_submitit.py --help', 'tools/plot.py --help',
+                                    pytest.param('predict.py --help', marks=pytest.mark.slow)])
+def test_scripts_find_their_modules_where_the_scripts_folder_is_not_on_the_path(script, tmp_path):
+    environment = {**os.environ, 'PYTHONSAFEPATH': '1', 'PYTHONPATH': ''}
+    done = subprocess.run([sys.executable, *(str(ROOT / word) if word.endswith('.py') else word
+                                             for word in script.split())],
+                          cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+STREAMS = {'closed': 'os.close(1); sys.stdout = None', 'both closed': 'os.close(1); os.close(2); '
+           'sys.stdout = sys.stderr = None',
+           'broken pipe': 'reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)',
+           'closed terminal': """
+writer, reader = os.openpty()
+os.dup2(reader, 1)
+os.close(reader)
+os.close(writer)"""}
+
+
+@pytest.mark.parametrize('streams', [*STREAMS, 'full'])
+def test_standard_streams_that_are_closed_or_full_cost_no_run(streams, data, tmp_path):
+    words = (*TINY, '--epochs', '1', '--print_freq', '1', '--data_path', str(data), '--output_dir',
+             str(tmp_path / 'run'))
+    if streams == 'full':
+        with open('/dev/full', 'w') as full:
+            done = subprocess.run([sys.executable, str(ROOT / 'main.py'), *words], stdout=full, stderr=subprocess.PIPE,
+                                  text=True, timeout=120)
+        printed = done.stderr
+        assert done.returncode == 0, printed
+    else:
+        printed = runs.run(words, tmp_path / 'out.txt', before=f'import os, sys\n{STREAMS[streams]}')
+    assert 'Traceback' not in printed and len(printed.splitlines()) < 3, printed
+    assert (tmp_path / 'run' / 'checkpoint-last.pth').exists()
+
+
+@pytest.mark.parametrize('number,cure', [('EMFILE', 'ulimit -n'), ('ENOSPC', 'free space'), ('ENOMEM', 'memory')])
+def test_what_the_machine_runs_out_of_is_one_line(number, cure, monkeypatch, capsys):
+    import errno
+
+    from training import trainer
+
+    def fail(*_: object, **__: object) -> int:
+        code = getattr(errno, number)
+        raise OSError(code, os.strerror(code), '/some/file')
+
+    monkeypatch.setattr(trainer, 'train', fail)
+    assert cure in refusal([*TINY, '--data_set', 'fake'], capsys)

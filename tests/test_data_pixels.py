@@ -15,8 +15,8 @@ from PIL import Image
 from skimage import data as photos
 from timm.data import auto_augment, create_transform
 
-import image_ops
 from conftest import ROOT
+from pipeline import augmentation
 from recipes import RECIPES
 
 PHOTOS = [Image.fromarray(getattr(photos, name)()) for name in ('astronaut', 'chelsea', 'coffee', 'rocket')]
@@ -67,7 +67,7 @@ def difference(a, b):
 def test_operation_equals_timms_over_its_whole_range(name):
     parameters, mean, largest = OPERATIONS[name]
     theirs = auto_augment.NAME_TO_OP[name]
-    ours = image_ops.array_operation(theirs)
+    ours = augmentation.array_operation(theirs)
     for image in (SQUARE, OBLONG, OBLONG[:1].copy(), OBLONG[:, :2].copy(), np.full((9, 9, 3), 128, np.uint8)):
         worst = np.zeros(2)
         for arguments in parameters:
@@ -89,7 +89,7 @@ def test_other_interpolations_go_through_pillow(name):
         random.seed(seed)
         expected = theirs(Image.fromarray(SQUARE), 0.2, **settings)
         random.seed(seed)
-        got = image_ops.array_operation(theirs)(SQUARE, 0.2, **settings)
+        got = augmentation.array_operation(theirs)(SQUARE, 0.2, **settings)
         assert difference(got, expected)[0] <= BICUBIC[0] and difference(got, expected)[1] <= 1
 
 
@@ -106,7 +106,7 @@ RECIPE_CHANGES = {
 def test_from_one_seed_the_pipeline_makes_the_image_that_timm_makes(name):
     """So operations, levels, crops and flips are drawn as timm draws them: with its code, in its order."""
     recipe = replace(SMALL, **RECIPE_CHANGES[name])
-    ours = image_ops.TrainTransform(recipe)
+    ours = augmentation.TrainTransform(recipe)
     theirs = create_transform(
         recipe.input_size, is_training=True, scale=recipe.scale, ratio=recipe.ratio, hflip=recipe.hflip,
         vflip=recipe.vflip, color_jitter=recipe.color_jitter, auto_augment=recipe.aa,
@@ -115,9 +115,9 @@ def test_from_one_seed_the_pipeline_makes_the_image_that_timm_makes(name):
     means = []
     for seed in range(32):
         file = files[seed % len(files)]
-        image_ops.seed_image(seed)
+        augmentation.seed_image(seed)
         got = ours(file)
-        image_ops.seed_image(seed)
+        augmentation.seed_image(seed)
         expected = theirs(Image.open(io.BytesIO(file)).convert('RGB')).permute(1, 2, 0).numpy()
         means.append(difference(got, expected)[0])
     # A grey level of difference can move a value over a threshold of solarize, so only the means are bounded
@@ -131,7 +131,7 @@ def test_operations_and_levels_are_sampled_as_timms():
     for ours in (False, True):
         composed = create_transform(224, is_training=True, auto_augment=recipe.aa, interpolation='bicubic')
         augment = composed.transforms[2]
-        call = image_ops.on_arrays(augment) if ours else augment
+        call = augmentation.on_arrays(augment) if ours else augment
         seen, drawn = dict.fromkeys((operation.name for operation in augment.ops), 0), []
         for operation in augment.ops:
             def note(image, *arguments, name=operation.name, seen=seen, drawn=drawn, **_):
@@ -140,7 +140,7 @@ def test_operations_and_levels_are_sampled_as_timms():
                     drawn.append(arguments[0])
                 return image
             operation.aug_fn = note
-        image_ops.seed_image(int(ours))
+        augmentation.seed_image(int(ours))
         for _ in range(6000):
             call(SQUARE)
         counts.append(list(seen.values()))
@@ -155,10 +155,10 @@ def test_randaugment_survives_its_strongest_levels():
     for level in (10, 10.0):
         operation = auto_augment.AugmentOp('PosterizeIncreasing', prob=1.0, magnitude=level)
         assert np.asarray(operation(Image.fromarray(SQUARE))).max() == 0
-    transform = image_ops.TrainTransform(replace(SMALL, input_size=32, aa='rand-m9-mstd0.5-inc1'))
+    transform = augmentation.TrainTransform(replace(SMALL, input_size=32, aa='rand-m9-mstd0.5-inc1'))
     rng = np.random.default_rng(0)
     for seed in range(3000):
-        image_ops.seed_image(seed)
+        augmentation.seed_image(seed)
         assert transform(rng.integers(0, 256, (40, 50, 3), np.uint8)).shape == (32, 32, 3)
 
 
@@ -169,25 +169,25 @@ def test_decoding_equals_pillows_and_its_upper_part_the_whole(form):
     for photo in PHOTOS[1:3]:
         file = encoded(photo.convert('L') if form == 'grey' else photo, **options)
         whole = np.asarray(Image.open(io.BytesIO(file)).convert('RGB'))
-        np.testing.assert_array_equal(image_ops.decode(file), whole)
+        np.testing.assert_array_equal(augmentation.decode(file), whole)
         shorter = 0
         for rows in range(1, len(whole) + 1, 7):
-            part = image_ops.decode_top(file, rows)
+            part = augmentation.decode_top(file, rows)
             np.testing.assert_array_equal(part[:rows], whole[:rows])
             shorter += len(part) < len(whole)
         assert (shorter > 0) == (form != 'progressive')
 
 
 def test_resizing_differs_from_pillows_by_two_grey_levels_at_most():
-    transform = image_ops.TrainTransform(replace(SMALL, aa=None, color_jitter=None, hflip=0.0))
+    transform = augmentation.TrainTransform(replace(SMALL, aa=None, color_jitter=None, hflip=0.0))
     theirs = create_transform(224, is_training=True, scale=(0.08, 1), hflip=0.0, color_jitter=None,
                               interpolation='bicubic', use_prefetcher=True)
     worst = np.zeros(2)
     for seed in range(40):
         file = encoded(PHOTOS[seed % 4], 'PNG')
-        image_ops.seed_image(seed)
+        augmentation.seed_image(seed)
         got = transform(file)
-        image_ops.seed_image(seed)
+        augmentation.seed_image(seed)
         expected = theirs(Image.open(io.BytesIO(file)).convert('RGB')).permute(1, 2, 0).numpy()
         worst = np.maximum(worst, difference(got, expected))
     assert worst[0] < 0.02 and worst[1] <= 2, worst
@@ -202,7 +202,7 @@ def test_test_transform_equals_timms_within_one_level(changes):
     for photo in PHOTOS:
         file = encoded(photo)
         expected = theirs(Image.open(io.BytesIO(file)).convert('RGB'))
-        pixels = torch.from_numpy(image_ops.TestTransform(recipe)(file)).permute(2, 0, 1) / 255
+        pixels = torch.from_numpy(augmentation.TestTransform(recipe)(file)).permute(2, 0, 1) / 255
         got = (pixels - torch.tensor(recipe.mean)[:, None, None]) / torch.tensor(recipe.std)[:, None, None]
         torch.testing.assert_close(got, expected, rtol=0, atol=1 / 255)
 
@@ -211,12 +211,13 @@ def test_without_the_fast_packages_the_same_images_are_made(tmp_path):
     code = (
         "import sys\nfor name in sys.argv[1].split(): sys.modules[name] = None\n"
         "import logging; logging.basicConfig(format='%(message)s')\n"
-        'import numpy as np, image_ops\nfrom dataclasses import replace\nfrom recipes import RECIPES\n'
+        'import numpy as np\nfrom pipeline import augmentation\n'
+        'from dataclasses import replace\nfrom recipes import RECIPES\n'
         "file = open(sys.argv[2], 'rb').read()\n"
         "out = []\n"
         "for aa in ('rand-m9-mstd0.5-inc1', None):\n"
-        "    transform = image_ops.TrainTransform(replace(RECIPES['moganet_small'], aa=aa))\n"
-        '    for seed in range(12):\n        image_ops.seed_image(seed)\n        out.append(transform(file))\n'
+        "    transform = augmentation.TrainTransform(replace(RECIPES['moganet_small'], aa=aa))\n"
+        '    for seed in range(12):\n        augmentation.seed_image(seed)\n        out.append(transform(file))\n'
         'np.save(sys.argv[3], np.stack(out))\n')
 
     def run(missing, folder):
@@ -253,3 +254,124 @@ def test_digits_trained_on_both_pipelines_reach_the_same_accuracy(tmp_path):
     logging.getLogger().warning('fast %s, slow %s', fast, slow)
     assert min(fast.mean(), slow.mean()) > 80
     assert abs(fast.mean() - slow.mean()) < 2 * spread
+
+
+# ---- Bad images -----------------------------------------------------------------------------------------------------
+
+def forms():
+    """One small photograph as files of every kind that the data of this trade comes in, bytes by name."""
+    photo = PHOTOS[1].resize((48, 40))
+    deep = Image.fromarray(np.asarray(photo.convert('L')).astype(np.uint16) * 257)
+    alpha = photo.copy()
+    alpha.putalpha(128)
+    kinds = {'jpeg': (photo, 'JPEG', {}), 'progressive jpeg': (photo, 'JPEG', {'progressive': True}),
+             'grey jpeg': (photo.convert('L'), 'JPEG', {}), 'cmyk jpeg': (photo.convert('CMYK'), 'JPEG', {}),
+             'png': (photo, 'PNG', {}), 'palette png': (photo.convert('P'), 'PNG', {'transparency': b'\x01\x80'}),
+             '16-bit png': (deep, 'PNG', {}), 'rgba png': (alpha, 'PNG', {}), 'webp': (photo, 'WEBP', {}),
+             'gif': (photo.convert('P'), 'GIF', {}), 'bmp': (photo, 'BMP', {}), 'tiff': (photo, 'TIFF', {}),
+             'lzw tiff': (photo, 'TIFF', {'compression': 'tiff_lzw'}),
+             'jpeg tiff': (photo, 'TIFF', {'compression': 'jpeg'}), 'jpeg 2000': (photo, 'JPEG2000', {})}
+    return {name: encoded(image, form, **options) for name, (image, form, options) in kinds.items()}
+
+
+def damaged(file, rng):
+    """A file with bytes flipped, zeroed, inserted, repeated, or cut off; the head, which has the sizes, more often."""
+    end = len(file) if rng.random() < 0.5 else min(len(file), 200)
+    at, length = int(rng.integers(end)), int(rng.integers(1, 40))
+    kind = rng.integers(5)
+    if kind == 0:
+        return file[:at]
+    if kind == 1:
+        return file[:at] + bytes(length) + file[at + length:]
+    if kind == 2:
+        return file[:at] + rng.bytes(length) + file[at:]
+    if kind == 3:
+        return file[:at + length] + file[at:]
+    changed = np.frombuffer(file, np.uint8).copy()
+    changed[rng.integers(0, end, length)] ^= (1 << rng.integers(0, 8, length)).astype(np.uint8)
+    return changed.tobytes()
+
+
+def try_damage(files, count, seed=0, damage=damaged):
+    """Damages each file `count` times. Returns how many were read and how many refused; anything else is raised."""
+    recipe = replace(SMALL, input_size=32, test_size=32)
+    transforms = augmentation.TrainTransform(recipe), augmentation.TestTransform(recipe)
+    rng = np.random.default_rng(seed)
+    read = refused = 0
+    for name, file in files.items():
+        for number in range(count):
+            bad = damage(file, rng)
+            augmentation.seed_image(number)
+            try:
+                with augmentation.refusing_bad_images():
+                    pixels = transforms[number % 2](bad)
+                assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8, name
+                read += 1
+            except augmentation.BadImage as error:
+                assert str(error) and '\n' not in str(error), name
+                refused += 1
+    return read, refused
+
+
+def test_whatever_is_damaged_the_image_is_read_or_is_a_bad_image_and_no_warning_is_shown(recwarn):
+    assert try_damage(forms(), 2, damage=lambda file, _: file) == (30, 0)
+    read, refused = try_damage(forms(), 100)
+    assert read > 200 and refused > 600
+    assert not [warning for warning in recwarn if 'PIL' in warning.filename]
+
+
+class Unusual(Exception):
+    pass
+
+
+@pytest.mark.parametrize('error', [
+    OSError(5, 'broken pipe'), Image.DecompressionBombError('large'), MemoryError(), RuntimeError('sizes\nof 0'),
+    IndexError('index'), KeyError('tag'), OverflowError(), AssertionError(), Unusual('never heard of')], ids=repr)
+def test_any_error_over_an_image_says_its_type_in_one_line_and_an_interrupt_is_none(error):
+    with pytest.raises(augmentation.BadImage) as caught, augmentation.refusing_bad_images():
+        raise error
+    assert caught.value.__cause__ is error and '\n' not in str(caught.value)
+    assert isinstance(error, OSError) or type(error).__name__ in str(caught.value)
+    with pytest.raises(KeyboardInterrupt), augmentation.refusing_bad_images():
+        raise KeyboardInterrupt
+
+
+def test_a_header_that_promises_gigapixels_is_a_bad_image_at_once():
+    file = bytearray(encoded(PHOTOS[0].resize((64, 64)), restart_marker_blocks=4))
+    size = file.index(b'\xff\xc0') + 5
+    file[size:size + 4] = b'\xff\xdc\xff\xdc'  # 65,500 by 65,500
+    for transform in (augmentation.TrainTransform(SMALL), augmentation.TestTransform(SMALL)):
+        with pytest.raises(augmentation.BadImage, match='DecompressionBomb'), augmentation.refusing_bad_images():
+            transform(bytes(file))
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 2), (3, 1), (1, 60000), (60000, 1), (2, 700), (101, 1)])
+@pytest.mark.parametrize('mode', ['center', 'squash', 'border'])
+def test_extreme_shapes_are_read_or_bad_and_take_no_gigabytes(shape, mode, monkeypatch):
+    """Their resized pixels are bounded: a line of 60,000 would be resized to 3.9 gigapixels before its crop."""
+    recipe, sizes = replace(SMALL, crop_mode=mode), []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, 'resize', lambda self, size, *rest, **named: (
+        sizes.append(size), resize(self, size, *rest, **named))[1])
+    file = encoded(Image.new('RGB', shape, (200, 30, 30)), 'PNG')
+    try:
+        with augmentation.refusing_bad_images():
+            pixels = augmentation.TestTransform(recipe)(file)
+        assert pixels.shape == (224, 224, 3)
+        assert mode == 'border' or (pixels == (200, 30, 30)).all()
+    except augmentation.BadImage:
+        assert mode == 'border'  # whose shorter side would be resized to nothing
+    assert max(width * height for width, height in sizes) <= 100 * 250**2
+    train = augmentation.TrainTransform(replace(SMALL, aa=None, color_jitter=None))
+    for seed in range(50):
+        augmentation.seed_image(seed)
+        assert (train(file) == (200, 30, 30)).all()
+
+
+def test_the_middle_of_a_long_image_is_the_crop_of_the_whole():
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (60, 3, 3), np.uint8)).resize((12, 1224), Image.Resampling.BICUBIC)
+    recipe = replace(SMALL, test_size=32, crop_pct=0.9)
+    theirs = create_transform(32, crop_pct=0.9, interpolation='bicubic', use_prefetcher=True)
+    got = augmentation.TestTransform(recipe)(np.asarray(coarse))
+    assert difference(got, theirs(coarse).permute(1, 2, 0))[1] == 0

@@ -1,11 +1,9 @@
 """Where images come from: folders with everything that is found in folders, tar files, streams, the index of files."""
-import io
 import json
 import os
 import pickle
 import subprocess
 import sys
-import tarfile
 import textwrap
 from collections import Counter
 from dataclasses import replace
@@ -13,36 +11,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from skimage import data as photos
 
-import datasets
-import image_ops
-import image_sources
+import engine
+from builders import encoded, open_loaders, pairs, photo, tar, write, write_meta, write_parquet, write_shards
 from conftest import ROOT
-from image_sources import ImageFiles
+from pipeline import augmentation, sources
+from pipeline.sources import ImageFiles
 from recipes import RECIPES, Run
+from tasks.classification import Accuracy
 from tools import check_dataset
 from utils import UserError
 
 RECIPE = replace(RECIPES['moganet_xtiny_digits'], data_set='image_folder', total_batch_size=4)
-PHOTO = Image.fromarray(photos.astronaut()).resize((120, 90))
+PHOTO = photo()
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-
-
-def encoded(image=PHOTO, form='JPEG', **options):
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def write(path, content=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded() if content is None else content)
 
 
 def folder(root, classes='ab', count=4):
@@ -55,7 +43,9 @@ def folder(root, classes='ab', count=4):
 
 def loaders(root, recipe=RECIPE, **changes):
     run = Run(data_path=str(root), batch_size=recipe.total_batch_size, update_freq=1, num_workers=0)
-    return datasets.build_loaders(recipe, replace(run, **changes))
+    run = replace(run, **changes)
+    splits = ('val',) if run.eval else ('train',) if run.disable_eval else ('train', 'val')
+    return open_loaders(recipe, run, splits=splits)
 
 
 # ---- Folders --------------------------------------------------------------------------------------------------------
@@ -80,12 +70,12 @@ def test_a_folder_with_everything_in_it(tmp_path):
     write(odd / 'notes.txt', b'no image')
     write(odd / '.hidden.jpg', b'no image')
     opened = loaders(root)
-    assert opened.classes == ['a', 'b'] and opened.train.count == 4 + len(content)
+    assert opened.task.classes == ['a', 'b'] and opened.train.count == 4 + len(content)
     for batches in (opened.train.epoch(0), opened.val):
-        for images, _ in batches:
+        for images, _ in pairs(batches):
             assert images.shape[1:] == (3, 32, 32) and images.isfinite().all()
     files = ImageFiles(root / 'train')
-    pixels = {Path(files.name(index)).name: image_ops.decode(files.read(index)[0]) for index in range(len(files))}
+    pixels = {Path(files.name(index)).name: augmentation.decode(files.read(index)[0]) for index in range(len(files))}
     assert set(content) <= set(pixels)
     # As Pillow, and so timm, reads them: EXIF's rotation and transparency are ignored
     for name in set(content) - {'sixteen bits.png'}:
@@ -96,8 +86,8 @@ def test_a_folder_with_everything_in_it(tmp_path):
 def test_a_truncated_jpeg_is_an_error_and_not_a_grey_half(tmp_path):
     for share in (0.3, 0.9):
         whole = encoded(PHOTO.resize((500, 375)))
-        with pytest.raises(image_ops.UNREADABLE):
-            image_ops.decode_top(whole[:int(share * len(whole))], 100)
+        with pytest.raises(augmentation.BadImage), augmentation.refusing_bad_images():
+            augmentation.decode_top(whole[:int(share * len(whole))], 100)
 
 
 @pytest.mark.parametrize('name', ['val', 'validation'])
@@ -105,7 +95,7 @@ def test_one_class_and_both_names_of_the_test_folder(tmp_path, name):
     root = folder(tmp_path / 'data', 'a')
     (root / 'val').rename(root / name)
     opened = loaders(root)
-    assert opened.num_classes == 1 and opened.val.count == 4
+    assert opened.task.recipe.num_classes == 1 and opened.val.count == 4
 
 
 def test_an_empty_class_keeps_its_label_and_is_told(tmp_path, caplog):
@@ -113,8 +103,8 @@ def test_an_empty_class_keeps_its_label_and_is_told(tmp_path, caplog):
     for split in ('train', 'val'):
         (root / split / 'b').mkdir()
     opened = loaders(root)
-    assert opened.classes == ['a', 'b', 'c']
-    assert {label for _, labels in opened.val for label in labels.tolist()} == {0, 2}
+    assert opened.task.classes == ['a', 'b', 'c']
+    assert {label for _, labels in pairs(opened.val) for label in labels.tolist()} == {0, 2}
     assert f'{root}/train: 1 class folders hold no image (b)' in caplog.text
 
 
@@ -152,7 +142,7 @@ def test_class_map_chooses_labels_and_classes(tmp_path):
     root = folder(tmp_path / 'data', 'abc', count=2)
     (tmp_path / 'map.txt').write_text('c\na\n')
     opened = loaders(root, class_map=str(tmp_path / 'map.txt'))
-    assert opened.classes == ['c', 'a'] and opened.train.count == opened.val.count == 4
+    assert opened.task.classes == ['c', 'a'] and opened.train.count == opened.val.count == 4
     files = ImageFiles(root / 'train', class_map=str(tmp_path / 'map.txt'))
     assert {(Path(files.name(i)).parent.name, files.read(i)[1]) for i in range(4)} == {('a', 1), ('c', 0)}
     with pytest.raises(UserError, match=r'--class_map nowhere\.txt cannot be read'):
@@ -163,8 +153,8 @@ def test_class_map_chooses_labels_and_classes(tmp_path):
 
 def test_index_is_built_once_and_again_after_a_change(tmp_path, monkeypatch):
     root = folder(tmp_path / 'data') / 'train'
-    built, scan = [], image_sources._scan_folder
-    monkeypatch.setattr(image_sources, '_scan_folder', lambda path: built.append(path) or scan(path))
+    built, scan = [], sources._scan_folder
+    monkeypatch.setattr(sources, '_scan_folder', lambda path: built.append(path) or scan(path))
     names = [[files.name(i) for i in range(len(files))] for files in (ImageFiles(root), ImageFiles(root))]
     assert names[0] == names[1] == sorted(names[0]) and len(built) == 1
     assert not list(root.rglob('*.npy')) and list((tmp_path / 'cache' / 'moganet').glob('*.npy'))
@@ -206,7 +196,7 @@ def test_200_000_files_start_in_two_seconds_and_are_shared_by_the_workers(tmp_pa
     code = textwrap.dedent(f'''
         import os, sys, time
         from pathlib import Path
-        from image_sources import ImageFiles
+        from pipeline.sources import ImageFiles
         def private():
             lines = Path('/proc/self/smaps_rollup').read_text().splitlines()
             return sum(int(line.split()[1]) for line in lines if line.startswith('Private'))
@@ -232,24 +222,6 @@ def test_200_000_files_start_in_two_seconds_and_are_shared_by_the_workers(tmp_pa
 
 # ---- Tar files ------------------------------------------------------------------------------------------------------
 
-def tar(members):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode='w') as archive:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def write_meta(path, names):
-    """The development kit's meta.mat: classes by their numbers, and one inner node."""
-    from scipy.io import savemat
-    kind = [('ILSVRC2012_ID', 'f8'), ('WNID', 'O'), ('words', 'O'), ('gloss', 'O'), ('num_children', 'f8')]
-    rows = [(number, name, 'word', 'gloss', 0) for number, name in names.items()]
-    savemat(path, {'synsets': np.array([*rows, (len(names) + 1, 'n99999999', 'node', 'gloss', 2)], kind)[:, None]})
-
-
 def test_imagenets_tar_files_are_read_unextracted(tmp_path):
     root = folder(tmp_path / 'folder', ['n01', 'n02'], count=3)
     for number, path in enumerate(sorted((root / 'train').rglob('*.jpg'))):
@@ -265,9 +237,9 @@ def test_imagenets_tar_files_are_read_unextracted(tmp_path):
     write_meta(packed / 'meta.mat', {3: 'n01', 7: 'n02'})
     for workers in (0, 2):
         opened = loaders(packed, num_workers=workers)
-        assert opened.classes == ['n01', 'n02']
-        assert [label for _, labels in opened.val for label in labels.tolist()] == [1, 0, 1]
-        batches = zip(opened.train.epoch(0), loaders(root).train.epoch(0), strict=True)
+        assert opened.task.classes == ['n01', 'n02']
+        assert [label for _, labels in pairs(opened.val) for label in labels.tolist()] == [1, 0, 1]
+        batches = zip(pairs(opened.train.epoch(0)), pairs(loaders(root).train.epoch(0)), strict=True)
         for (images, labels), (expected, numbers) in batches:
             assert (images == expected).all() and (labels == numbers).all()
         opened.close()
@@ -275,33 +247,21 @@ def test_imagenets_tar_files_are_read_unextracted(tmp_path):
 
 # ---- timm's readers -------------------------------------------------------------------------------------------------
 
-def write_parquet(root):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    features = {'image': {'_type': 'Image'}, 'label': {'names': ['x', 'y', 'z'], '_type': 'ClassLabel'}}
-    note = {b'huggingface': json.dumps({'info': {'features': features}}).encode()}
-    (root / 'data').mkdir(parents=True)
-    for split, count in (('train', 40), ('validation', 13)):
-        table = pa.table({'image': [{'bytes': encoded(), 'path': f'{i}.jpg'} for i in range(count)],
-                          'label': [i % 3 for i in range(count)]}).replace_schema_metadata(note)
-        for part, (start, length) in enumerate(((0, count // 2), (count // 2, count))):
-            pq.write_table(table.slice(start, length), root / 'data' / f'{split}-0000{part}-of-00002.parquet')
-
-
 def test_hugging_face_datasets_are_read_although_datasets_py_bears_their_name(tmp_path):
     write_parquet(tmp_path / 'parquet')
     code = textwrap.dedent(f'''
-        import datasets
+        import datasets, tasks
         from recipes import resolve
         for name in ('hfds', 'hfids'):
             for workers in ('0', '2'):
                 recipe, run = resolve(['--recipe', 'moganet_xtiny_digits', '--data_set', name + '/{tmp_path}/parquet',
                                        '--data_path', '{tmp_path}/hub', '--total_batch_size', '8',
                                        '--num_workers', workers])
-                loaders = datasets.build_loaders(recipe, run)
-                labels = [label for _, batch in loaders.train.epoch(0) for label in batch.tolist()]
-                seen = [label for _, batch in loaders.val for label in batch.tolist()]
-                print(loaders.classes, len(labels), sorted(seen) == sorted(i % 3 for i in range(13)))
+                task = tasks.create_task(recipe, run)
+                loaders = datasets.build_loaders(task, run)
+                labels = [label for batch in loaders.train.epoch(0) for label in batch.targets.tolist()]
+                seen = [label for batch in loaders.val for label in batch.targets.tolist()]
+                print(task.classes, len(labels), sorted(seen) == sorted(i % 3 for i in range(13)))
                 loaders.close()
         import datasets.arrow_dataset
         from datasets import Dataset, build_loaders
@@ -314,21 +274,6 @@ def test_hugging_face_datasets_are_read_although_datasets_py_bears_their_name(tm
         *["['x', 'y', 'z'] 40 True"] * 4, f'{ROOT}/datasets.py True datasets.load']
 
 
-def write_shards(root, shards=3):
-    splits = {}
-    for split, count in (('train', 48), ('validation', 13)):
-        names, lengths = [], []
-        for shard in range(shards):
-            numbers = range(shard, count, shards)
-            members = {f'{i:04d}.{kind}': content for i in numbers
-                       for kind, content in (('jpg', encoded()), ('cls', str(i % 3).encode()))}
-            write(root / f'{split}-{shard}.tar', tar(members))
-            names.append(f'{split}-{shard}.tar')
-            lengths.append(len(numbers))
-        splits[split] = {'name': split, 'num_samples': count, 'filenames': names, 'shard_lengths': lengths}
-    (root / '_info.json').write_text(json.dumps({'name': 'made up', 'splits': splits}))
-
-
 def test_streams_train_whole_epochs_and_evaluate_every_image_once(tmp_path, caplog):
     write_shards(tmp_path / 'shards')
     recipe = replace(RECIPE, data_set='wds/made-up', num_classes=3, total_batch_size=6)
@@ -339,17 +284,17 @@ def test_streams_train_whole_epochs_and_evaluate_every_image_once(tmp_path, capl
         for rank in range(world_size):
             run = Run(data_path=str(tmp_path / 'shards'), batch_size=6 // world_size, update_freq=1,
                       world_size=world_size, num_workers=workers)
-            opened = datasets.build_loaders(recipe, run, rank=rank)
+            opened = open_loaders(recipe, run, rank=rank)
             assert opened.train.updates_per_epoch == 8 and opened.val.count == 13
-            sizes = [[len(labels) for _, labels in opened.train.epoch(epoch)] for epoch in range(2)]
+            sizes = [[len(batch) for batch in opened.train.epoch(epoch)] for epoch in range(2)]
             assert sizes == [[6 // world_size] * 8] * 2
-            seen.update(label for _, labels in opened.val for label in labels.tolist())
+            seen.update(label for _, labels in pairs(opened.val) for label in labels.tolist())
             opened.close()
         assert seen == Counter(i % 3 for i in range(13)), (world_size, workers)
     opened = loaders(tmp_path / 'shards', recipe)
     assert len(list(opened.train.epoch(0, start_update=5))) == 3
     assert 'is a stream: the rest of epoch 1 begins with a fresh pass' in caplog.text
-    first, second = (next(opened.train.epoch(epoch))[0] for epoch in (0, 1))
+    first, second = (next(opened.train.epoch(epoch)).images for epoch in (0, 1))
     assert not (first == second).all()
     with pytest.raises(UserError, match='--repeated_aug needs'):
         loaders(tmp_path / 'shards', replace(recipe, repeated_aug=2))
@@ -366,6 +311,65 @@ def test_streams_tell_their_errors_in_one_line(tmp_path):
         opened.close()
 
 
+@pytest.mark.parametrize('ending', ['jpeg', 'JPEG', 'png', 'webp', 'gif', 'bmp', 'tiff', 'xyz'])
+def test_members_of_shards_may_have_any_ending_of_an_image(tmp_path, ending):
+    write_shards(tmp_path, ending=ending)
+    opened = loaders(tmp_path, replace(RECIPE, data_set='wds/made-up', num_classes=3))
+    if ending == 'xyz':
+        with pytest.raises(UserError, match=r'train-\d\.tar: \d{4} cannot be read .*jpg.*skip') as caught:
+            next(opened.train.epoch(0))
+        assert '\n' not in str(caught.value)
+    else:
+        assert len(next(opened.train.epoch(0))) == 4
+        assert sum(map(len, opened.val)) == 13
+
+
+@pytest.mark.parametrize('fault', ['shard', 'half a shard', 'image', 'count', 'everything'])
+def test_what_is_wrong_in_a_stream_follows_on_bad_image_and_costs_an_evaluation_a_warning(tmp_path, fault, caplog):
+    write_shards(tmp_path, broken=[('train', 1), ('validation', 4)] if fault == 'image' else ())
+    shard, model = tmp_path / 'validation-1.tar', torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(3))
+    recipe = replace(RECIPE, data_set='wds/made-up', num_classes=3)
+    if fault in ('shard', 'everything'):
+        for path in [*tmp_path.glob('*.tar')] if fault == 'everything' else (shard, tmp_path / 'train-1.tar'):
+            path.unlink()
+    if fault == 'half a shard':
+        for path in (shard, tmp_path / 'train-1.tar'):
+            path.write_bytes(path.read_bytes()[:3500])
+    if fault == 'count':
+        info = json.loads((tmp_path / '_info.json').read_text())
+        info['splits']['validation']['num_samples'] = 14
+        (tmp_path / '_info.json').write_text(json.dumps(info))
+    expected = {'image': 12, 'count': 13, 'shard': 9, 'half a shard': range(9, 13)}
+    opened = loaders(tmp_path, recipe)
+    images = torch.zeros(1, 3, recipe.test_size, recipe.test_size)
+    model(images)
+
+    def evaluate():
+        device = torch.device('cpu')
+        return engine.evaluate({'': model}, opened.val, Accuracy(device), count=opened.val.count, device=device,
+                               exact=opened.val.exact)['']
+
+    if fault == 'everything':
+        with pytest.raises(UserError, match='the stream gives none of the 13 test images'):
+            evaluate()
+    else:
+        result = evaluate()
+        assert result['count'] in np.atleast_1d(expected[fault])
+        assert f'{result["count"]} images were evaluated, though the stream says it has' in caplog.text
+        assert fault == 'count' or ('validation-1.tar' in caplog.text and 'cannot be read' in caplog.text)
+    with pytest.raises(UserError, match='is a stream, which does not tell the names'):
+        _ = opened.val.names
+    if fault != 'count':
+        with pytest.raises(UserError, match=r'train-\d\.tar.* cannot be read \(.*--on_bad_image skip trains without'):
+            list(opened.train.epoch(0))
+        skipping = loaders(tmp_path, replace(recipe, on_bad_image='skip')).train
+        if fault == 'everything':
+            with pytest.raises(UserError, match='gives this process no whole micro-batch'):
+                list(skipping.epoch(0))
+        else:
+            assert len(list(skipping.epoch(0))) == skipping.updates_per_epoch and skipping.bad_images > 0
+
+
 def test_torchvisions_sets_are_read(tmp_path):
     rng, root = np.random.default_rng(0), tmp_path / 'cifar-10-batches-py'
     root.mkdir()
@@ -380,8 +384,8 @@ def test_torchvisions_sets_are_read(tmp_path):
     environment.setattr('torchvision.datasets.cifar.check_integrity', lambda *_: True)
     opened = loaders(tmp_path, replace(RECIPE, data_set='torch/cifar10'))
     environment.undo()
-    assert opened.classes == list('abcdefghij') and opened.train.count == 40 and opened.val.count == 8
-    assert [label for _, labels in opened.val for label in labels.tolist()] == list(range(8))
+    assert opened.task.classes == list('abcdefghij') and opened.train.count == 40 and opened.val.count == 8
+    assert [label for _, labels in pairs(opened.val) for label in labels.tolist()] == list(range(8))
 
 
 def test_unknown_and_unreadable_data_sets_are_told(tmp_path):

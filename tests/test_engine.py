@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 import engine
 import models  # noqa: F401, registers the MogaNets
-from checkpoint import Buffers
-from engine import NonFiniteError, TrainStep, evaluate, precise_bn, train_one_epoch
+from engine import Buffers, NonFiniteError, TrainStep, precise_bn, train_updates
 from optim_factory import ModelEma
+from tasks.classification import Accuracy, Labelled
 
 CPU = torch.device('cpu')
 
@@ -32,17 +32,35 @@ def plain() -> nn.Module:
 def batches(size: int = 4, *, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield torch.randn(size, 3, 32, 32, generator=generator), torch.randint(3, (size,), generator=generator)
+        yield Labelled(torch.randn(size, 3, 32, 32, generator=generator),
+                       torch.randint(3, (size,), generator=generator))
+
+
+class CrossEntropy:
+    """A task of one loss, all that the training step asks of a task."""
+
+    losses = ()
+
+    def loss(self, model: nn.Module, batch: Labelled) -> dict[str, torch.Tensor]:
+        return {'loss': F.cross_entropy(model(batch.images), batch.targets)}
+
+
+def forward(model: nn.Module, batch: Labelled) -> torch.Tensor:
+    return model(batch.images)
+
+
+def split(batch: Labelled, size: int) -> list[Labelled]:
+    return [Labelled(*parts) for parts in zip(batch.images.split(size), batch.targets.split(size), strict=True)]
 
 
 def step_of(model: nn.Module, **kwargs) -> TrainStep:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    return TrainStep(model, F.cross_entropy, optimizer, device=CPU, **kwargs)
+    return TrainStep(model, CrossEntropy(), optimizer, device=CPU, **kwargs)
 
 
 def train(step: TrainStep, items, *, updates: int, **kwargs):
-    return train_one_epoch(step, items, epoch=0, updates=updates, set_schedule=lambda update: 1e-3,
-                           images_per_update=4, **kwargs)
+    return train_updates(step, items, begin=0, end=updates, set_schedule=lambda update: 1e-3, images_per_update=4,
+                         **kwargs)
 
 
 def largest_difference(a: nn.Module, b: nn.Module) -> float:
@@ -55,10 +73,9 @@ def test_accumulated_micro_batches_equal_the_big_batch_to_round_off():
         step.optimizer = torch.optim.SGD(step.model.parameters(), lr=0.1)
     stream = list(itertools.islice(batches(8), 3))
     train(big, stream, updates=3)
-    train(small, [(part, label) for images, targets in stream
-                  for part, label in zip(images.split(2), targets.split(2), strict=True)], updates=3)
+    train(small, [part for batch in stream for part in split(batch, 2)], updates=3)
     assert largest_difference(big.model, small.model) < 1e-6  # float32 sums in another order, weights of about 0.1
-    assert torch.allclose(big.sums, small.sums, rtol=1e-5)
+    assert torch.allclose(big.sums.values, small.sums.values, rtol=1e-5)
 
 
 def test_the_loss_is_the_mean_over_the_images():
@@ -66,7 +83,7 @@ def test_the_loss_is_the_mean_over_the_images():
     step = step_of(model)
     step.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     stream = [*itertools.islice(batches(4), 2), *itertools.islice(batches(2), 1)]
-    expected = sum(F.cross_entropy(model(images), targets, reduction='sum') for images, targets in stream) / 10
+    expected = sum(F.cross_entropy(model(batch.images), batch.targets, reduction='sum') for batch in stream) / 10
     assert train(step, stream, updates=3)['train_loss'] == pytest.approx(expected.item(), rel=1e-6)  # float32 losses
 
 
@@ -101,7 +118,7 @@ def test_a_step_reads_no_value_from_the_device_outside_logging_and_the_optimizer
         step.check()
     assert count(profile) == 0  # tolist reads once, and is no item
     with torch.profiler.profile() as profile:
-        step.sums[0].item()
+        step.sums['loss'].item()
     assert count(profile) > 0  # what the test looks for is there to be seen
 
 
@@ -110,10 +127,9 @@ def test_a_cuda_step_does_not_wait_for_the_device():
     device = torch.device('cuda')
     model = tiny(drop_path_rate=0.1).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    step = TrainStep(model, F.cross_entropy, optimizer, device=device, precision='fp16', clip_grad=1.0,
+    step = TrainStep(model, CrossEntropy(), optimizer, device=device, precision='fp16', clip_grad=1.0,
                      ema=ModelEma(model, decay=0.9))
-    images, targets = next(batches(4))
-    stream = itertools.repeat((images.to(device), targets.to(device)))
+    stream = itertools.repeat(next(batches(4)).to(device))
     for update in range(3):
         step(stream, update)
     torch.cuda.set_sync_debug_mode('error')
@@ -166,13 +182,17 @@ def overflowing(model: nn.Module, **kwargs) -> TrainStep:
     return step_of(model, scaler=scaler, **kwargs)
 
 
+def too_large() -> Labelled:
+    batch = next(batches())
+    return Labelled(batch.images * 1e30, batch.targets)
+
+
 def test_a_skipped_step_leaves_weights_statistics_and_average_as_they_were():
     model = tiny()
     ema = ModelEma(model, decay=0.9)
     step = overflowing(model, ema=ema)
     before = copy.deepcopy((model.state_dict(), ema.module.state_dict()))
-    images, targets = next(batches())
-    step(iter([(images * 1e30, targets)]), 0)
+    step(iter([too_large()]), 0)
     for old, new in zip(before, (model.state_dict(), ema.module.state_dict()), strict=True):
         for name, value in old.items():
             assert torch.equal(new[name], value), name
@@ -187,8 +207,7 @@ def test_a_skipped_step_leaves_weights_statistics_and_average_as_they_were():
 
 def test_the_scalers_state_goes_on_where_it_was():
     step = overflowing(tiny())
-    images, targets = next(batches())
-    step(iter([(images * 1e30, targets)]), 0)
+    step(iter([too_large()]), 0)
     again = overflowing(tiny())
     again.scaler.load_state_dict(step.scaler.state_dict())
     assert again.scaler.get_scale() == step.scaler.get_scale() == 2.0 ** 6
@@ -196,11 +215,10 @@ def test_the_scalers_state_goes_on_where_it_was():
 
 def test_too_many_skips_in_a_row_stop_the_run():
     step = step_of(tiny(), scaler=torch.amp.GradScaler('cpu', init_scale=2.0 ** 126, backoff_factor=0.999))
-    images, targets = next(batches())
-    stream = itertools.repeat((images * 1e30, targets))
+    stream = itertools.repeat(too_large())
     with pytest.raises(NonFiniteError, match='6 updates in a row'):
         train(step, stream, updates=20, print_freq=3, max_skips=6)
-    assert step.skips.tolist() == [6, 6]
+    assert (step.skips['all'], step.skips['in_a_row']) == (6, 6)
 
 
 @pytest.mark.parametrize('place', ['parameter', 'buffer', 'average', 'loss'])
@@ -212,7 +230,7 @@ def test_what_is_not_finite_is_found_wherever_it_is(place, value):
     step.check()
     with torch.no_grad():
         {'parameter': model.head.weight, 'buffer': model.norm2.running_var, 'average': ema.module.head.bias,
-         'loss': step.sums}[place].view(-1)[0] = value
+         'loss': step.sums.values}[place].view(-1)[0] = value
     with pytest.raises(NonFiniteError):
         step.check()
 
@@ -221,7 +239,7 @@ def test_training_stops_where_it_is_told_and_reports_on_time():
     seen = []
     result = train(step_of(plain()), batches(), updates=20, print_freq=4, report=lambda p: seen.append(p.update),
                    after_update=lambda done: done == 10)
-    assert seen == [4, 8, 10] and result['updates'] == 10
+    assert seen == [4, 8, 10] and result['done'] == 10
     assert 0 <= result['data_wait'] < 1 and result['images_per_second'] > 0
 
 
@@ -230,39 +248,66 @@ def test_drop_path_depends_on_seed_update_and_rank_alone():
         step = step_of(tiny(drop_path_rate=0.9), seed=seed, rank=rank)
         torch.manual_seed(update * 7 + 1)  # the state that other code left
         step(batches(), update)
-        return step.sums[0].item()
+        return step.sums['loss'].item()
 
     reference = loss(3, 0, 0)
     assert loss(3, 0, 0) == reference
     assert len({reference, loss(4, 0, 0), loss(3, 1, 0), loss(3, 0, 1)}) == 4
 
 
-def labelled(images: torch.Tensor, targets: torch.Tensor, size: int):
-    return list(zip(images.split(size), targets.split(size), strict=True))
+def evaluate(model: nn.Module, items: list[Labelled], *, count: int) -> dict[str, float]:
+    return engine.evaluate({'': model}, items, Accuracy(CPU), count=count, device=CPU)['']
 
 
 def test_evaluation_weighs_every_image_equally():
     model = tiny()
-    images, targets = next(batches(11))
+    batch = next(batches(11))
+    targets = batch.targets
     with torch.no_grad():
-        logits = model.eval()(images)
+        logits = model.eval()(batch.images)
     model.train()
-    result = evaluate(model, labelled(images, targets, 4), count=11)
+    result = evaluate(model, split(batch, 4), count=11)
     assert result['count'] == 11 and result['acc5'] == 100  # three classes: top-3
     assert result['acc1'] == pytest.approx(100 * (logits.argmax(1) == targets).float().mean().item(), rel=1e-6)
     assert result['loss'] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)  # batches of other sizes
     assert model.training
     with pytest.raises(RuntimeError, match='11 images were evaluated, but the data set has 12'):
-        evaluate(model, labelled(images, targets, 4), count=12)
+        evaluate(model, split(batch, 4), count=12)
+
+
+def test_several_models_are_evaluated_in_one_pass_each_as_alone():
+    first, second = tiny(), tiny()
+    with torch.no_grad():
+        second.head.bias += torch.tensor([0.0, 5.0, 0.0])
+    items, read = split(next(batches(11)), 4), []
+    both = engine.evaluate({'a': first, 'b': second}, (read.append(1) or batch for batch in items), Accuracy(CPU),
+                           count=11, device=CPU)
+    assert len(read) == 3 and both['a'] != both['b']
+    assert both == {'a': evaluate(first, items, count=11), 'b': evaluate(second, items, count=11)}
+
+
+def test_single_losses_of_a_task_are_summed_beside_their_total():
+    class Two(CrossEntropy):
+        losses = ('near', 'far')
+
+        def loss(self, model, batch):
+            loss = super().loss(model, batch)['loss']
+            return {'near': loss, 'far': 2 * loss}
+
+    model = plain()
+    step = TrainStep(model, Two(), torch.optim.SGD(model.parameters(), lr=0.1), device=CPU)
+    result = train(step, batches(), updates=2)
+    assert result['train_far'] == pytest.approx(2 * result['train_near'], rel=1e-6)  # float32
+    assert result['train_loss'] == pytest.approx(3 * result['train_near'], rel=1e-6)
 
 
 def test_precise_bn_takes_the_mean_of_the_batches_and_leaves_the_rest():
     model = tiny(drop_path_rate=0.5)
     stream = list(itertools.islice(batches(8), 3))
     before = copy.deepcopy(model)
-    precise_bn(model, stream)
+    precise_bn(model, stream, forward)
     first = before.patch_embed1.projection[0]
-    expected = torch.stack([first(images).mean((0, 2, 3)) for images, _ in stream]).mean(0)
+    expected = torch.stack([first(batch.images).mean((0, 2, 3)) for batch in stream]).mean(0)
     assert torch.allclose(model.patch_embed1.projection[1].running_mean, expected, atol=1e-6)  # float32 means
     assert largest_difference(model, before) == 0 and model.training
     assert model.norm1.momentum == 0.1 and model.norm1.num_batches_tracked == 0

@@ -22,13 +22,13 @@ from PIL import Image
 from timm.data import create_transform
 from torch.nn import functional as F
 
+import builders as files
 import main
 import recipes
 import reference
 import runs
-import test_weights as files
-from models import weights
-from models.weights import RELEASED
+from models import download
+from models.released import RELEASED
 
 XT = 'moganet_xtiny'
 FOUR_BLOCKS = {'dims': [8, 8, 16, 16], 'depths': [1, 1, 1, 1], 'ffn_ratios': [2, 2, 2, 2]}
@@ -64,8 +64,8 @@ def state_of(seed: int, variant: str = XT) -> State:
 
 
 def outcome(state: State, data: Path, *, model: str = XT, size: int = 64, crop_pct: float = 0.9,
-            interpolation: str = 'bicubic', crop_mode: str = 'center', mean: tuple = recipes.IMAGENET_MEAN,
-            std: tuple = recipes.IMAGENET_STD, classes: int = 1000, valid: tuple[int, ...] | None = None,
+            interpolation: str = 'bicubic', crop_mode: str = 'center', mean: tuple = recipes.fields.IMAGENET_MEAN,
+            std: tuple = recipes.fields.IMAGENET_STD, classes: int = 1000, valid: tuple[int, ...] | None = None,
             **arguments: Any) -> dict[str, float]:
     """Accuracies and loss of weights on the images of a folder."""
     transform = create_transform(size, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode, mean=mean,
@@ -123,7 +123,7 @@ def training_file(path: Path, raw: int, ema: int | None) -> None:
     recipe = dataclasses.replace(recipes.RECIPES[XT], test_size=64, crop_pct=0.8, gate='double',
                                  model_kwargs=FOUR_BLOCKS)
     torch.save({'version': 1, 'model': raw, 'model_ema': ema, 'optimizer': {}, 'scaler': {}, 'epoch': 3, 'step': 30,
-                'best': {}, 'recipe': dataclasses.asdict(recipe), 'classes': [f'class{i}' for i in range(6)]}, path)
+                'best': {}, 'recipe': recipes.to_dict(recipe), 'classes': [f'class{i}' for i in range(6)]}, path)
 
 
 def timm_file(path: Path, raw: State, ema: State | None) -> None:
@@ -223,7 +223,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
     def offline(*_: Any) -> None:
         raise AssertionError('nothing is to be downloaded')
 
-    monkeypatch.setattr(weights, '_fetch', offline)
+    monkeypatch.setattr(download, '_fetch', offline)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     monkeypatch.chdir(tmp_path)
 

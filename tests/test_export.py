@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import reference
+from builders import mmcv_file, put, seeded, training_file
 from conftest import ROOT
+from models.download import sha256_of
 from models.moganet import MogaNet
-from models.weights import build_model, load_weights, sha256_of
-from test_weights import cache, mmcv_file, put, seeded, training_file
+from models.weights import build_model, load_weights
 from tools import export, strip_checkpoint
 from utils import UserError
 
-__all__ = ['cache']  # a fixture
 TINY = {'dims': (16, 16, 16, 16), 'depths': (1, 1, 1, 1)}
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
 

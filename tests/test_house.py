@@ -10,13 +10,11 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-# A file imports only from floors below its own
-FLOORS = [{'recipes', 'utils'},
-          {'notes', 'models', 'image_kernels', 'image_ops', 'image_sources', 'datasets', 'optim_factory'},
-          {'checkpoint'}, {'engine'}, {'parts'}, {'trainer', 'evaluation'}, {'main'}, {'run_with_submitit'}]
-# On the second floor the rooms do not know one another, but for the data path's own
-DATA = {'image_kernels', 'image_ops', 'image_sources', 'datasets'}
-NOT_IN_TRAINING = {'predict'}
+# A file imports only from floors below its own; the rooms of one floor do not know one another
+FLOORS = [{'utils'}, {'recipes'}, {'models'}, {'optim_factory', 'pipeline'}, {'engine', 'tasks', 'datasets'},
+          {'training'}, {'main'}, {'predict'}, {'tools', 'run_with_submitit'}]
+KNOWN = {name for floor in FLOORS for name in floor}
+PACKAGES = ('recipes', 'models', 'pipeline', 'tasks', 'training', 'tools')
 
 
 def imported(path: Path) -> set[str]:
@@ -35,24 +33,36 @@ def floor_of(name: str) -> int:
 
 
 def rooms() -> list[tuple[str, Path]]:
-    files = [(path.stem, path) for path in ROOT.glob('*.py') if path.stem not in NOT_IN_TRAINING]
-    return files + [('models', path) for path in (ROOT / 'models').glob('*.py')]
+    """All files of the project but the tests, and the room of each: a top-level file's name, or its package's."""
+    files = [(path.stem, path) for path in ROOT.glob('*.py')]
+    return files + [(package, path) for package in PACKAGES for path in (ROOT / package).rglob('*.py')]
 
 
 @pytest.mark.parametrize('room,path', rooms(), ids=lambda value: str(getattr(value, 'name', value)))
 def test_imports_only_run_downwards(room, path):
-    known = {name for floor in FLOORS for name in floor}
-    for other in imported(path) & known - {room}:
-        below = floor_of(other) < floor_of(room)
-        neighbours = floor_of(room) == 0 or {room, other} <= DATA
-        assert below or neighbours, f'{path.name} imports {other}'
+    for other in imported(path) & KNOWN - {room}:
+        assert floor_of(other) < floor_of(room), f'{path.name} imports {other}'
 
 
-def test_every_top_level_file_has_a_floor():
-    known = {name for floor in FLOORS for name in floor}
-    assert {room for room, _ in rooms()} <= known
-    for path in ROOT.glob('*.py'):
-        assert ast.get_docstring(ast.parse(path.read_text())), f'{path.name} does not say what it is for'
+def test_the_engine_knows_no_task_and_no_file():
+    assert imported(ROOT / 'engine.py') & KNOWN <= {'optim_factory', 'utils'}
+
+
+def test_the_backbones_file_imports_nothing_of_the_project():
+    assert not imported(ROOT / 'models' / 'moganet.py') & KNOWN
+
+
+def test_every_top_level_file_and_package_has_a_floor():
+    folders = {path.relative_to(ROOT).parts[0] for path in tracked() if path.suffix == '.py' and path.parent != ROOT}
+    assert {path.stem for path in ROOT.glob('*.py')} | folders - {'tests'} == KNOWN
+    for _, path in rooms():
+        text = path.read_text()
+        assert not text or ast.get_docstring(ast.parse(text)), f'{path.name} does not say what it is for'
+
+
+def test_no_test_file_imports_another():
+    for path in (ROOT / 'tests').rglob('*.py'):
+        assert not [name for name in imported(path) if name.startswith('test_')], path.name
 
 
 def test_the_command_line_answers_without_torch():
@@ -102,3 +112,79 @@ def test_three_thousand_images_pass_randaugment():
     pixels = np.random.default_rng(0).integers(0, 256, (3000, 16, 16, 3), dtype=np.uint8)
     changed = sum(np.asarray(augment(Image.fromarray(image))).tobytes() != image.tobytes() for image in pixels)
     assert changed > 2000  # two operations, each with probability 0.5
+
+
+# ---- Waits ----------------------------------------------------------------------------------------------------------
+
+# Calls that wait for a thread, a process, a rank, a lock or the network, and the keyword that limits them
+WAITS = {'join': 'timeout', 'wait': 'timeout', 'get': 'timeout', 'result': 'timeout', 'communicate': 'timeout',
+         'acquire': 'timeout', 'run': 'timeout', 'check_output': 'timeout', 'check_call': 'timeout', 'call': 'timeout',
+         'urlopen': 'timeout', 'urlretrieve': 'timeout', 'FileLock': 'timeout', 'select': 'timeout', 'recv': 'timeout',
+         'accept': 'timeout', 'barrier': 'timeout', 'monitored_barrier': 'timeout', 'init_process_group': 'timeout',
+         'new_group': 'timeout', 'waitpid': 'timeout', 'create_connection': 'timeout'}
+# These wait with any arguments; the others only without, as a thread's `join()` does and a text's `join(parts)` not
+ALWAYS = {'run', 'check_output', 'check_call', 'urlopen', 'urlretrieve', 'FileLock', 'recv', 'waitpid',
+          'init_process_group', 'new_group', 'create_connection', 'communicate'}
+# Methods of ours by these names: Buffers.get waits for nothing, CheckpointFolder.wait has its limit within
+OURS = {'self.get', 'self.buffers.get', 'self.wait', 'folder.wait', 'self.folder.wait', 'files.wait'}
+PLACE = r'`([\w./]+): (\w+)`'
+SUBPROCESS = {'run', 'check_output', 'check_call', 'call'}
+
+
+def waits_without_limit(source: str) -> list[tuple[str, str]]:
+    """(function, call) of each wait in a source that has no limit of its own."""
+    found = []
+
+    def visit(node: ast.AST, function: str) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            function = node.name
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, 'attr', getattr(node.func, 'id', ''))
+            owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ''
+            limited = any(keyword.arg in (WAITS.get(name), None) for keyword in node.keywords)
+            waits = name in WAITS and (name in ALWAYS or not node.args)
+            if waits and not limited and (name not in SUBPROCESS or owner == 'subprocess'):
+                found.append((function, ast.unparse(node.func)))
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(ast.parse(source), 'module')
+    return found
+
+
+def table_of_waits() -> list[list[str]]:
+    """The rows of CONTRIBUTING's table of waits: where, for what, the limit, the line."""
+    text = (ROOT / 'CONTRIBUTING.md').read_text().partition('## Waits')[2].partition('\n## ')[0]
+    lines = [line for line in text.splitlines() if line.startswith('|')]
+    return [[cell.strip() for cell in line.strip('|').split(' | ')] for line in lines[2:]]
+
+
+def test_every_wait_has_a_limit_of_its_own_or_stands_on_the_table():
+    listed = {place for row in table_of_waits() for place in re.findall(PLACE, row[0])}
+    for path in tracked():
+        name = str(path.relative_to(ROOT))
+        if path.suffix != '.py' or name.startswith('tests/'):
+            continue
+        for function, call in waits_without_limit(path.read_text()):
+            assert call in OURS or (name, function) in listed, f'{name}: {function} waits without a limit in {call}()'
+
+
+def test_the_table_of_waits_names_functions_that_are_there_with_a_limit_and_a_line():
+    rows = table_of_waits()
+    assert len(rows) > 10
+    for where, what, limit, line in rows:
+        places = re.findall(PLACE, where)
+        assert places and what and re.search(r'\d', limit) and line, where
+        for file, function in places:
+            defined = {node.name for node in ast.walk(ast.parse((ROOT / file).read_text()))
+                       if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+            assert function in defined, f'{file}: {function}'
+
+
+def test_a_wait_without_a_limit_is_found():
+    source = 'def f():\n' + ''.join(f'    {call}\n' for call in (
+        'thread.join()', 'process.wait()', 'queue.get()', 'subprocess.run(["a"])', 'FileLock(path)', 'lock.acquire()',
+        'process.communicate(b"x")', 'future.result()', 'urlopen(request)', 'connection.recv(4)'))
+    assert len(waits_without_limit(source)) == 10
+    assert not waits_without_limit('", ".join(names); values.get("a"); event.wait(5); queue.get(timeout=1)\n'
+                                   'subprocess.run(["a"], timeout=3); thread.join(timeout=2); main.run()')

@@ -2,6 +2,10 @@
 import copy
 import inspect
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +17,8 @@ from torch import nn
 
 import models
 import reference
+from conftest import ROOT
+from tools import export
 
 VARIANTS = list(reference.shapes())
 XT = 'moganet_xtiny'
@@ -511,3 +517,76 @@ def test_registered_entry_points_take_no_unknown_variants():
     assert set(VARIANTS) == set(timm.list_models('moganet_*'))
     for variant in VARIANTS:
         assert inspect.getdoc(getattr(models.moganet, variant)).startswith('MogaNet-')
+
+
+# Beside other code: the file copied away, and timm with a MogaNet of its own.
+
+
+def run_python(code: str, folder: Path, *, path: str = '') -> subprocess.CompletedProcess:
+    """Runs Python in a folder, with `path` as PYTHONPATH. It must succeed."""
+    done = subprocess.run([sys.executable, '-c', code], cwd=folder, env={'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# What follows the lines of README in the other project
+CHECK_OF_COPY = '''
+import sys
+torch.save(backbone(torch.ones(1, 3, 64, 64)), 'features.pt')
+random = timm.create_model('moganet_xtiny', features_only=True)
+assert random.feature_info.channels() == [32, 64, 96, 192]
+try:
+    timm.create_model('moganet_xtiny', pretrained=True)
+except RuntimeError as error:
+    print(error)
+for module in list(sys.modules.values()):
+    assert not str(getattr(module, '__file__', '')).startswith(sys.argv[1]), module
+'''
+
+
+def test_the_copied_file_is_a_backbone_by_the_lines_of_the_readme(tmp_path):
+    lines, = re.findall(r'^## The backbone in another project\n.*?^```python\n(.*?)^```\n',
+                        (ROOT / 'README.md').read_text(), re.MULTILINE | re.DOTALL)
+    other = tmp_path / 'other'
+    other.mkdir()
+    shutil.copy(ROOT / 'models' / 'moganet.py', other)
+    torch.save(reference.seeded_state_dict('moganet_tiny'), tmp_path / 'weights.pth')
+    export.main(['--checkpoint', str(tmp_path / 'weights.pth'), '--model', 'moganet_tiny', '--format', 'safetensors',
+                 '--output', str(other / 'moganet_tiny.safetensors')])
+    done = run_python(f'import sys; sys.argv.append({str(ROOT)!r})\n{lines}{CHECK_OF_COPY}', other)
+    printed = done.stdout.splitlines()
+    assert printed[0] == '[64, 128, 256] [8, 16, 32]'
+    assert printed[1].replace('torch.Size(', '').replace(')', '') == '[1, 64, 80, 60] [1, 128, 40, 30] [1, 256, 20, 15]'
+    assert printed[2].startswith('No pretrained weights exist for moganet_xtiny')
+    with torch.no_grad():
+        expected = seeded('moganet_tiny').forward_intermediates(torch.ones(1, 3, 64, 64), intermediates_only=True)[1:]
+    torch.testing.assert_close(torch.load(other / 'features.pt', weights_only=True), expected)
+
+
+PORT = '''
+import sys, types, timm
+port = types.ModuleType('timm.models.moganet')
+sys.modules['timm.models.moganet'] = timm.models.moganet = port
+exec("""
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+default_cfgs = generate_default_cfgs({'moganet_tiny.timm_in1k': {'hf_hub_id': 'timm/'}, 'moganet_large': {}})
+@register_model
+def moganet_tiny(pretrained=False, **kwargs):
+    raise AssertionError('the port of timm was called')
+@register_model
+def moganet_large(pretrained=False, **kwargs):
+    raise AssertionError('the port of timm was called')
+""", port.__dict__)
+assert timm.list_models('moganet_*') == ['moganet_large', 'moganet_tiny']
+import models
+for name in ('moganet_tiny', 'moganet_tiny.in1k_3aug_256', 'moganet_large'):
+    assert type(timm.create_model(name, device='meta')) is models.moganet.MogaNet
+assert timm.get_pretrained_cfg('moganet_tiny').url == models.pretrained_cfgs()['moganet_tiny.in1k']['url']
+assert {name.split('.')[1][:4] for name in timm.list_pretrained('moganet_*')} == {'in1k'}
+'''
+
+
+def test_ours_win_without_a_word_over_models_of_these_names_in_timm(tmp_path):
+    done = run_python(PORT, tmp_path, path=str(ROOT))
+    assert done.stderr == done.stdout == ''

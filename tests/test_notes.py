@@ -14,12 +14,16 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import datasets
 import engine
 import main
-import notes
 import recipes
 import runs
+import utils
+from builders import log_of, open_loaders
+from tasks.classification import Accuracy, Labelled
+from tasks.pictures import draw_confusion
+from training import charts
+from training import log as notes
 
 COMMAND = (*runs.TINY, '--device', 'cpu', '--total_batch_size', '8', '--batch_size', '8', '--num_workers', '0',
            '--warmup_epochs', '0', '--epochs', '2', '--print_freq', '2')
@@ -47,10 +51,6 @@ def picture_of(board: EventAccumulator, tag: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
 
 
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
-
-
 # ---- TensorBoard ----------------------------------------------------------------------------------------------------
 
 def test_tensorboard_shows_what_log_txt_holds(finished):
@@ -67,9 +67,9 @@ def test_tensorboard_shows_what_log_txt_holds(finished):
 
 def test_first_picture_is_the_first_batch_as_the_network_sees_it(finished, data):
     recipe, run = recipes.resolve([*COMMAND, '--data_path', str(data)])
-    images, targets = next(iter(datasets.build_loaders(recipe, run).train.epoch(0)))
-    assert targets.dtype == torch.float32  # mixed
-    pixels = images * torch.tensor(recipe.std).view(3, 1, 1) + torch.tensor(recipe.mean).view(3, 1, 1)
+    batch = next(open_loaders(recipe, run).train.epoch(0))
+    assert batch.targets.dtype == torch.float32  # mixed
+    pixels = batch.images * torch.tensor(recipe.std).view(3, 1, 1) + torch.tensor(recipe.mean).view(3, 1, 1)
     shown = picture_of(board_of(finished), 'train/images')
     assert shown.shape == (36, 2 + 8 * 34, 3)  # eight of 32 pixels in a row, two pixels between them
     for i in range(8):
@@ -97,7 +97,7 @@ def test_confusion_matrix_of_both_models_is_shown_at_the_end(finished, data):
     counts = json.loads((finished / 'eval.json').read_text())['confusion']
     assert [sum(row) for row in counts] == [5, 5, 5]
     assert 100 * sum(counts[i][i] for i in range(3)) / 15 == pytest.approx(log[-1]['test_acc1'])
-    expected = np.asarray(notes.draw_confusion(counts, ['class0', 'class1', 'class2']))
+    expected = np.asarray(draw_confusion(counts, ['class0', 'class1', 'class2']))
     assert np.array_equal(picture_of(board, 'test/confusion'), expected)
 
 
@@ -106,10 +106,14 @@ def test_confusion_matrix_counts_true_classes_in_rows():
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.one_hot(images[:, 0].long(), 3).float()
 
-    batches = [(torch.tensor([[0.], [1.], [1.]]), torch.tensor([0, 0, 1])), (torch.tensor([[2.]]), torch.tensor([0]))]
-    result = engine.evaluate(Fixed(1, 1), batches, count=4, confusion=3)
-    assert result['confusion'] == [[1, 1, 1], [0, 1, 0], [0, 0, 0]]
-    assert 'confusion' not in engine.evaluate(Fixed(1, 1), batches, count=4)
+    def evaluated(confusion: int) -> dict[str, Any]:
+        batches = [Labelled(torch.tensor([[0.], [1.], [1.]]), torch.tensor([0, 0, 1])),
+                   Labelled(torch.tensor([[2.]]), torch.tensor([0]))]
+        cpu = torch.device('cpu')
+        return engine.evaluate({'': Fixed(1, 1)}, batches, Accuracy(cpu, confusion=confusion), count=4, device=cpu)['']
+
+    assert evaluated(3)['confusion'] == [[1, 1, 1], [0, 1, 0], [0, 0, 0]]
+    assert 'confusion' not in evaluated(0)
 
 
 def test_confusion_matrix_of_two_ranks_is_their_sum(data, tmp_path):
@@ -123,7 +127,7 @@ def test_confusion_matrix_of_two_ranks_is_their_sum(data, tmp_path):
 
 @pytest.mark.parametrize('size', [1, 10, 100])
 def test_picture_of_a_confusion_matrix_is_blue_where_right_and_orange_where_wrong(size):
-    right, wrong = (np.asarray(notes.draw_confusion(counts, [])).reshape(-1, 3).astype(int) for counts in (
+    right, wrong = (np.asarray(draw_confusion(counts, [])).reshape(-1, 3).astype(int) for counts in (
         np.eye(size, dtype=int), np.roll(np.eye(size, dtype=int), 1, axis=1)))
     blue, orange = (lambda pixels, colour=colour: bool((pixels == colour).all(1).any())
                     for colour in ((0, 114, 178), (213, 94, 0)))
@@ -136,15 +140,10 @@ def test_picture_of_a_confusion_matrix_is_blue_where_right_and_orange_where_wron
 def stopping_after(updates: int) -> str:
     """Python that makes a run receive SIGTERM in an update."""
     return f'''
-import os, signal, utils
-agreed, count = utils.StopRequest.agreed, 0
-def counting(self):
-    global count
-    count += 1
-    if count == {updates}:
+import os, signal
+def observe(state):
+    if state.step == {updates}:
         os.kill(os.getpid(), signal.SIGTERM)
-    return agreed(self)
-utils.StopRequest.agreed = counting
 '''
 
 
@@ -226,7 +225,7 @@ def test_wandb_continues_one_run_and_gets_no_update_twice(offline, data, tmp_pat
 
 
 def test_rollback_sends_no_update_twice(offline, finished, tmp_path):
-    board = notes.WeightsAndBiases(tmp_path, project='moganet', config={}, step=0)
+    board = charts.WeightsAndBiases(tmp_path, project='moganet', config={}, step=0)
     for step in (2, 4, 6, 4, 6, 8):  # back to 2 after 6
         board.add({'train/loss': float(step)}, step)
     board.close(complete=False)
@@ -235,7 +234,7 @@ def test_rollback_sends_no_update_twice(offline, finished, tmp_path):
     assert end.exit.exit_code == 1
 
 
-@pytest.mark.parametrize('chart', [notes.TensorBoard, notes.WeightsAndBiases])
+@pytest.mark.parametrize('chart', [charts.TensorBoard, charts.WeightsAndBiases])
 def test_a_chart_that_fails_does_not_end_the_run(chart, offline, finished, data, tmp_path, monkeypatch, capsys):
     """By a full disk, or a lost network."""
     add = chart.add
@@ -289,3 +288,85 @@ def test_wandb_that_cannot_begin_is_one_line_with_the_cure(offline, data, tmp_pa
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     assert main.main(command) == 2
     assert 'pip install wandb' in capsys.readouterr().err
+
+
+# ---- What only notes or shows costs no run --------------------------------------------------------------------------
+
+DAMAGE = {'empty': b'', 'cut': b'[{"command": ["ma', 'another type': b'{"a": 1}', 'a number': b'3', 'null': b'null',
+          'another encoding': '[{"host": "r\xe9"}]'.encode('utf-16'), 'bytes': bytes(range(256)),
+          'deep': b'[' * 100_000}
+
+
+@pytest.mark.parametrize('damage', [*DAMAGE, 'a folder'])
+def test_a_damaged_note_is_kept_aside_and_the_run_goes_on(damage, finished, data, tmp_path, capsys):
+    folder = tmp_path / 'run'
+    shutil.copytree(finished, folder)
+    kept = {path.name: path.read_bytes() for path in folder.glob('checkpoint-*')}
+    for name in ('environment.json', 'recipe.json'):
+        (folder / name).unlink()
+        if damage != 'a folder':
+            (folder / name).write_bytes(DAMAGE[damage])
+    if damage == 'a folder':
+        (folder / 'environment.json').mkdir()
+    (folder / 'environment.json.damaged').write_text('an earlier time')
+    written = notes.Notes(*recipes.resolve([*COMMAND, '--data_path', str(data), '--output_dir', str(folder)]),
+                          utils.Processes(device=torch.device('cpu')), step=12, total=12)
+    written.close()
+    assert len(json.loads((folder / 'environment.json').read_text())) == 1
+    assert json.loads((folder / 'recipe.json').read_text())['model'] == 'moganet_xtiny'
+    assert (folder / 'environment.json.damaged').read_text() == 'an earlier time'
+    aside = folder / 'environment.json.damaged1'
+    assert aside.is_dir() if damage == 'a folder' else aside.read_bytes() == DAMAGE[damage]
+    assert len(log_of(folder)) == 2
+    assert kept == {path.name: path.read_bytes() for path in folder.glob('checkpoint-*')}
+
+
+def test_log_txt_keeps_its_epochs_whatever_else_stands_in_it(finished, data, tmp_path):
+    """Property: two hundred logs with foreign lines in them, seeded."""
+    rng = np.random.default_rng(0)
+    lines = (finished / 'log.txt').read_bytes().splitlines(keepends=True)
+    foreign = [b'\n', b'{"epoch": "x"}\n', b'[]\n', b'7\n', b'\xff\xfe\n', b'{"epoch": 3}\n', b'null\n', b'{"epoch"\n']
+    made = notes.Notes.__new__(notes.Notes)
+    for number in range(200):
+        made._folder = tmp_path / str(number)
+        made._folder.mkdir()
+        mixed = [*lines]
+        for _ in range(rng.integers(1, 4)):
+            mixed.insert(rng.integers(len(mixed) + 1), foreign[rng.integers(len(foreign))])
+        content = b''.join(mixed) + (lines[0][:int(rng.integers(len(lines[0])))] if number % 2 else b'')
+        (made._folder / 'log.txt').write_bytes(content)
+        made._cut_log(12)
+        assert (made._folder / 'log.txt').read_bytes() == b''.join(lines)
+        assert (made._folder / 'log.txt.damaged').read_bytes() == content
+
+
+def test_a_line_that_a_kill_cut_off_is_nobodys(finished, tmp_path):
+    made = notes.Notes.__new__(notes.Notes)
+    made._folder = tmp_path
+    content = (finished / 'log.txt').read_bytes()
+    (tmp_path / 'log.txt').write_bytes(content + b'{"epoch": 2, "st')
+    made._cut_log(12)
+    assert [path.name for path in tmp_path.iterdir()] == ['log.txt']
+    assert (tmp_path / 'log.txt').read_bytes() == content
+
+
+BREAKS = ['training.charts.SummaryWriter', 'tasks.pictures.draw_images', 'tasks.pictures.draw_confusion',
+          'training.charts.SummaryWriter.add_scalar', 'training.charts.SummaryWriter.close',
+          'training.log.importlib.metadata.version', 'training.log.subprocess.run', 'tqdm.tqdm']
+
+
+@pytest.mark.parametrize('broken', BREAKS)
+def test_what_only_shows_may_fail(broken, data, tmp_path, monkeypatch, capsys):
+    import importlib.metadata
+    errors = {'training.log.importlib.metadata.version': importlib.metadata.PackageNotFoundError('torch'),
+              'training.log.subprocess.run': FileNotFoundError('git')}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise errors.get(broken, RuntimeError('it does not work here'))
+
+    monkeypatch.setattr(broken, fail)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: broken == 'tqdm.tqdm')
+    assert main.main([*COMMAND, '--epochs', '1', '--data_path', str(data), '--output_dir', str(tmp_path / 'run')]) == 0
+    printed = capsys.readouterr().out
+    assert broken in errors or 'it does not work here; the run goes on without it' in printed
+    assert len(log_of(tmp_path / 'run')) == 1

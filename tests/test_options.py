@@ -7,6 +7,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
-import datasets
 import engine
 import main
-import parts
 import recipes
 import runs
-import trainer
+from builders import log_of, open_loaders, state_of
+from pipeline import loaders
+from recipes.command_line import parser_of
+from tasks import create_task
+from training import trainer
+from training.start import prepare_model
+from utils import UserError
 
 MODEL = ('--model', 'moganet_xtiny', '--model_kwargs', 'dims=[8,8,16,16]', 'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]',
          '--input_size', '32')
@@ -78,14 +83,6 @@ def train(data, tmp_path_factory):
     return start
 
 
-def state_of(folder: Path, name: str = 'last') -> dict[str, Any]:
-    return torch.load(folder / f'checkpoint-{name}.pth', weights_only=True)
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
-
-
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two state dicts are bit for bit the same."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -128,6 +125,14 @@ WEIGHTS: dict[str, tuple[str, str]] = {
     'scale_lr': ('--total_batch_size 16 --batch_size 16 --scale_lr', '--total_batch_size 16 --batch_size 16'),
     'warmup_epochs': ('--warmup_epochs 1', ''),
     'warmup_steps': ('--warmup_steps 2', ''),
+    'warmup_ratio': ('--warmup_epochs 1 --warmup_ratio 0.5', '--warmup_epochs 1'),
+    'sched': ('--epochs 2 --sched poly', '--epochs 2'),
+    'sched=step': ('--epochs 2 --sched step --milestones 1.5', '--epochs 2'),
+    'milestones': ('--epochs 2 --sched step --milestones 1', '--epochs 2 --sched step --milestones 1.5'),
+    'milestones in updates': ('--epochs none --updates 3 --sched step --milestones 1',
+                              '--epochs none --updates 3 --sched step --milestones 2'),
+    'gamma': ('--sched step --milestones 0.5 --gamma 0.5', '--sched step --milestones 0.5'),
+    'power': ('--epochs 2 --sched poly --power 2', '--epochs 2 --sched poly'),
     'weight_decay': ('--weight_decay 0.5', ''),
     'weight_decay_end': ('--weight_decay_end 0.5', ''),
     'weight_decay_end of sgd': ('--opt sgd --weight_decay_end 0.5', '--opt sgd'),
@@ -150,12 +155,17 @@ def test_option_changes_the_trained_weights(case, train):
     assert all(value.isfinite().all() for value in with_it.values())
 
 
+def prepare(recipe: recipes.Recipe, run: recipes.Run, *, num_classes: int) -> torch.nn.Module:
+    task = create_task(dataclasses.replace(recipe, num_classes=num_classes), run)
+    return prepare_model(task, run, torch.device('cpu'))
+
+
 @proves('model')
 def test_model_chooses_the_architecture():
     sizes = {}
     for name in ('moganet_xtiny', 'moganet_tiny', 'resnet10t'):
         recipe, run = recipes.resolve(['--model', name])
-        model = parts.build_model(recipe, run, num_classes=1000, device=torch.device('cpu'))
+        model = prepare(recipe, run, num_classes=1000)
         sizes[name] = sum(param.numel() for param in model.parameters())
     assert sizes == {'moganet_xtiny': 2_956_066, 'moganet_tiny': 5_197_332, 'resnet10t': 5_435_488}
 
@@ -174,6 +184,26 @@ def test_model_kwargs_reach_the_model_and_a_misspelt_one_is_refused(train, capsy
 def test_epochs_are_the_lines_of_the_log(train):
     assert [entry['epoch'] for entry in log_of(train('--epochs', '2'))] == [0, 1]
     assert len(log_of(train())) == 1
+
+
+@proves('updates')
+def test_updates_are_the_length_of_the_run(train, capsys):
+    folder = train('--epochs', 'none', '--updates', '3')
+    assert [(entry['epoch'], entry['step']) for entry in log_of(folder)] == [(0, 2), (1, 3)]
+    assert state_of(folder)['step'] == 3
+    train('--updates', '3', status=2)
+    assert 'give one' in capsys.readouterr().err
+
+
+def test_a_row_of_another_model_trains_without_what_is_moganets(data, tmp_path, monkeypatch):
+    row = dataclasses.replace(recipes.RECIPES['default'], name='resnet10t_tiny', model='resnet10t', drop_path=0.0)
+    monkeypatch.setitem(recipes.RECIPES, row.name, row)
+    assert not recipes.is_moganet('resnet10t')
+    assert main.main(['--recipe', row.name, '--input_size', '32', '--device', 'cpu', '--batch_size', '8',
+                      '--total_batch_size', '8', '--num_workers', '0', '--epochs', '1', '--warmup_epochs', '0',
+                      '--data_path', str(data), '--output_dir', str(tmp_path)]) == 0
+    assert state_of(tmp_path)['model']['fc.weight'].shape == (3, 512)
+    assert json.loads((tmp_path / 'recipe.json').read_text())['model'] == 'resnet10t'
 
 
 @proves('model_ema', 'model_ema_decay', 'model_ema_warmup', 'model_ema_eval')
@@ -223,8 +253,8 @@ def test_dist_bn_chooses_whose_statistics_are_saved(data, tmp_path):
 def test_sync_bn_converts_every_norm_and_is_refused_without_cuda(train, capsys):
     for name in ('moganet_xtiny', 'resnetv2_50'):
         recipe, run = recipes.resolve(['--model', name, '--sync_bn'])
-        norms = {type(module).__name__ for module in parts.build_model(
-            recipe, run, num_classes=3, device=torch.device('cpu')).modules() if 'Norm' in type(module).__name__}
+        norms = {type(module).__name__ for module in prepare(recipe, run, num_classes=3).modules()
+                 if 'Norm' in type(module).__name__}
         assert norms and all('Sync' in norm for norm in norms)
     train('--sync_bn', status=2)
     assert '--sync_bn needs CUDA' in capsys.readouterr().err
@@ -235,8 +265,9 @@ def test_sync_bn_converts_every_norm_and_is_refused_without_cuda(train, capsys):
 def first_batch(data: Path, flags: str, *, split: str = 'train') -> tuple[torch.Tensor, torch.Tensor]:
     """The first batch that the flags of a command line bring."""
     recipe, run = recipes.resolve([*BASE, '--data_path', str(data), *flags.split()])
-    loaders = datasets.build_loaders(recipe, run)
-    return next(iter(loaders.train.epoch(0) if split == 'train' else loaders.val))
+    opened = open_loaders(recipe, run)
+    batch = next(iter(opened.train.epoch(0) if split == 'train' else opened.val))
+    return batch.images, batch.targets
 
 
 TRAIN_BATCHES: dict[str, tuple[str, str]] = {
@@ -312,6 +343,17 @@ def test_class_map_numbers_the_classes(data, tmp_path):
     assert torch.equal(first_batch(data, f'{unmixed} --class_map {tmp_path / "map.txt"}')[1], 2 - labels)
 
 
+@pytest.mark.parametrize('words, said', [
+    ('--input_size 64 32', '--input_size takes no further value 32; images are square: give one value'),
+    ('--epochs 1 --test-size=64 64 --lr 1', '--test_size takes no further value 64; images are square: give one value'),
+    ('--input_size 3 224 224', '--input_size takes no further value 224; images are square: give one value'),
+    ('--input_size 64x32', '--input_size 64x32: a whole number is wanted; images are square: give one value'),
+    ('--epochs 3 4', '--epochs takes no further value 4; give one value'), ('here', 'here belongs to no flag')])
+def test_a_value_too_many_is_told_with_the_flag_that_takes_one(words, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        recipes.resolve([*words.split(), '--model', 'moganet_xtiny'])
+
+
 @proves('on_bad_image')
 def test_bad_image_stops_the_run_or_is_replaced_and_counted(train, tmp_path, capsys):
     broken = make_images(tmp_path / 'data', train=6, val=1)
@@ -333,7 +375,7 @@ def test_workers_are_as_many_as_asked_and_change_no_weight(train, monkeypatch):
         asked.append(kwargs['num_workers'])
         return loader(*args, **kwargs)
 
-    monkeypatch.setattr(datasets, 'DataLoader', spy)
+    monkeypatch.setattr(loaders, 'DataLoader', spy)
     with_two = train('--num_workers', '2')
     assert asked == [2]
     assert same(state_of(with_two)['model'], state_of(train())['model'])
@@ -345,8 +387,8 @@ def test_pin_mem_pins_what_crosses_the_bus(data):
     pinned = {}
     for value in ('true', 'false'):
         recipe, run = recipes.resolve([*BASE, '--data_path', str(data), '--pin_mem', value])
-        loaders = datasets.build_loaders(recipe, run, device='cuda')
-        pinned[value] = next(loaders.train._batches(0, 0, 0)).images.is_pinned()
+        opened = open_loaders(recipe, run, device='cuda')
+        pinned[value] = next(opened.train._batches(0, 0, 0, 1))[0].images.is_pinned()
     assert pinned == {'true': True, 'false': False}
 
 
@@ -404,7 +446,13 @@ def test_grad_checkpointing_recomputes_and_changes_no_bit(train, monkeypatch, tm
     from models import moganet
     calls = []
     forward = moganet.MogaBlock.forward
-    monkeypatch.setattr(moganet.MogaBlock, 'forward', lambda self, x: calls.append(1) or forward(self, x))
+
+    def counted(self, x):
+        if x.device.type != 'meta':  # on which a model is tried before it trains
+            calls.append(1)
+        return forward(self, x)
+
+    monkeypatch.setattr(moganet.MogaBlock, 'forward', counted)
     train(folder=tmp_path / 'plain')
     plain = len(calls)
     train('--grad_checkpointing', folder=tmp_path / 'checkpointed')
@@ -611,12 +659,9 @@ def test_results_file_takes_a_line_for_every_evaluation(trained, data, tmp_path)
 @proves('stop_signals')
 def test_only_the_chosen_signals_save_and_stop(data, tmp_path):
     to_itself = '''
-import os, signal, utils
-agreed = utils.StopRequest.agreed
-def signalled(self):
+import os, signal
+def observe(state):
     os.kill(os.getpid(), signal.SIGUSR1)
-    return agreed(self)
-utils.StopRequest.agreed = signalled
 '''
     command = (*BASE, '--data_path', str(data), '--output_dir')
     chosen = runs.start((*command, str(tmp_path / 'a')), tmp_path / 'a.txt', before=to_itself)
@@ -681,6 +726,13 @@ def test_evaluation_happens_as_often_as_asked(train):
     assert evaluated('true') == [False, False, False]
 
 
+@proves('val_steps')
+def test_evaluation_and_log_may_come_every_so_many_updates(train):
+    folder = train('--epochs', '3', '--disable_eval', 'false', '--val_steps', '4')  # two epochs, and the end
+    assert [(entry['step'], 'test_acc1' in entry) for entry in log_of(folder)] == [(4, True), (6, True)]
+    assert same(state_of(folder)['model'], state_of(train('--epochs', '3', '--disable_eval', 'false'))['model'])
+
+
 @proves('wandb', 'project', 'wandb_ckpt')
 def test_wandb_options_choose_what_is_sent_where(train, tmp_path, monkeypatch, capsys):
     wandb = pytest.importorskip('wandb')
@@ -719,10 +771,10 @@ def test_what_is_printed(train, tmp_path, capsys):
 # ---- All of them ----------------------------------------------------------------------------------------------------
 
 def test_every_option_has_a_case():
-    options = {field.name for cls in (recipes.Recipe, recipes.Run) for field in dataclasses.fields(cls)
+    options = {field.name for cls in (recipes.Classification, recipes.Run) for field in dataclasses.fields(cls)
                if field.metadata['flag']}
     assert options == PROVEN, f'no case: {options - PROVEN}; no option: {PROVEN - options}'
     # beside the fields: what tests/test_recipes.py and tests/test_command_line.py look at
-    flags = {option.lstrip('-') for action in recipes._parser()._actions for option in action.option_strings
-             if action.help != argparse.SUPPRESS}
+    flags = {option.lstrip('-') for action in parser_of(recipes.Classification)._actions
+             for option in action.option_strings if action.help != argparse.SUPPRESS}
     assert flags - options == {'h', 'help', 'recipe', 'config', 'list_recipes', 'print_recipe'}

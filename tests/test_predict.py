@@ -17,15 +17,14 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-import datasets
 import main
 import predict
 import recipes
 import reference
 import runs
+from builders import open_loaders, seeded, stripped_timm_file, timm_file
 from conftest import ROOT
-from models import weights as weights_module
-from test_weights import seeded, stripped_timm_file, timm_file
+from models.released import RELEASED
 from utils import UserError
 
 XT = 'moganet_xtiny'
@@ -85,11 +84,11 @@ def test_flags_change_the_probabilities(data: Path, checkpoint: Path, capsys) ->
 
 
 def test_pixels_are_those_of_the_validation_loader_bit_for_bit(data: Path, checkpoint: Path) -> None:
-    classifier = predict.Classifier(str(checkpoint), ['--device', 'cpu'])
+    classifier = predict.Classifier(str(checkpoint), device='cpu')
     recipe, run = recipes.resolve([*runs.TINY, '--data_path', str(data), '--device', 'cpu', '--num_workers', '0',
                                    '--total_batch_size', '16', '--val_batch_size', '32'])
-    loaders = datasets.build_loaders(recipe, run, rank=0, device=torch.device('cpu'))
-    images, _ = next(iter(loaders.val))
+    loaders = open_loaders(recipe, run)
+    images = next(iter(loaders.val)).images
     ours = classifier.images([classifier.pixels(name) for name in predict.find_images([str(data / 'val')])])
     assert torch.equal(ours, images)
     loaders.close()
@@ -105,8 +104,27 @@ def test_lines_are_probabilities_and_names_and_add_up(data: Path, checkpoint: Pa
     assert sorted(names) == ['class0', 'class1', 'class2']
     assert sum(map(float, percents)) == pytest.approx(100, abs=0.02)  # of two decimals
     assert sorted(map(float, percents), reverse=True) == list(map(float, percents))
-    assert said.err == (f'{checkpoint}: ema weights, training format, single gate; {XT} at 32, crop 0.9 (center), '
-                        'bicubic\n')
+    assert said.err == (f'{checkpoint}: ema weights, training format, single gate; {XT}, single gate, at 32, '
+                        'crop 0.9 (center), bicubic\n')
+
+
+def test_drawn_pictures_show_the_image_over_a_bar_for_each_class(data: Path, checkpoint: Path, tmp_path: Path,
+                                                                 capsys) -> None:
+    path, drawn = data / 'val' / 'class1' / '3.png', tmp_path / 'drawn'
+    answer, again = predicted(capsys, path, path, '--checkpoint', checkpoint, '--draw', drawn, '--topk', 2)
+    assert answer == again and sorted(file.name for file in drawn.iterdir()) == ['3-1.png', '3.png']  # none is lost
+    picture = np.asarray(Image.open(drawn / '3.png'))
+    image = np.asarray(Image.open(path))
+    height, width = image.shape[:2]
+    assert picture.shape == (height + 2 * 22 + 6, 320, 3)
+    left = (320 - width) // 2
+    assert np.array_equal(picture[:height, left:left + width], image)
+    for row, entry in enumerate(answer['predictions']):
+        bar = (picture[height + 6 + 22 * row + 1] == (189, 215, 238)).all(1)
+        assert bar.any() and abs(bar.nonzero()[0].max() - entry['probability'] * 320) <= 2  # whole pixels
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match=r'--draw .* cannot be written'):
+        predict.main([str(path), '--checkpoint', str(checkpoint), '--device', 'cpu', '--draw', str(tmp_path / 'file')])
 
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
@@ -133,7 +151,7 @@ def test_file_with_1000_classes_answers_in_imagenets_words(tmp_path: Path, capsy
 
 def with_classes(checkpoint: Path, path: Path, classes: list[str]) -> list[str]:
     torch.save(torch.load(checkpoint) | {'classes': classes}, path)
-    return predict.Classifier(str(path), ['--device', 'cpu']).names
+    return predict.Classifier(str(path), device='cpu').names
 
 
 def test_wordnet_ids_are_described_and_other_names_kept(checkpoint: Path, tmp_path: Path) -> None:
@@ -151,7 +169,7 @@ def test_other_models_are_read_at_timms_settings(tmp_path: Path) -> None:
     cfg = timm.get_pretrained_cfg('resnet18')
     torch.manual_seed(0)
     torch.save(timm.create_model('resnet18').state_dict(), tmp_path / 'file')
-    recipe = predict.Classifier(str(tmp_path / 'file'), ['--model', 'resnet18', '--device', 'cpu']).recipe
+    recipe = predict.Classifier(str(tmp_path / 'file'), device='cpu', settings={'model': 'resnet18'}).recipe
     assert (recipe.test_size, recipe.crop_pct, recipe.interpolation) == (
         cfg.test_input_size[-1], cfg.test_crop_pct, cfg.interpolation)
     assert (recipe.test_size, recipe.crop_pct) != (224, 0.9)  # the default recipe's, which would otherwise do
@@ -214,9 +232,13 @@ def test_bad_images_are_named_and_the_others_answered(site: str, checkpoint: Pat
     good = save(tmp_path / 'good.jpg')
     (tmp_path / 'cut.jpg').write_bytes(save(tmp_path / 'whole.jpg', quality=95).read_bytes()[:900])
     (tmp_path / 'text.png').write_text('no image')
+    huge = (tmp_path / 'whole.jpg').read_bytes()
+    sides = huge.index(b'\xff\xc0') + 5
+    (tmp_path / 'huge.jpg').write_bytes(huge[:sides] + b'\xff\xdc\xff\xdc' + huge[sides + 4:])  # 65,500 x 65,500
     (tmp_path / 'empty').mkdir()
     bad = {str(tmp_path / 'none.png'): 'No such file or directory', str(tmp_path / 'cut.jpg'): 'truncated',
-           str(tmp_path / 'text.png'): 'is no image', str(tmp_path / 'empty'): 'no image lies below this folder',
+           str(tmp_path / 'text.png'): 'is no image', str(tmp_path / 'huge.jpg'): 'DecompressionBombError',
+           str(tmp_path / 'empty'): 'no image lies below this folder',
            f'{site}/none.png': 'HTTP Error 404', f'{site}/page.html': 'is no image',
            'http://127.0.0.1:1/picture.png': 'refused'}
     words = [str(word) for source in bad for word in (source, good)]
@@ -260,13 +282,13 @@ def test_file_without_a_classifier_is_refused(tmp_path: Path) -> None:
 
 def test_released_file_needs_no_further_word(tmp_path: Path, monkeypatch, capsys) -> None:
     """Model, size, crop and which weights come from the table of released files."""
-    row = weights_module.RELEASED[f'{XT}_256']
+    row = RELEASED[f'{XT}_256']
     path = tmp_path / 'hub' / 'checkpoints' / row.url.rsplit('/', 1)[1]
     path.parent.mkdir(parents=True)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     timm_file(path, seeded(0), seeded(1))
     answer, = predicted(capsys, save(tmp_path / 'a.png'), '--checkpoint', f'released:{XT}_256')
-    classifier = predict.Classifier(f'released:{XT}_256', ['--device', 'cpu'])
+    classifier = predict.Classifier(f'released:{XT}_256', device='cpu')
     assert (classifier.recipe.test_size, classifier.recipe.model) == (256, XT)
     assert torch.equal(classifier.model.head.bias, seeded(0)['head.bias'])  # the raw ones reach its accuracy
     assert answer['predictions'][0]['name'] in ImageNetInfo().label_descriptions()

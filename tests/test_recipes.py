@@ -9,7 +9,8 @@ import pytest
 
 import recipes
 from conftest import ROOT
-from recipes import RECIPES, Recipe, resolve
+from recipes import RECIPES, Classification, resolve
+from recipes.command_line import parser_of
 from utils import UserError
 
 # ---- The table, typed from the sources by hand ----------------------------------------------------------------------
@@ -160,8 +161,8 @@ def test_words_become_typed_values(words, field, value):
 
 
 def test_every_field_of_recipe_and_run_has_a_help_line_and_every_flag_a_field():
-    flags = {option for action in recipes._parser()._actions for option in action.option_strings}
-    for cls in (Recipe, recipes.Run):
+    flags = {option for action in parser_of(recipes.Classification)._actions for option in action.option_strings}
+    for cls in (Classification, recipes.Run):
         for field in dataclasses.fields(cls):
             assert field.metadata['help'], field.name
             assert (f'--{field.name}' in flags) == field.metadata['flag']
@@ -182,7 +183,7 @@ def test_scale_lr_scales_from_the_batch_of_the_row():
 def test_config_brings_back_a_saved_recipe_and_flags_still_override(tmp_path):
     recipe, _ = resolve(['--recipe', 'moganet_tiny_3aug_256', '--scale', '0.1', '1', '--cutmix_minmax', '0.2', '0.8',
                          '--model_kwargs', 'dims=[8,8,16,16]'])
-    (tmp_path / 'recipe.json').write_text(json.dumps(dataclasses.asdict(recipe)))
+    (tmp_path / 'recipe.json').write_text(json.dumps(recipes.to_dict(recipe)))
     assert resolve(['--config', str(tmp_path / 'recipe.json')])[0] == recipe
     changed, _ = resolve(['--config', str(tmp_path / 'recipe.json'), '--lr', '1e-4'])
     assert changed == dataclasses.replace(recipe, lr=1e-4)
@@ -190,7 +191,7 @@ def test_config_brings_back_a_saved_recipe_and_flags_still_override(tmp_path):
 
 def test_resuming_config_scales_the_rate_only_once(tmp_path):
     recipe, _ = resolve(['--model', 'moganet_small', '--total_batch_size', '512', '--scale_lr'])
-    (tmp_path / 'recipe.json').write_text(json.dumps(dataclasses.asdict(recipe)))
+    (tmp_path / 'recipe.json').write_text(json.dumps(recipes.to_dict(recipe)))
     assert resolve(['--config', str(tmp_path / 'recipe.json')])[0].lr == recipe.lr == pytest.approx(5e-4)
 
 
@@ -325,7 +326,7 @@ def test_policies_of_timm_are_taken(policy):
 
 def test_numbers_stand_for_every_rate_and_count_of_the_recipe():
     """No numeric field may take a value below zero: a new field must be validated too."""
-    hints = typing.get_type_hints(Recipe) | typing.get_type_hints(recipes.Run)
+    hints = typing.get_type_hints(Classification) | typing.get_type_hints(recipes.Run)
     signless = {'seed', 'world_size', 'micro_batch_size', 'expected_acc1', 'expected_acc5'}
     numeric = [name for name, kind in hints.items() if name not in signless
                and any(kind is number or number in typing.get_args(kind) for number in (int, float))]

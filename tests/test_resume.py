@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import utils
+from builders import assert_same_run, differences, state_of, untimed_log
 from runs import TINY, Job, make_image_folder, run, start
 
 # 48 images: 4 updates of 12, in an epoch; mixup, drop path, average, erasing and accumulation are all on
 COMMAND = (*TINY, '--total_batch_size', '12', '--batch_size', '2', '--epochs', '3', '--warmup_epochs', '1',
            '--drop_path', '0.3', '--num_workers', '1')
-TIMINGS = {'images_per_second', 'data_wait'}
 
 
 @pytest.fixture(scope='session')
@@ -42,36 +44,6 @@ def uninterrupted(command, tmp_path_factory):
     return of
 
 
-def differences(a: object, b: object, path: str = '') -> list[str]:
-    """Where two nested states differ, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return [] if torch.equal(a, b) and a.dtype == b.dtype else [path]
-    if isinstance(a, dict):
-        return [path] if a.keys() != b.keys() else [
-            found for key in a for found in differences(a[key], b[key], f'{path}/{key}')]
-    if isinstance(a, (list, tuple)):
-        return [path] if len(a) != len(b) else [
-            found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f'{path}/{i}')]
-    return [] if a == b else [path]
-
-
-def state_of(folder: Path, name: str = 'last') -> dict:
-    return torch.load(folder / f'checkpoint-{name}.pth', weights_only=True)
-
-
-def log_of(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    """Weights, average, optimizer, scaler, position, best, and log (but for timings) are equal bit for bit."""
-    for name in ('last', 'best', 'best-ema'):
-        assert differences(state_of(folder, name), state_of(other, name)) == []
-    assert log_of(folder) == log_of(other)
-    assert not list(folder.glob('.*.part'))
-
-
 @pytest.mark.parametrize('world_size', [1, 2, 3])
 def test_resumed_run_equals_uninterrupted_run(world_size, command, uninterrupted, tmp_path):
     """Stopped by a signal to the last rank alone, inside an epoch and at its end, with another number of workers."""
@@ -85,21 +57,16 @@ def test_resumed_run_equals_uninterrupted_run(world_size, command, uninterrupted
         assert state_of(folder)['step'] == update
     run(command(folder), tmp_path / 'rest.txt', world_size=world_size)
     assert_same_run(folder, uninterrupted(world_size))
-    assert [line['epoch'] for line in log_of(folder)] == [0, 1, 2]
+    assert [line['epoch'] for line in untimed_log(folder)] == [0, 1, 2]
 
 
 def stop_after(update: int, number: int) -> str:
     """A signal that the last rank sends itself after an update of the run (counted from the start of the run)."""
     return f'''
-import os, main
-after = main.utils.StopRequest.agreed
-def agreed(self):
-    import gc
-    state = next(o for o in gc.get_objects() if type(o).__name__ == 'TrainState')
+import os
+def observe(state):
     if state.step == {update} and rank == int(os.environ.get('WORLD_SIZE', 1)) - 1:
         os.kill(os.getpid(), {int(number)})
-    return after(self)
-main.utils.StopRequest.agreed = agreed
 '''
 
 
@@ -131,14 +98,16 @@ def test_only_the_newest_checkpoints_are_kept_and_all_open_safely(command, tmp_p
 def kill_and_resume(command, folder: Path, updates: list[int], *, world_size: int, tmp_path: Path) -> None:
     """Kills all ranks by SIGKILL right after these updates of each start, then lets the run end."""
     for i, update in enumerate(updates):
-        output = tmp_path / f'kill{i}.txt'
-        job = start(command(folder, '--save_ckpt_steps', '1', '--print_freq', '1'), output, world_size=world_size)
-        count, end = 0, time.monotonic() + 120
-        while count < update and any(rank.is_alive() for rank in job.ranks) and time.monotonic() < end:
-            count = job.text().count('images/s  ')
-            time.sleep(0.002)
-        job.kill()
-        job.wait()
+        job = start(command(folder, '--save_ckpt_steps', '1', '--print_freq', '1'), tmp_path / f'kill{i}.txt',
+                    world_size=world_size, before=f'''
+import os, signal
+seen = []
+def observe(state):
+    seen.append(state.step)
+    if len(seen) == {update}:
+        os.kill(os.getpid(), signal.SIGKILL)
+''')
+        assert set(job.wait()) <= {-signal.SIGKILL, 0}, job.text()
     run(command(folder, '--save_ckpt_steps', '1', '--print_freq', '1'), tmp_path / 'rest.txt', world_size=world_size)
 
 
@@ -264,7 +233,7 @@ def test_another_world_size_goes_on_with_the_same_batches_and_says_so(command, u
     start(command(folder), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()
     text = run(command(folder), tmp_path / 'rest.txt', world_size=2)
     assert 'written by 1 processes and goes on with 2: on the same batches, but not bit for bit' in text
-    here, there = log_of(folder), log_of(uninterrupted(1))
+    here, there = untimed_log(folder), untimed_log(uninterrupted(1))
     assert here[0] == there[0] and [line['epoch'] for line in here] == [0, 1, 2]
     # mixup and drop path are drawn for each rank, so the loss differs, but not by more than they do
     assert here[2]['train_loss'] == pytest.approx(there[2]['train_loss'], abs=0.2)
@@ -275,10 +244,10 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(command, tmp_path
     start(command(folder), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()
     job = start(command(folder, '--lr', '0.5', '--smoothing', '0'), tmp_path / 'refused.txt')
     assert job.wait() == [2]
-    assert 'smoothing: 0.1 -> 0.0; lr: 0.001 -> 0.5' in job.text() and '--resume_anyway' in job.text()
+    assert 'lr: 0.001 -> 0.5; smoothing: 0.1 -> 0.0' in job.text() and '--resume_anyway' in job.text()
     text = run(command(folder, '--lr', '0.5', '--smoothing', '0', '--resume_anyway'), tmp_path / 'anyway.txt')
     assert 'Resuming' in text and 'under another recipe' in text
-    assert log_of(folder)[-1]['epoch'] == 2
+    assert untimed_log(folder)[-1]['epoch'] == 2
 
 
 def test_hyperparameters_changed_by_resume_anyway_are_those_that_train(command, tmp_path):
@@ -388,14 +357,15 @@ def test_a_model_without_batch_norm_resumes_too(data, tmp_path):
 # ---- Several processes ----------------------------------------------------------------------------------------------
 
 NAN_ON_ONE_RANK = '''
-import datasets
-epoch = datasets.TrainLoader.epoch
-def poisoned(self, number, start=0, attempt=0):
-    for i, (images, targets) in enumerate(epoch(self, number, start, attempt)):
+from dataclasses import replace
+from pipeline.loaders import TrainLoader
+epoch = TrainLoader.epoch
+def poisoned(self, number, start=0, attempt=0, **others):
+    for i, batch in enumerate(epoch(self, number, start, attempt, **others)):
         if rank == 1 and (number, attempt) == (1, 0) and i == 2:
-            images = images * float('nan')
-        yield images, targets
-datasets.TrainLoader.epoch = poisoned
+            batch = replace(batch, images=batch.images * float('nan'))
+        yield batch
+TrainLoader.epoch = poisoned
 '''
 
 
@@ -430,21 +400,22 @@ def test_after_a_nan_the_run_can_go_back_and_take_another_order(command, uninter
     text = run(command(folder, '--print_freq', '1', '--on_nan', 'rollback'), tmp_path / 'out.txt', world_size=2,
                before=NAN_ON_ONE_RANK)
     assert 'Going back to update 4 with another data order (attempt 1 of 3)' in text
-    assert [line['epoch'] for line in log_of(folder)] == [0, 1, 2]
-    assert log_of(folder)[0] == log_of(uninterrupted(2))[0] and log_of(folder)[1] != log_of(uninterrupted(2))[1]
+    assert [line['epoch'] for line in untimed_log(folder)] == [0, 1, 2]
+    here, there = untimed_log(folder), untimed_log(uninterrupted(2))
+    assert here[0] == there[0] and here[1] != there[1]
     assert state_of(folder)['attempt'] == 1
 
 
 def test_a_rank_that_dies_makes_the_others_stop_soon_with_its_error_shown_once(command, tmp_path):
     dying = '''
-import datasets
-epoch = datasets.TrainLoader.epoch
-def broken(self, *args):
-    for i, item in enumerate(epoch(self, *args)):
+from pipeline.loaders import TrainLoader
+epoch = TrainLoader.epoch
+def broken(self, *args, **others):
+    for i, item in enumerate(epoch(self, *args, **others)):
         if rank == 1 and i == 5:
             raise RuntimeError('the disk of rank 1 is on fire')
         yield item
-datasets.TrainLoader.epoch = broken
+TrainLoader.epoch = broken
 '''
     begin = time.monotonic()
     job = start(command(tmp_path / 'run'), tmp_path / 'out.txt', world_size=3, before=dying)
@@ -467,10 +438,10 @@ def test_a_killed_rank_makes_the_others_stop_soon(command, tmp_path):
 PRINT_BUFFERS = '''
 import engine, hashlib
 evaluate = engine.evaluate
-def shown(model, *args, **kwargs):
-    flat = engine.Buffers(model).get()
+def shown(models, *args, **kwargs):
+    flat = engine.Buffers(models['']).get()
     print(f'buffers {hashlib.md5(flat.numpy().tobytes()).hexdigest()}', flush=True)
-    return evaluate(model, *args, **kwargs)
+    return evaluate(models, *args, **kwargs)
 engine.evaluate = shown
 '''
 
@@ -504,3 +475,179 @@ def test_an_odd_test_set_gives_the_same_accuracy_with_1_2_and_3_processes(data, 
     # the loss is summed in float64 from batches of other compositions
     assert [result['loss'] for result in results] == pytest.approx([results[0]['loss']] * 3, rel=1e-5)
     assert results[0]['acc1'] == pytest.approx(torch.load(checkpoint)['best']['test_acc1'])
+
+
+# ---- Lost workers, and waits that would not end ---------------------------------------------------------------------
+
+SHORT = 'import utils; utils.STOP_PATIENCE, utils.SECOND_PATIENCE = {first}, {second}'
+STOP_A_WORKER = '''
+import os, signal, multiprocessing
+def observe(state):
+    if state.step == {update} and rank == 0:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.{signal})
+        print('workers signalled', flush=True)
+'''
+
+
+def test_a_killed_worker_costs_one_line_and_no_update(command, uninterrupted, tmp_path):
+    folder = tmp_path / 'run'
+    job = start(command(folder, '--num_workers', '2', '--print_freq', '1'), tmp_path / 'out.txt',
+                before=STOP_A_WORKER.format(update=6, signal='SIGKILL'))
+    assert job.wait() == [2], job.text()
+    (line,) = [line for line in job.text().splitlines() if line.startswith('error')]
+    assert 'a data worker was killed' in line and '--num_workers' in line and 'Traceback' not in job.text()
+    saved = int(job.text().split('Saved after ')[1].split()[0])
+    assert state_of(folder)['step'] == saved >= 6
+    run(command(folder), tmp_path / 'rest.txt')
+    assert_same_run(folder, uninterrupted(1))
+
+
+@pytest.mark.parametrize('signals', [1, 2])
+def test_a_stopped_worker_is_waited_for_only_so_long_after_a_signal(signals, command, tmp_path):
+    """The stopped worker may hold the main thread in a read that no Python handler can end."""
+    job = start(command(tmp_path / 'run', '--num_workers', '2', '--epochs', '50'), tmp_path / 'out.txt',
+                before=SHORT.format(first=2 if signals == 1 else 600, second=1)
+                + STOP_A_WORKER.format(update=5, signal='SIGSTOP'))
+    job.wait_for('workers signalled')
+    for number in range(signals):
+        time.sleep(1.2 * number)
+        job.kill(number=signal.SIGTERM)
+    assert job.wait(timeout=30) == [1], job.text()
+    after = 'SIGTERM' if signals == 1 else 'a second signal'
+    assert f'for a batch of the data workers after {after}, without an update: ended' in job.text()
+    assert 'Traceback' not in job.text()
+
+
+def test_a_stopped_rank_is_waited_for_only_so_long_after_a_signal(command, tmp_path):
+    job = start(command(tmp_path / 'run', '--epochs', '500', '--num_workers', '0'), tmp_path / 'out.txt', world_size=2,
+                before=SHORT.format(first=2, second=1))
+    job.wait_for('epoch 1 of 500 done')
+    job.kill(rank=1, number=signal.SIGSTOP)
+    job.kill(rank=0, number=signal.SIGTERM)
+    job.ranks[0].join(30)
+    job.kill(rank=1)
+    assert job.wait()[0] == 1, job.text()
+    assert 'rank 0 waited 2 s for the ' in job.text() and 'after SIGTERM' in job.text()
+
+
+def test_a_stopped_rank_is_named_by_one_line_when_the_exchange_times_out(command, tmp_path):
+    job = start(command(tmp_path / 'run', '--epochs', '500', '--num_workers', '0'), tmp_path / 'out.txt', world_size=2,
+                before='import utils; utils.RANK_PATIENCE = 3')
+    job.wait_for('epoch 1 of 500 done')
+    job.kill(rank=1, number=signal.SIGSTOP)
+    job.ranks[0].join(40)
+    job.kill(rank=1)
+    assert job.wait()[0] == 1, job.text()
+    assert 'error: another rank has not come on for 3 s' in job.text() and 'Traceback' not in job.text()
+
+
+BLOCKED_DISK = '''
+import os, time, utils
+flush = os.fsync
+def blocked(descriptor):
+    if 'checkpoint-4.pth' in os.readlink(f'/proc/self/fd/{descriptor}') or 'best' in os.readlink(
+            f'/proc/self/fd/{descriptor}'):
+        print('blocked', flush=True)
+        time.sleep(600)
+    flush(descriptor)
+os.fsync = blocked
+'''
+
+
+def test_a_disk_that_never_answers_ends_the_run_with_a_line(command, tmp_path):
+    """By itself, and sooner after a signal."""
+    job = start(command(tmp_path / 'run'), tmp_path / 'out.txt',
+                before=BLOCKED_DISK + 'from training import checkpoint; checkpoint.WRITE_PATIENCE = 2')
+    assert job.wait(timeout=60) == [2], job.text()
+    assert f'error: the disk of {tmp_path / "run"} has not taken a checkpoint for 2 s' in job.text()
+    job = start(command(tmp_path / 'other'), tmp_path / 'out.txt',
+                before=BLOCKED_DISK + SHORT.format(first=2, second=1))
+    job.wait_for('blocked')
+    job.kill(number=signal.SIGTERM)
+    assert job.wait(timeout=60) == [1], job.text()
+    assert 'for the write of a checkpoint into' in job.text() and 'after SIGTERM' in job.text()
+
+
+def test_signs_of_life_keep_a_run_from_being_ended_however_long_it_takes_after_a_signal(monkeypatch):
+    """Batches, updates and pieces of a checkpoint: here, a tenth of a second apart, for three times the limit."""
+    ended = []
+    monkeypatch.setattr(utils, 'STOP_PATIENCE', 0.4)
+    monkeypatch.setattr(utils.StopRequest, '_end', lambda *what: ended.append(what))
+    with utils.StopRequest(utils.Processes(device=torch.device('cpu'))) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(12):
+            time.sleep(0.1)
+            utils.alive()
+        assert stop.agreed() == signal.SIGTERM and not ended
+        time.sleep(0.8)
+    assert ended and ended[0][1:] == (signal.SIGTERM, 0.4, False)
+
+
+def test_a_hangup_saves_unless_it_was_ignored_at_the_start(command, tmp_path):
+    """torchrun passes SIGHUP on; nohup ignores it, so that the run outlives its terminal."""
+    job = start(command(tmp_path / 'run'), tmp_path / 'out.txt', before=stop_after(6, signal.SIGHUP))
+    assert job.wait() == [128 + signal.SIGHUP], job.text()
+    assert state_of(tmp_path / 'run')['step'] == 6
+    run(command(tmp_path / 'nohup', '--epochs', '2'), tmp_path / 'out.txt',
+        before='import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n' + stop_after(6, signal.SIGHUP))
+
+
+LACKS = {
+    'descriptors in the worker': ("""
+import multiprocessing.reduction as reduction
+def fail(descriptor):
+    raise OSError(24, 'Too many open files')
+reduction.DupFd = fail""", 'ulimit -n'),
+    'shared memory, told': ("""
+import torch
+torch.UntypedStorage._new_shared = lambda size: torch.empty(1 << 60)
+def fail(*_, **__):
+    raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)')
+torch.UntypedStorage._new_shared = fail""", '--shm-size'),
+    'shared memory, killed': ("""
+import os, signal, torch
+torch.UntypedStorage._new_shared = lambda *_, **__: os.kill(os.getpid(), signal.SIGBUS)""", '--shm-size'),
+    'processes': ("""
+import os
+def fail():
+    raise BlockingIOError(11, 'Resource temporarily unavailable')
+os.fork = fail""", 'ulimit -u'),
+    'memory': ("""
+import os
+def fail():
+    raise OSError(12, 'Cannot allocate memory')
+os.fork = fail""", 'memory'),
+    'threads': ("""
+import threading
+begin = threading.Thread.start
+def fail(self):
+    if self.name.startswith('QueueFeeder'):
+        raise RuntimeError("can't start new thread")
+    begin(self)
+threading.Thread.start = fail""", '--num_workers'),
+    'a short TMPDIR': ("""
+import os, tempfile
+tempfile.tempdir = os.path.join('FOLDER', 'x' * 100)
+os.makedirs(tempfile.tempdir, exist_ok=True)
+import multiprocessing
+multiprocessing.current_process()._config.pop('tempdir', None)  # the forkserver's""", 'TMPDIR'),
+}
+
+
+@pytest.mark.parametrize('lack', LACKS)
+def test_workers_that_cannot_hand_over_a_batch_are_one_line_with_the_cure(lack, command, tmp_path):
+    before, cure = LACKS[lack]
+    job = start(command(tmp_path / 'run', '--num_workers', '2'), tmp_path / 'out.txt',
+                before=before.replace('FOLDER', str(tmp_path)))
+    assert job.wait(timeout=60) == [2], job.text()
+    (line,) = re.findall(r'error: .*', job.text())  # torch's own ERROR, of a bus error, has no end of line
+    assert cure in line and '--num_workers' in line and 'Traceback' not in job.text(), job.text()
+
+
+@pytest.mark.parametrize('limit', [24, 40, 64])
+def test_few_descriptors_are_enough_or_one_line_and_never_a_hang(limit, command, tmp_path):
+    job = start(command(tmp_path / 'run', '--num_workers', '3', '--epochs', '1'), tmp_path / 'out.txt',
+                before=f'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))')
+    (status,) = job.wait(timeout=60)
+    assert status == 0 or (status == 2 and 'ulimit -n' in job.text() and 'Traceback' not in job.text()), job.text()

@@ -10,10 +10,11 @@ import pytest
 
 import recipes
 import run_with_submitit
+from builders import assert_same_run
 from conftest import ROOT
+from recipes.command_line import parser_of
 from run_with_submitit import Task
 from runs import TINY, make_image_folder, run
-from test_resume import assert_same_run
 from utils import UserError
 
 MODEL = ('--model', 'moganet_tiny', '--data_path', 'images')
@@ -98,10 +99,10 @@ def test_convnexts_spellings_and_dashes_mean_the_same(theirs, ours, capsys):
 
 
 def test_no_flag_of_the_script_hides_one_of_main():
-    options = {option for made in (run_with_submitit.parser(), recipes._parser()) for action in made._actions
-               for option in action.option_strings}
+    options = {option for made in (run_with_submitit.parser(), parser_of(recipes.Classification))
+               for action in made._actions for option in action.option_strings}
     shared = [option for option in options if sum(
-        option in action.option_strings for made in (run_with_submitit.parser(), recipes._parser())
+        option in action.option_strings for made in (run_with_submitit.parser(), parser_of(recipes.Classification))
         for action in made._actions) > 1]
     assert sorted(shared) == ['--help', '-h']
     assert not set(run_with_submitit.SPELLINGS) & {option.lstrip('-') for option in options}

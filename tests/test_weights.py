@@ -1,15 +1,12 @@
 """Files of every released shape evaluate to the recorded logits, run nothing, and where wrong are said to be."""
 import argparse
 import collections
-import dataclasses
-import functools
 import http.server
 import io
 import json
 import os
 import pickle
 import threading
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,26 @@ from torch import Tensor, nn
 import models  # noqa: F401  registers MogaNet
 import recipes
 import reference
-from models import weights
-from models.weights import RELEASED, Weights, apply_weights, build_model, load_weights
+from builders import (
+    Payload,
+    averaged_file,
+    bare_file,
+    deit_file,
+    legacy_timm_file,
+    mmcv_file,
+    put,
+    safetensors_file,
+    seeded,
+    stripped_timm_file,
+    timm_file,
+    timm_file_of_numpy_1,
+    timm_file_of_numpy_2,
+    training_file,
+    wrapped_file,
+)
+from models import download
+from models.released import RELEASED
+from models.weights import Weights, apply_weights, build_model, load_weights
 from utils import UserError
 
 XT = 'moganet_xtiny'
@@ -33,98 +48,6 @@ State = dict[str, Tensor]
 
 
 # ---- Files shaped like the released ones ----------------------------------------------------------------------------
-
-@functools.cache
-def seeded(seed: int) -> State:
-    return reference.seeded_state_dict(XT, seed)
-
-
-def timm_file(path: Path, raw: State, ema: State | None, *, metric: Any = 76.5) -> None:
-    """A full training checkpoint of timm's script."""
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    payload = {'epoch': 299, 'arch': XT, 'state_dict': raw, 'optimizer': optimizer.state_dict(), 'version': 2,
-               'args': argparse.Namespace(model=XT, lr=1e-3, opt_betas=None, input_size=None, img_size=None, mean=None),
-               'amp_scaler': {'scale': 65536.0, 'growth_factor': 2.0}, 'metric': metric}
-    torch.save(payload if ema is None else {**payload, 'state_dict_ema': ema}, path)
-
-
-def timm_file_of_numpy_2(path: Path, raw: State, ema: State | None) -> None:
-    timm_file(path, raw, ema, metric=np.float64(76.5))
-
-
-def timm_file_of_numpy_1(path: Path, raw: State, ema: State | None) -> None:
-    """The same with the module name under which NumPy 1 pickled its scalars."""
-    buffer = io.BytesIO()
-    timm_file(buffer, raw, ema, metric=np.float64(76.5))
-    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, 'w') as new:
-        for entry in old.infolist():
-            data = old.read(entry)
-            if entry.filename.endswith('data.pkl'):
-                assert data.count(b'numpy._core.multiarray') + data.count(b'numpy.core.multiarray') == 1
-                data = data.replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
-            new.writestr(entry, data)
-
-
-def stripped_timm_file(path: Path, raw: State, ema: State | None) -> None:
-    torch.save({'arch': XT, 'state_dict': raw, 'metric': 76.5} | ({'state_dict_ema': ema} if ema else {}), path)
-
-
-def legacy_timm_file(path: Path, raw: State, ema: State | None) -> None:
-    """Not a zip, as torch wrote them before 1.6."""
-    payload = {'arch': XT, 'state_dict': raw, 'args': argparse.Namespace(model=XT)}
-    torch.save(payload if ema is None else {**payload, 'state_dict_ema': ema}, path,
-               _use_new_zipfile_serialization=False)
-
-
-def mmcv_names(state: State) -> State:
-    return {name.replace('head.', 'head.fc.') if name.startswith('head.') else f'backbone.{name}': value
-            for name, value in state.items()}
-
-
-def mmcv_file(path: Path, raw: State, ema: State | None, *, config: str = 'attn_force_fp32=True') -> None:
-    """OpenMixup's: with EMA the plain names hold the average, and the raw parameters bear names without dots."""
-    entries = mmcv_names(raw if ema is None else ema)
-    if ema is not None:
-        entries |= {f'ema_{name.replace(".", "_")}': value for name, value in mmcv_names(raw).items()}
-    config = f"model = dict(\n    backbone=dict(type='MogaNet', {config}),\n    head=dict(type='ClsMixupHead'))\n"
-    torch.save({'meta': {'epoch': 300, 'iter': 375300, 'config': config, 'hook_msgs': {}}, 'state_dict': entries}, path)
-
-
-def deit_file(path: Path, raw: State, ema: State | None) -> None:
-    args = argparse.Namespace(model=XT, input_size=224)
-    torch.save({'model': raw, 'model_ema': ema, 'epoch': 299, 'args': args}, path)
-
-
-def bare_file(path: Path, raw: State, ema: State | None) -> None:
-    torch.save(raw, path)
-
-
-def wrapped_file(path: Path, raw: State, ema: State | None) -> None:
-    """Saved from inside DistributedDataParallel around a compiled model, whose blocks were compiled too."""
-    state = {f'module._orig_mod.{name.replace("blocks1.", "blocks1._orig_mod.")}': value for name, value in raw.items()}
-    torch.save(state, path)
-
-
-def averaged_file(path: Path, raw: State, ema: State | None) -> None:
-    """torch's AveragedModel."""
-    torch.save({'n_averaged': torch.tensor(10)} | {f'module.{name}': value for name, value in raw.items()}, path)
-
-
-def safetensors_file(path: Path, raw: State, ema: State | None) -> None:
-    safetensors.torch.save_file(raw, path)
-
-
-def training_file(path: Path, raw: State, ema: State | None) -> None:
-    """This project's."""
-    recipe = dataclasses.replace(recipes.RECIPES['moganet_xtiny_3aug_256'], crop_pct=0.8)
-    values = dataclasses.asdict(recipe)
-    torch.save({'version': 1, 'model': raw, 'model_ema': ema, 'optimizer': {'state': {}, 'param_groups': []},
-                'scaler': {}, 'epoch': 3, 'step': 30, 'best': {'test_acc1': 50.0}, 'recipe': values,
-                'classes': [f'class {i}' for i in range(1000)]}, path)
-
 
 WITH_EMA = {'timm': timm_file, 'timm, NumPy 2': timm_file_of_numpy_2, 'timm, NumPy 1': timm_file_of_numpy_1,
             'timm, stripped': stripped_timm_file, 'timm, no zip': legacy_timm_file, 'mmcv': mmcv_file,
@@ -231,16 +154,6 @@ def test_numpy_scalars_become_the_plain_numbers_they_are(scalar: Any, tmp_path: 
 
 
 # ---- Nothing runs ---------------------------------------------------------------------------------------------------
-
-class Payload:
-    """Unpickles by calling something."""
-
-    def __init__(self, function: Callable, *args: Any) -> None:
-        self.call = function, args
-
-    def __reduce__(self) -> tuple:
-        return self.call
-
 
 class TensorSubclass(Tensor):
     """Its state is set by a method of its own, which is code in a file's name."""
@@ -378,6 +291,107 @@ def test_missing_files_directories_and_unknown_names_are_said(tmp_path: Path) ->
         load_weights('released:moganet_tinny')
 
 
+def tiny(**kwargs: Any) -> nn.Module:
+    """A MogaNet of four blocks."""
+    return timm.create_model(XT, dims=[8, 8, 16, 16], depths=[1] * 4, ffn_ratios=[2] * 4, num_classes=3, **kwargs)
+
+
+def random_file(path: Path, plain: State, rng: np.random.Generator) -> tuple[dict[str, State], bool]:
+    """Writes a checkpoint of a random form. Returns its sets by 'raw' and 'ema', and whether they are damaged."""
+    def choose(*values: Any) -> Any:
+        return values[int(rng.integers(len(values)))]
+
+    names = [name for name in plain if 'tracked' not in name]
+    kind = choose(*[torch.float32] * 3, torch.float16, torch.bfloat16, torch.float64)
+    sets: dict[str, State] = {which: {
+        name: (value + offset).to(kind) if value.is_floating_point() else value for name, value in plain.items()}
+        for offset, which in enumerate(('raw', 'ema'))}
+    hurt = rng.random() < 0.3
+    for state in sets.values() if hurt else ():
+        name = names[int(rng.integers(len(names)))]
+        state[name] = choose(state[name][:-1], state[name][None], state[name].to(torch.int8), state[name].cfloat(),
+                             state[name].to_sparse(), None)
+        if state[name] is None:
+            del state[name]
+    prefix = choose('', '', '', 'module.', '_orig_mod.', 'module._orig_mod.', 'model.', 'net.', 'model.module.',
+                    'backbone.', 'teacher.', 'encoder.x.')
+    raw, ema = ({prefix + name: value for name, value in state.items()} for state in sets.values())
+    stray = choose({}, {'n_averaged': torch.tensor(3)}, {'criterion.weight': torch.ones(3)}, {'module.x': None}, {5: 5},
+                   {'epoch': 7}, {'model': 'text'})
+    payload = choose(
+        raw, {**raw, **stray}, {'state_dict': raw}, {'state_dict': {**raw, **stray}}, {'model': raw, 'model_ema': ema},
+        {'state_dict': raw, 'state_dict_ema': ema}, {'state_dict_ema': ema}, {'model_ema': ema}, {'net': raw},
+        {'weights': raw}, {'model': {'model': raw}}, {'model': {'state_dict': {'net': raw}}}, {'params': {'lr': 1.0}},
+        {'teacher': ema, 'student': raw}, {'model': raw, 'net': ema}, {'model': [raw]}, [raw], {'model': {}}, 3,
+        raw | {f'net.{name}': value for name, value in ema.items()})
+    for _ in range(int(rng.integers(3)) if isinstance(payload, dict) else 0):
+        name = choose('epoch', 'args', 'classes', 'recipe', 'gate', 'meta', 'which', 'arch', 'optimizer', 9)
+        payload = {**payload, name:
+                   choose(1, 'ema', None, [], {}, [3], {'model': 5}, {'config': 7}, argparse.Namespace(input_size=[]),
+                          {'state': {0: torch.ones(2)}}, torch.ones(2), float('nan'))}
+    flat = isinstance(payload, dict) and payload and all(
+        isinstance(name, str) and isinstance(value, Tensor) and not value.is_sparse for name, value in payload.items())
+    if flat and rng.random() < 0.5:
+        note = choose(None, {}, {'moganet': 'no json'}, {'moganet': '{}'}, {'moganet': '[1]'},
+                      {'moganet': '{"which": "x", "gate": null, "meta": {}}'},
+                      {'moganet': '{"which": "raw", "gate": 3, "meta": {}}'},
+                      {'moganet': '{"which": "raw", "gate": null, "meta": 3}'})
+        safetensors.torch.save_file({name: value.clone().contiguous() for name, value in payload.items()}, path, note)
+    else:
+        torch.save(payload, path, _use_new_zipfile_serialization=bool(rng.integers(2)))
+    return sets, hurt
+
+
+def test_a_random_checkpoint_gives_the_right_tensors_or_one_clear_line(tmp_path: Path) -> None:
+    rng, plain, target, outcomes = np.random.default_rng(0), tiny().state_dict(), tiny(), collections.Counter()
+    for number in range(200):
+        path = tmp_path / f'{number}.pth'
+        sets, hurt = random_file(path, plain, rng)
+        try:
+            read = load_weights(path, ('auto', 'raw', 'ema')[number % 3])
+            apply_weights(target, read)
+        except UserError as error:
+            assert str(path) in str(error) and '\n' not in str(error), error
+            outcomes['refused'] += 1
+            continue
+        finally:
+            path.unlink()
+        assert not hurt, f'{number}: {read}'
+        given = target.state_dict()
+        assert any(all(torch.equal(value, state[name].to(value.dtype)) for name, value in given.items())
+                   for state in sets.values()), f'{number}: {read}'  # all of one set
+        outcomes['read'] += 1
+    assert outcomes['read'] > 40 and outcomes['refused'] > 60, outcomes
+
+
+def test_weights_in_several_files_are_read_by_their_index(tmp_path: Path) -> None:
+    state = tiny().state_dict()
+    names = list(state)
+    files = {f'model-0000{part}-of-00002.safetensors': names[part - 1::2] for part in (1, 2)}
+    for file, some in files.items():
+        safetensors.torch.save_file({name: state[name].contiguous() for name in some}, tmp_path / file)
+    index = tmp_path / 'model.safetensors.index.json'
+    places = {name: file for file, some in files.items() for name in some}
+    index.write_text(json.dumps({'metadata': {}, 'weight_map': places}))
+    read = load_weights(index)
+    target = tiny()
+    apply_weights(target, read)
+    assert all(torch.equal(value, state[name]) for name, value in target.state_dict().items())
+    with pytest.raises(UserError, match=r'is one of 2 parts: give the index beside it'):
+        load_weights(tmp_path / 'model-00001-of-00002.safetensors')
+    index.write_text(json.dumps({'weight_map': dict.fromkeys(names, 'model-00001-of-00002.safetensors')}))
+    with pytest.raises(UserError, match=r'its parts lack \d+ of its \d+ tensors'):
+        load_weights(index)
+    (tmp_path / 'model-00002-of-00002.safetensors').unlink()
+    index.write_text(json.dumps({'weight_map': dict.fromkeys(names, '../model-00002-of-00002.safetensors')}))
+    with pytest.raises(UserError, match=r'its part model-00002-of-00002\.safetensors cannot be read'):
+        load_weights(index)
+    for text in ('{}', '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{'):
+        index.write_text(text)
+        with pytest.raises(UserError, match='damaged or no checkpoint'):
+            load_weights(index)
+
+
 # ---- Into a model ---------------------------------------------------------------------------------------------------
 
 def small_model(**kwargs: Any) -> nn.Module:
@@ -396,17 +410,48 @@ def test_any_timm_model_takes_its_weights() -> None:
     assert str(report) == f'{len(report.matched)} tensors loaded'
 
 
-def test_report_names_what_is_missing_unexpected_and_of_another_shape() -> None:
+def test_report_names_what_is_unexpected_and_counters_may_be_missing() -> None:
     target = small_model()
     given = weights_of(small_model(), extra=torch.ones(1))
-    del given.state_dict['layer1.0.bn1.bias']
+    del given.state_dict['layer1.0.bn1.num_batches_tracked']
     given.state_dict['head_dist.weight'] = torch.ones(3)
     report = apply_weights(target, given)
-    assert report.missing == ['layer1.0.bn1.bias'] and report.unexpected == ['extra', 'head_dist.weight']
-    assert str(report).endswith('1 missing: layer1.0.bn1.bias; 2 unexpected: extra, head_dist.weight')
-    given = weights_of(small_model())
-    given.state_dict['conv1.weight'] = torch.ones(64, 1, 7, 7)
-    assert apply_weights(target, given).wrong_shape == ['conv1.weight']
+    assert report.missing == ['layer1.0.bn1.num_batches_tracked']
+    assert report.unexpected == ['extra', 'head_dist.weight']
+    assert str(report).endswith('1 missing: layer1.0.bn1.num_batches_tracked; 2 unexpected: extra, head_dist.weight')
+
+
+@pytest.mark.parametrize('drop', [False, True])
+@pytest.mark.parametrize(('name', 'value', 'said'), [
+    ('layer1.0.bn1.bias', None, '1 are missing, 0 of another shape (layer1.0.bn1.bias)'),
+    ('bn1.running_var', None, '1 are missing, 0 of another shape (bn1.running_var)'),
+    ('conv1.weight', torch.ones(64, 1, 7, 7), '0 are missing, 1 of another shape (conv1.weight)'),
+    ('conv1.weight', torch.ones(64, 3, 7, 7, dtype=torch.uint8), '0 are missing, 1 of another shape (conv1.weight)')])
+def test_no_tensor_of_the_backbone_keeps_random_numbers(name: str, value: Any, said: str, drop: bool) -> None:
+    target, given = small_model(), weights_of(small_model())
+    before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
+    if value is None:
+        del given.state_dict[name]
+    else:
+        given.state_dict[name] = value
+    with pytest.raises(UserError, match='do not fit resnet18') as error:
+        apply_weights(target, given, drop_classifier=drop)
+    assert said in str(error.value) and '--model_kwargs' in str(error.value)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in target.state_dict().items())
+
+
+def test_position_embedding_of_another_size_is_resampled_as_timm_does_and_said() -> None:
+    def tiny_vit(**kwargs: Any) -> nn.Module:
+        return timm.create_model('vit_tiny_patch16_224', num_classes=2, depth=1, **kwargs)
+    source, target = tiny_vit(img_size=32), tiny_vit(img_size=64)
+    report = apply_weights(target, weights_of(source))
+    assert report.resampled == ['pos_embed'] and report.wrong_shape == []
+    assert '1 resampled to the size of the model: pos_embed' in str(report)
+    from timm.layers import resample_abs_pos_embed
+    torch.testing.assert_close(target.pos_embed, resample_abs_pos_embed(source.pos_embed, [4, 4]), rtol=0, atol=0)
+    wider = timm.create_model('vit_tiny_patch16_224', num_classes=2, depth=1, img_size=64, embed_dim=96)
+    with pytest.raises(UserError, match=r'do not fit vit_tiny_patch16_224: .*cls_token, pos_embed'):
+        apply_weights(wider, weights_of(source))
 
 
 def test_classifier_of_another_size_is_dropped_only_for_fine_tuning() -> None:
@@ -479,22 +524,6 @@ def test_table_of_released_files_agrees_with_the_recipes() -> None:
         assert (row.weights == 'ema') == recipe.model_ema, name
         if 'openmixup' not in name:
             assert row.gate == recipe.gate, name
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty torch hub cache, in which a released file may be put by hand."""
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
-    monkeypatch.setenv('no_proxy', '*')
-    folder = tmp_path / 'torch' / 'hub' / 'checkpoints'
-    folder.mkdir(parents=True)
-    return folder
-
-
-def put(cache: Path, name: str, write: Callable, *args: Any, **kwargs: Any) -> Path:
-    path = cache / RELEASED[name].url.rsplit('/', 1)[1]
-    write(path, *args, **kwargs)
-    return path
 
 
 def test_released_file_brings_its_gate_weights_and_evaluation(cache: Path) -> None:
@@ -622,7 +651,7 @@ def test_download_happens_once_and_its_size_and_hash_are_shown_and_remembered(
         server: Server, cache: Path, capsys: pytest.CaptureFixture) -> None:
     read = load_weights(f'{server.url}/x.pth')
     assert read.state_dict['w'][-1] == 39999
-    sha256 = weights.sha256_of(cache / 'x.pth')
+    sha256 = download.sha256_of(cache / 'x.pth')
     assert f'{len(server.content):,} bytes, sha256 {sha256}' in capsys.readouterr().err
     assert json.loads((cache / 'x.pth.json').read_text()) == {
         'url': f'{server.url}/x.pth', 'bytes': len(server.content), 'sha256': sha256}
@@ -664,7 +693,7 @@ def test_failed_download_gives_one_line_and_leaves_nothing(
 
 def test_right_hash_is_accepted_and_a_cached_file_with_another_fetched_anew(server: Server, cache: Path) -> None:
     load_weights(f'{server.url}/x.pth')
-    sha256 = weights.sha256_of(cache / 'x.pth')
+    sha256 = download.sha256_of(cache / 'x.pth')
     load_weights(f'{server.url}/x.pth#sha256={sha256.upper()}')
     assert len(server.requests) == 1
     (cache / 'x.pth').write_bytes(flipped(server.content))  # a bit rots in the cache
@@ -677,7 +706,7 @@ def test_right_hash_is_accepted_and_a_cached_file_with_another_fetched_anew(serv
 def test_interrupted_download_leaves_nothing(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
-    monkeypatch.setattr(weights.tqdm, 'update', interrupt)
+    monkeypatch.setattr(download.tqdm, 'update', interrupt)
     with pytest.raises(KeyboardInterrupt):
         load_weights(f'{server.url}/x.pth')
     assert list(cache.iterdir()) == []

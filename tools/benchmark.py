@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipes import RECIPES
-from utils import run_cli
+from utils import expand, run_cli
 
 Row = dict[str, Any]
 Measure = Callable[[argparse.Namespace], list[Row] | Row]
@@ -124,7 +124,7 @@ def checkpoint(parser: argparse.ArgumentParser) -> Measure:
                         help='whose state is saved')
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--folder', help='where the saves go (default: a temporary folder)')
+    parser.add_argument('--folder', type=expand, help='where the saves go (default: a temporary folder)')
 
     def measure(args: argparse.Namespace) -> Row:
         from tools import benchmark_engine
@@ -135,8 +135,9 @@ def checkpoint(parser: argparse.ArgumentParser) -> Measure:
 
 def data(parser: argparse.ArgumentParser) -> Measure:
     """Images a second and core of the data path and of the common pipeline, and the cores that the GPUs need."""
-    parser.add_argument('--data_path', help='folder with train/, as for training (default: photographs of scikit-image '
-                                            'as JPEGs of the size of ImageNet\'s)')
+    parser.add_argument('--data_path', type=expand,
+                        help='folder with train/, as for training (default: photographs of scikit-image '
+                             'as JPEGs of the size of ImageNet\'s)')
     parser.add_argument('--images', type=int, default=256, help='images of a round')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--gpus', type=int, default=1, help='of the machine to feed')

@@ -2,6 +2,7 @@
 
 The common pipeline is torchvision's ImageFolder loader with timm's `create_transform`: Pillow decodes, crops, augments.
 """
+import dataclasses
 import multiprocessing
 import statistics
 import tempfile
@@ -16,10 +17,11 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.datasets.folder import default_loader
 
-import image_ops
-from datasets import Finish, MapBatches
-from image_sources import ImageFiles, cache_folder, find_files
-from recipes import RECIPES, Recipe
+from pipeline import augmentation
+from pipeline.loaders import MapBatches
+from pipeline.sources import ImageFiles, cache_folder
+from recipes import RECIPES, Recipe, Run
+from tasks import create_task
 from tools.benchmark import spread
 from utils import UserError, derive_seed
 
@@ -31,6 +33,9 @@ def _seconds(work: Callable[[], Any]) -> float:
     start = time.process_time()
     work()
     return time.process_time() - start
+
+
+PATIENCE = 600  # seconds that a pipeline may take for a batch
 
 
 class _Worker:
@@ -51,14 +56,16 @@ class _Worker:
         """Seconds that the pipeline takes for a batch."""
         self._ours.send(batch)
         try:
-            return self._ours.recv()
+            if self._ours.poll(PATIENCE):
+                return self._ours.recv()
+            raise UserError(f'a pipeline has not ended a batch for {PATIENCE} s')
         except EOFError:
             raise UserError('a pipeline failed; its message is above') from None
 
     def close(self) -> None:
         """Ends the process."""
         self._ours.send(None)
-        self._process.join()
+        self._process.join(timeout=60)
 
 
 def photos(count: int = 256) -> Path:
@@ -111,7 +118,9 @@ def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'],
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    source = ImageFiles(find_files(Path(data_path) if data_path else photos(), 'train'))
+    recipe = dataclasses.replace(recipe, data_set='image_folder', num_classes=1000)
+    task = create_task(recipe, Run(data_path=data_path or str(photos())))
+    source = task.open('train')
     chosen = np.random.default_rng(0).permutation(len(source))[:images]
     chosen = np.resize(chosen, -(-max(len(chosen), BATCH) // BATCH) * BATCH)
     keys = np.stack([np.zeros_like(chosen), chosen, np.zeros_like(chosen)], axis=1).reshape(-1, BATCH, 3)
@@ -123,15 +132,17 @@ def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'],
         vflip=recipe.vflip, color_jitter=recipe.color_jitter, auto_augment=recipe.aa, re_prob=recipe.reprob,
         re_mode=recipe.remode, re_count=recipe.recount, interpolation=recipe.train_interpolation,
         use_prefetcher=uint8) for uint8 in (False, True))
-    batches = MapBatches(source, recipe, len(source.classes), training=True)
-    finish = Finish(recipe, torch.device('cpu'), len(source.classes))
+    batches = MapBatches(source, task, training=True)
+
+    def finish(batch: Any) -> Any:
+        return task.finish(batch, torch.device('cpu'), None)
 
     def ours(batch: int, *, uint8: bool) -> None:
         made = batches[keys[batch]]
         if isinstance(made, str):
             raise UserError(made)
         if not uint8:
-            finish(made)
+            finish(made[0])
 
     def theirs(batch: int, transform: Callable[[Any], Any]) -> None:
         for path in paths[batch * BATCH:(batch + 1) * BATCH]:
@@ -187,12 +198,12 @@ def step_rate(recipe: Recipe, device: torch.device, *, steps: int = 10) -> float
     return steps * len(images) / (time.perf_counter() - start)
 
 
-def _parts(source: ImageFiles, recipe: Recipe, chosen: np.ndarray, batches: MapBatches, finish: Finish,
+def _parts(source: ImageFiles, recipe: Recipe, chosen: np.ndarray, batches: MapBatches, finish: Callable[[Any], Any],
            keys: np.ndarray) -> dict[str, float]:
     """Milliseconds an image of each part of this pipeline."""
-    transform = image_ops.TrainTransform(recipe)
+    transform = augmentation.TrainTransform(recipe)
     files = [source.read(int(index))[0] for index in chosen]
-    pixels = [image_ops.decode(file) for file in files]
+    pixels = [augmentation.decode(file) for file in files]
     crops = [transform.resized_crop(image) for image in pixels]
 
     def seconds(work: Callable[[], Any]) -> float:
@@ -202,7 +213,7 @@ def _parts(source: ImageFiles, recipe: Recipe, chosen: np.ndarray, batches: MapB
     def seeded(work: Callable[[Any], Any], items: Sequence[Any]) -> Callable[[], None]:
         def run() -> None:
             for number, item in enumerate(items):
-                image_ops.seed_image(number)
+                augmentation.seed_image(number)
                 work(item)
         return run
 
@@ -214,11 +225,11 @@ def _parts(source: ImageFiles, recipe: Recipe, chosen: np.ndarray, batches: MapB
     seeding = seconds(seeded(lambda _: None, files))
     parts = {
         'read': seconds(lambda: [len(source.read(int(index))[0]) for index in chosen]),
-        'decode_whole': seconds(seeded(image_ops.decode, files)) - seeding,
+        'decode_whole': seconds(seeded(augmentation.decode, files)) - seeding,
         'decode_crop_and_resize': seconds(seeded(transform.resized_crop, files)) - seeding,
         'crop_and_resize': seconds(seeded(transform.resized_crop, pixels)) - seeding,
         'flip_and_augment': seconds(seeded(augment, crops)) - seeding,
         'seeds': seeding + seconds(lambda: [derive_seed(0, 0, int(index), 0) for index in chosen]),
-        'normalise_and_erase': seconds(lambda: [len(finish(batch)) for batch in made]),
+        'normalise_and_erase': seconds(lambda: [len(finish(batch)) for batch, _ in made]),
     }
     return {name: round(1e3 * taken / len(chosen), 3) for name, taken in parts.items()}

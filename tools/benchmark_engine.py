@@ -1,4 +1,5 @@
 """What the engine costs over a bare training loop, and a save over none, alternated (`tools/benchmark.py engine`)."""
+import dataclasses
 import itertools
 import statistics
 import tempfile
@@ -12,11 +13,13 @@ import torch
 from torch.nn import functional as F
 
 import models  # noqa: F401, registers the MogaNets
-from checkpoint import CheckpointFolder, TrainState
-from engine import TrainStep, create_scaler, train_one_epoch
+from engine import TrainStep, create_scaler, train_updates
 from optim_factory import ModelEma, create_optimizer
-from recipes import RECIPES, Recipe
+from recipes import RECIPES, Recipe, Run
+from tasks import create_task
+from tasks.classification import Labelled
 from tools.benchmark import spread
+from training.checkpoint import CheckpointFolder, TrainState
 from utils import write_atomically
 
 
@@ -53,6 +56,7 @@ def measure(*, recipe: Recipe = RECIPES['moganet_xtiny'], input_size: int = 64, 
     images = torch.randn(batch_size, 3, input_size, input_size, generator=generator).to(place)
     targets = torch.randint(1000, (batch_size,), generator=generator).to(place)
 
+    task = create_task(dataclasses.replace(recipe, smoothing=0.0), Run())
     bare_model = _model(recipe, place)
     bare_optimizer = create_optimizer(bare_model, recipe)
 
@@ -64,12 +68,12 @@ def measure(*, recipe: Recipe = RECIPES['moganet_xtiny'], input_size: int = 64, 
 
     def engine(*, average: bool, print_freq: int) -> Callable[[], None]:
         model = _model(recipe, place)
-        step = TrainStep(model, F.cross_entropy, create_optimizer(model, recipe), device=place,
+        step = TrainStep(model, task, create_optimizer(model, recipe), device=place,
                          ema=ModelEma(model, decay=0.9999) if average else None)
 
         def run() -> None:
-            train_one_epoch(step, itertools.repeat((images, targets)), epoch=0, updates=steps,
-                            set_schedule=lambda update: recipe.lr, images_per_update=batch_size, print_freq=print_freq)
+            train_updates(step, itertools.repeat(Labelled(images, targets)), begin=0, end=steps,
+                          set_schedule=lambda update: recipe.lr, images_per_update=batch_size, print_freq=print_freq)
         return run
 
     contenders = {
@@ -104,11 +108,12 @@ def measure_save(*, recipe: Recipe = RECIPES['moganet_xtiny'], rounds: int = 9, 
     place = torch.device(device)
     model = _model(recipe, place)
     ema, optimizer = ModelEma(model, decay=0.9999), create_optimizer(model, recipe)
-    step = TrainStep(model, F.cross_entropy, optimizer, device=place, ema=ema)
-    step(iter([(torch.zeros(2, 3, 64, 64, device=place), torch.zeros(2, dtype=torch.int64, device=place))]), 0)
+    task = create_task(recipe, Run())
+    step = TrainStep(model, task, optimizer, device=place, ema=ema)
+    step(iter([task.example_batch(2, place)]), 0)
     state = TrainState(
-        model=model, optimizer=optimizer, scaler=create_scaler(place, 'fp32'), ema=ema, sums=step.sums,
-        skips=step.skips, recipe=recipe, classes=[], updates_per_epoch=1, micro_batch_size=2)
+        model=model, optimizer=optimizer, scaler=create_scaler(place, 'fp32'), ema=ema, sums=step.sums.values,
+        skips=step.skips.values, recipe=recipe, classes=[], class_map=None, updates_per_epoch=1, micro_batch_size=2)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         files, plain = CheckpointFolder(Path(temporary), keep=1), Path(temporary) / 'plain.pth'
 

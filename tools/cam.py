@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import predict
-from image_ops import why_unreadable
 from models.moganet import MogaNet, MultiOrderGatedAggregation
-from utils import UserError, nearest, run_cli, write_atomically
+from pipeline.augmentation import BadImage
+from utils import UserError, as_path, expand, nearest, run_cli, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,23 +148,24 @@ def draw(pixels: np.ndarray, rows: list[Row], title: str) -> 'Figure':
 def main(argv: list[str] | None = None) -> None:
     """Draws as the flags say. Raises UserError; a file is then left as it was."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('image', metavar='IMAGE', help='a file or an http(s) URL')
+    parser.add_argument('image', metavar='IMAGE', type=expand, help='a file or an http(s) URL')
     parser.add_argument('--stages', type=int, nargs='+', metavar='N', help='stages to show, from 1 (default: all)')
     parser.add_argument('--target', metavar='CLASS', help="class to explain, by name or number (default: the model's "
                                                           'own answer)')
     parser.add_argument('--block', type=int, metavar='N', help='block of each stage, from 1 (default: the last)')
-    parser.add_argument('--output', type=Path, metavar='PNG', help='file to write (default: IMAGE-cam.png, here, if '
-                                                                   'there is none yet)')
+    parser.add_argument('--output', type=as_path, metavar='PNG',
+                        help='file to write (default: IMAGE-cam.png, here, if '
+                             'there is none yet)')
     predict.add_flags(parser)
     args = parser.parse_args(argv)
     output = args.output or Path(f'{Path(args.image).stem}-cam.png')
     if args.output is None and output.exists():
         raise UserError(f'{output} exists already; to replace it say --output {output}')
-    classifier = predict.from_flags(args)
+    classifier = predict.from_flags(args, predict.Classifier)
     try:
         pixels = classifier.pixels(args.image)
-    except predict.BAD_IMAGE as error:
-        raise UserError(f'{args.image}: {why_unreadable(error)}; give one image') from None
+    except BadImage as error:
+        raise UserError(f'{args.image}: {error}; give one image') from None
     image = classifier.images([pixels])
     probabilities = classifier.probabilities(image)[0].tolist()
     answer = int(np.argmax(probabilities))

@@ -9,10 +9,10 @@ LOC_val_solution.csv, or a file with a wordnet id a line. Exit status: 0 all is 
 """
 import argparse
 import json
-import multiprocessing
 import os
 import sys
-import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-import image_ops
-from image_sources import ImageFiles, check_files, find_files, is_image, read_ground_truth
-from utils import UserError, run_cli, write_json
+from pipeline import augmentation
+from pipeline.sources import ImageFiles, check_files, find_files, kind_of, read_ground_truth
+from utils import UserError, as_path, expand, run_cli, write_json
 
 _files: ImageFiles  # of a worker process
 
@@ -30,24 +30,29 @@ _files: ImageFiles  # of a worker process
 def _open(files: ImageFiles) -> None:
     global _files
     _files = files
-    warnings.simplefilter('ignore')  # Pillow's, about what it could repair
 
 
 def _decode(index: int) -> tuple[str, str] | None:
     """Name and reason of an image that cannot be decoded."""
     try:
-        image_ops.decode(_files.read(index)[0])
-    except image_ops.UNREADABLE as error:
-        return _files.name(index), image_ops.why_unreadable(error)
+        with augmentation.refusing_bad_images():
+            augmentation.decode(_files.read(index)[0])
+    except augmentation.BadImage as error:
+        return _files.name(index), str(error)
     return None
 
 
 def decode_all(files: ImageFiles, *, workers: int | None = None) -> list[dict[str, str]]:
     """Decodes every image; returns path and reason of those that fail."""
-    with multiprocessing.Pool(workers, _open, (files,)) as pool:
-        results = pool.imap_unordered(_decode, range(len(files)), chunksize=64)
+    # Not multiprocessing's own pool, which waits for ever for what a killed process had begun
+    with ProcessPoolExecutor(workers, initializer=_open, initargs=(files,)) as pool:
+        results = pool.map(_decode, range(len(files)), chunksize=64)
         bar = tqdm(results, f'decoding {files.root}', len(files), unit=' images', disable=None)
-        return [{'path': found[0], 'reason': found[1]} for found in sorted(filter(None, bar))]
+        try:
+            return [{'path': found[0], 'reason': found[1]} for found in sorted(filter(None, bar))]
+        except BrokenProcessPool:
+            raise UserError('a decoding process was killed, as the system does when memory runs out: give fewer '
+                            '--workers, or more memory') from None
 
 
 def sort_val(folder: Path, truth: Path) -> int:
@@ -57,19 +62,31 @@ def sort_val(folder: Path, truth: Path) -> int:
         how many were moved.
 
     Raises:
-        UserError: before anything is moved, where the ground truth does not know an image.
+        UserError: before anything is moved, where the ground truth does not know an image, or its place is taken; and
+            where the folder may not be written, with what was moved until then.
     """
-    labels = read_ground_truth(truth)
-    images = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and is_image(entry.name))
-    unknown = [name for name in images if Path(name).stem not in labels]
-    if unknown:
-        raise UserError(f'{truth} does not know {len(unknown)} images of {folder}, {unknown[0]} for example; nothing '
-                        'was moved. Is it the ground truth of these images?')
-    for name in tqdm(images, f'sorting {folder}', unit=' images', disable=None):
-        target = folder / labels[Path(name).stem]
-        target.mkdir(exist_ok=True)
-        os.rename(folder / name, target / name)
-    return len(images)
+    labels, moved = read_ground_truth(truth), 0
+    try:
+        with os.scandir(folder) as entries:
+            images = sorted(entry.name for entry in entries if kind_of(entry) == 'image')
+        unknown = [name for name in images if Path(name).stem not in labels]
+        if unknown:
+            raise UserError(f'{truth} does not know {len(unknown)} images of {folder}, {unknown[0]} for example; '
+                            'nothing was moved. Is it the ground truth of these images?')
+        targets = {name: folder / labels[Path(name).stem] / name for name in images}
+        for name, target in targets.items():
+            if os.path.lexists(target):
+                raise UserError(f'{target} is there already, and {folder / name} too; nothing was moved. Remove one of '
+                                'them')
+        for name in tqdm(images, f'sorting {folder}', unit=' images', disable=None):
+            targets[name].parent.mkdir(exist_ok=True)
+            os.rename(folder / name, targets[name])
+            moved += 1
+    except OSError as error:
+        raise UserError(f'{folder} cannot be sorted ({error.strerror or error}; {moved:,} images were moved); '
+                        'copy it to a folder that you may write, on one disk, or leave its tar file packed beside the '
+                        'ground truth') from None
+    return moved
 
 
 def check(data_path: str, *, eval_data_path: str | None = None, decode: bool = False,
@@ -96,7 +113,7 @@ def check(data_path: str, *, eval_data_path: str | None = None, decode: bool = F
             continue
         report[split] = {'path': str(files.root), 'images': len(files), 'classes': len(files.classes),
                          'smallest_class': int(files.counts.min()), 'largest_class': int(files.counts.max()),
-                         'other_files': files.others}
+                         'other_files': sum(files.others.values()), 'other_endings': files.others}
         if decode:
             broken = decode_all(files, workers=workers)
             report[split]['not_decodable'] = broken
@@ -108,12 +125,14 @@ def check(data_path: str, *, eval_data_path: str | None = None, decode: bool = F
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data_path', default='data/ImageNet', help='folder with train/ and val/')
-    parser.add_argument('--eval_data_path', help='folder of the test images, where it is not under --data_path')
+    parser.add_argument('--data_path', default='data/ImageNet', type=expand, help='folder with train/ and val/')
+    parser.add_argument('--eval_data_path', type=expand,
+                        help='folder of the test images, where it is not under --data_path')
     parser.add_argument('--decode', action='store_true', help='decode every image')
     parser.add_argument('--workers', type=int, help='processes to decode with; all cores by default')
-    parser.add_argument('--sort_val', type=Path, metavar='FILE', help='sort the flat test folder by this ground truth')
-    parser.add_argument('--report', type=Path, metavar='FILE', help='write the findings as JSON')
+    parser.add_argument('--sort_val', type=as_path, metavar='FILE',
+                        help='sort the flat test folder by this ground truth')
+    parser.add_argument('--report', type=as_path, metavar='FILE', help='write the findings as JSON')
     args = parser.parse_args(argv)
     if args.sort_val:
         root = find_files(Path(args.eval_data_path or args.data_path), 'val', given=args.eval_data_path is not None)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes import RECIPES, Recipe, Run, S, fit_batch
+from recipes import RECIPES, Recipe, Run, fit_batch
+from recipes.imagenet import S
 from utils import UserError, run_cli, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent

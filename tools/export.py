@@ -26,9 +26,11 @@ from timm.data import ImageNetInfo
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from models.download import sha256_of
 from models.moganet import MogaNet, fuse
-from models.weights import Weights, build_model, load_weights, sha256_of
-from utils import UserError, run_cli, write_atomically
+from models.weights import Weights
+from predict import Predictor
+from utils import UserError, as_path, run_cli, write_atomically
 
 # Relative, on logits. Another runtime adds up in another order, which comes to 1e-6 (onnxruntime, MogaNet-XT); a wrong
 # operator or a dropped layer shows in the second digit.
@@ -97,7 +99,7 @@ def to_safetensors(model: nn.Module, weights: Weights, about: dict[str, Any]) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'model.safetensors'
         path.write_bytes(data)
-        return data, build_model(load_weights(path))
+        return data, Predictor(str(path), device='cpu').model
 
 
 def to_onnx(program: nn.Module, images: Tensor, about: dict[str, Any]) -> Exported:
@@ -172,7 +174,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--checkpoint', required=True, help='a path, an https URL or released:NAME')
     parser.add_argument('--format', required=True, choices=('safetensors', 'huggingface', 'onnx', 'torch_export'))
-    parser.add_argument('--output', required=True, type=Path, help='the file to write; a folder for huggingface')
+    parser.add_argument('--output', required=True, type=as_path, help='the file to write; a folder for huggingface')
     parser.add_argument('--weights', choices=('auto', 'raw', 'ema'), default='auto')
     parser.add_argument('--model', help='timm model, where the checkpoint does not say')
     parser.add_argument('--gate', choices=('single', 'double'), help="instead of the checkpoint's word")
@@ -192,9 +194,11 @@ def main(argv: list[str] | None = None) -> None:
                         'out, or choose onnx or torch_export')
     if args.output.is_dir():
         raise UserError(f'{args.output} is a folder already: give another --output')
-    weights = load_weights(args.checkpoint, args.weights)
-    weights = dataclasses.replace(weights, gate=args.gate or weights.gate)
-    model = program = build_model(weights, args.model)
+    settings = {'model': args.model, 'gate': args.gate}
+    source = Predictor(args.checkpoint, device='cpu', weights=args.weights,
+                       settings={name: value for name, value in settings.items() if value is not None})
+    model = program = source.model
+    weights = dataclasses.replace(source.weights, gate=args.gate or source.weights.gate)
     about = describe(weights, model, args.input_size)
     channels = next(value.shape[1] for value in model.parameters() if value.ndim == 4)  # of the first convolution
     shape = (channels, about['test_size'], about['test_size'])
@@ -222,6 +226,13 @@ def main(argv: list[str] | None = None) -> None:
             write_atomically(args.output, lambda file: file.write(data))
     except OSError as failure:
         raise UserError(f'cannot write {args.output}: {failure.strerror or failure}') from None
+    except UserError:
+        raise
+    except Exception as failure:  # of the model, at a size that it cannot take, or of an exporter, at its operations
+        reason = ' '.join(str(failure).split())[:200]
+        raise UserError(f'{about["model"]} cannot be written as {args.format} for images of '
+                        f'{" x ".join(map(str, shape))} ({type(failure).__name__}: {reason}); give another --format or '
+                        '--input_size') from failure
     file = args.output / 'model.safetensors' if args.format == 'huggingface' else args.output
     print(f'{weights}\n{file}: {file.stat().st_size:,} bytes, sha256 {sha256_of(file)}\n'
           f'logits within {error:.1e} of the checkpoint\'s at batch sizes 1 and 3')

@@ -1,4 +1,4 @@
-"""Curves of runs, finished or not: losses, top-1, learning rate, waiting for data, speed. A picture and an HTML page.
+"""Curves of runs, finished or not: losses, metric, learning rate, waiting for data, speed. A picture and a page.
 
     python tools/plot.py runs/moganet_small [runs/other ...] [--output STEM]
 
@@ -22,22 +22,14 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes import DESCRIPTIVE
-from utils import UserError, run_cli, write_atomically
+from recipes import Classification, Recipe
+from recipes.rows import recipe_class
+from utils import UserError, as_path, expand, run_cli, write_atomically
 
 MARK = 'MogaNet tools/plot.py'  # in both files: they may be written again, a foreign file may not
 # Okabe and Ito's colours, told apart with every kind of colour vision; without their yellow, too pale for a line
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 MARKERS = ('o', '^', 's', 'D', 'v', 'P')  # a run beyond the colours takes the next
-# title, factor, the columns of log.txt with their line styles, and for an axis from zero, where it ends at least
-PANELS: tuple[tuple[str, float, dict[str, str], float | None], ...] = (
-    ('training loss', 1, {'train_loss': '-'}, None),
-    ('test loss', 1, {'test_loss': '-', 'test_loss_ema': '--'}, None),
-    ('test top-1, %', 1, {'test_acc1': '-', 'test_acc1_ema': '--'}, None),
-    ('learning rate', 1, {'lr': '-'}, 0),
-    ('time spent waiting for data, %', 100, {'data_wait': '-'}, 10),  # from there on the run itself warns
-    ('images/s', 1, {'images_per_second': '-'}, 0),
-)
 STYLE = '''
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1300px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
@@ -58,10 +50,18 @@ class RunLog:
     entries: list[dict[str, Any]]  # of log.txt: one an epoch
 
     @property
+    def kind(self) -> type[Recipe]:
+        """The class of the run's recipe, which knows the metrics."""
+        return recipe_class(self.recipe.get('task', Classification.task))
+
+    @property
     def progress(self) -> str:
         """Whether the run is finished."""
-        done, epochs = (self.entries[-1]['epoch'] + 1 if self.entries else 0), self.recipe['epochs']
-        return f'finished, {done} epochs' if done >= epochs else f'{done} of {epochs} epochs'
+        last = self.entries[-1] if self.entries else {'epoch': -1, 'step': 0}
+        length, unit, done = self.recipe['epochs'], 'epochs', last['epoch'] + 1
+        if length is None:
+            length, unit, done = self.recipe['updates'], 'updates', last['step']
+        return f'finished, {done} {unit}' if done >= length else f'{done} of {length} {unit}'
 
     def series(self, column: str) -> tuple[list[int], list[float]]:
         """A column of the log: the epochs (from 1) that have a finite value in it, and the values."""
@@ -111,9 +111,23 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 def differences(runs: Sequence[RunLog]) -> dict[str, list[Any]]:
     """The fields in which the recipes compute something else, with each run's value; None where it knows no such."""
-    fields = dict.fromkeys(field for run in runs for field in run.recipe if field not in DESCRIPTIVE)
+    fields = dict.fromkeys(field for run in runs for field in run.recipe if field not in run.kind.descriptive)
     values = {field: [run.recipe.get(field) for run in runs] for field in fields}
     return {field: row for field, row in values.items() if any(value != row[0] for value in row)}
+
+
+def panels(kind: type[Recipe]) -> tuple[tuple[str, float, dict[str, str], float | None], ...]:
+    """Title, factor, columns of log.txt with their line styles, and for an axis from zero, where it ends at least."""
+    label, unit = kind.metrics[kind.best]
+    return (
+        ('training loss', 1, {'train_loss': '-'}, None),
+        ('test loss', 1, {'test_loss': '-', 'test_loss_ema': '--'}, None),
+        (f'test {label}{"," if unit else ""}{unit}', 1, {f'test_{kind.best}': '-', f'test_{kind.best}_ema': '--'},
+         None),
+        ('learning rate', 1, {'lr': '-'}, 0),
+        ('time spent waiting for data, %', 100, {'data_wait': '-'}, 10),  # from there on the run itself warns
+        ('images/s', 1, {'images_per_second': '-'}, 0),
+    )
 
 
 def draw(runs: Sequence[RunLog], names: Sequence[str]) -> 'Figure':
@@ -130,7 +144,8 @@ def draw(runs: Sequence[RunLog], names: Sequence[str]) -> 'Figure':
              for i in range(len(runs))]
     ends = [run.entries[-1]['epoch'] + 1 for run in runs if run.entries]
     averages = False
-    for axes, (title, factor, columns, least_top) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+    for axes, (title, factor, columns, least_top) in zip(figure.subplots(2, 3).flat, panels(runs[0].kind),
+                                                            strict=True):
         axes.set_title(title, loc='left', fontsize=11)
         settled = []  # values after the first fifth of the shortest run, which would leave the rest a flat line
         for run, look in zip(runs, looks, strict=True):
@@ -176,9 +191,11 @@ def page(runs: Sequence[RunLog], names: Sequence[str], picture: bytes) -> str:
     """The HTML page: no script, and nothing outside of it."""
     swatches = [f'<i style="background:{COLOURS[i % len(COLOURS)]}"></i>{html.escape(name)}'
                 for i, name in enumerate(names)]
-    head = ('run', 'recipe', 'state', 'best top-1, %', 'last', 'best of the EMA, %', 'last', 'folder')
-    rows = [(swatch, run.recipe['name'], run.progress, *run.accuracies('test_acc1'), *run.accuracies('test_acc1_ema'),
-             str(run.folder)) for swatch, run in zip(swatches, runs, strict=True)]
+    best, (label, unit) = runs[0].kind.best, runs[0].kind.metrics[runs[0].kind.best]
+    unit = f',{unit}' if unit else ''
+    head = ('run', 'recipe', 'state', f'best {label}{unit}', 'last', f'best of the EMA{unit}', 'last', 'folder')
+    rows = [(swatch, run.recipe['name'], run.progress, *run.accuracies(f'test_{best}'),
+             *run.accuracies(f'test_{best}_ema'), str(run.folder)) for swatch, run in zip(swatches, runs, strict=True)]
     parts = [f'<h1>{html.escape(", ".join(names))}</h1>',
              f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
              '<h2>Runs</h2>', table(head, rows)]
@@ -201,8 +218,9 @@ def show(value: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help="a run's folder (--output_dir of main.py)")
-    parser.add_argument('--output', metavar='STEM', help='of the files (default: curves in the first folder)')
+    parser.add_argument('runs', nargs='+', type=as_path, metavar='RUN', help="a run's folder (--output_dir of main.py)")
+    parser.add_argument('--output', metavar='STEM', type=expand,
+                        help='of the files (default: curves in the first folder)')
     args = parser.parse_args(argv)
     folders = list({folder.resolve(): folder for folder in args.runs}.values())
     runs, names = [read_run(folder) for folder in folders], short_names(folders)

@@ -12,15 +12,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from models.weights import load_weights, sha256_of
-from utils import UserError, run_cli, write_atomically
+from models.download import sha256_of
+from models.weights import load_weights
+from utils import UserError, as_path, run_cli, write_atomically
 
 
 def main(argv: list[str] | None = None) -> None:
     """Strips as the flags say. Raises UserError; the output is then left as it was."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', help='a path, an https URL or released:NAME')
-    parser.add_argument('output', type=Path)
+    parser.add_argument('output', type=as_path)
     parser.add_argument('--weights', choices=('auto', 'raw', 'ema'), default='auto',
                         help='auto: the average where there is one')
     args = parser.parse_args(argv)

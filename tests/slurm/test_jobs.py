@@ -16,8 +16,8 @@ from submitit.core.utils import UncompletedJobError
 import cluster
 import held
 import run_with_submitit
+from builders import assert_same_run, log_of
 from runs import TINY
-from test_resume import assert_same_run, log_of
 from utils import UserError
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures('slurm')]

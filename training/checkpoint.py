@@ -3,92 +3,27 @@
 A checkpoint is a zip of tensors and primitives that `torch.load(weights_only=True)` opens. It is written beside its
 target, flushed and renamed; the zip's own CRC-32 of every record tells a damaged one when it is read.
 """
-import contextlib
 import os
 import re
 import shutil
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from engine import Buffers
 from optim_factory import ModelEma
-from recipes import Recipe, differences, from_dict
-from utils import UserError, flush_folder, log, write_atomically
+from recipes import Recipe, differences, from_dict, to_dict
+from utils import WRITE_PATIENCE, UserError, alive, flush_folder, log, waiting_for, write_atomically
 
 VERSION = 1
 KEYS = {'version', 'model', 'model_ema', 'optimizer', 'scaler', 'epoch', 'step', 'best', 'recipe', 'classes', 'attempt',
         'updates_per_epoch', 'micro_batch_size', 'skips', 'local'}
-# What the saved state depends on, so that a run cannot be resumed with other values
-FIXED = {'model', 'model_kwargs', 'num_classes', 'opt', 'layer_decay', 'freeze_stages', 'linear_probe',
-         'total_batch_size'}
-
-
-class Buffers:
-    """The BN statistics of a model, and of its moving average, as one flat tensor.
-
-    They differ between the ranks and take no part in training, which normalises by the batch; so what is made of them
-    for evaluating and saving is put back afterwards, and the course of training does not depend on how often that is.
-    """
-
-    def __init__(self, *models: nn.Module | None):
-        """
-        Args:
-            models: the first is on the process's device; others may be missing, or elsewhere.
-        """
-        self._buffers = [buffer for model in models if model is not None for buffer in model.buffers()
-                         if buffer.is_floating_point()]
-        self._device = next(models[0].parameters()).device
-        self._own: torch.Tensor | None = None  # this rank's statistics, while others stand in their place
-
-    def own(self) -> torch.Tensor:
-        """This rank's own statistics [n], also within `agreed`."""
-        return self.get() if self._own is None else self._own
-
-    def get(self) -> torch.Tensor:
-        """A copy of all of them, [n], on the device of the first model."""
-        if not self._buffers:
-            return torch.zeros(0, device=self._device)
-        return torch.cat([buffer.reshape(-1).to(self._device) for buffer in self._buffers])
-
-    def set(self, flat: torch.Tensor) -> None:
-        """Writes back what `get` returned."""
-        parts = flat.split([buffer.numel() for buffer in self._buffers]) if self._buffers else []
-        for device in {buffer.device for buffer in self._buffers}:
-            pairs = [(buffer, part.view_as(buffer).to(device, buffer.dtype))
-                     for buffer, part in zip(self._buffers, parts, strict=True) if buffer.device == device]
-            torch._foreach_copy_(*[list(side) for side in zip(*pairs, strict=True)])
-
-    @contextlib.contextmanager
-    def agreed(self, mode: str, *, first: Callable[[], None] | None = None) -> Iterator[None]:
-        """Within the context the buffers are equal on all ranks, by one flat exchange.
-
-        Args:
-            mode: 'reduce', the mean over the ranks; 'broadcast', rank 0's; 'none', each rank its own.
-            first: is called before the exchange; it may change the buffers (Precise BN).
-        """
-        self._own = own = self.get()
-        if first is not None:
-            first()
-        if dist.is_initialized() and mode != 'none' and own.numel():
-            common = self.get()
-            if mode == 'reduce':
-                dist.all_reduce(common)
-                common /= dist.get_world_size()
-            else:
-                dist.broadcast(common, src=0)
-            self.set(common)
-        try:
-            yield
-        finally:
-            self._own = None
-            self.set(own)
 
 
 class TrainState:
@@ -96,25 +31,28 @@ class TrainState:
 
     Attributes:
         step: updates done.
-        best: the best accuracies so far by the name of their log column ('test_acc1', 'test_acc1_ema'), %.
+        best: the best values so far of the metric that decides, by their column in the log ('test_acc1',
+            'test_acc1_ema').
         attempt: how often the run has gone back because of a NaN; each attempt has another data order.
     """
 
     def __init__(self, *, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                  ema: ModelEma | None, sums: torch.Tensor, skips: torch.Tensor, recipe: Recipe, classes: list[str],
-                 updates_per_epoch: int, micro_batch_size: int):
+                 class_map: dict[str, int] | None, updates_per_epoch: int, micro_batch_size: int):
         """
         Args:
             model: unwrapped.
             sums: this rank's running sums of the epoch's log, written to in place.
             skips: the counts of skipped updates, equal on all ranks, written to in place.
             classes: the names of the classes, kept with the weights.
+            class_map: the labels by class name, where the user gave a map.
             micro_batch_size: of a process; another one is another function where there is BN.
         """
         self.micro_batch_size = micro_batch_size
         self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
         self.sums, self.skips = sums, skips
-        self.recipe, self.classes, self.updates_per_epoch = recipe, classes, updates_per_epoch
+        self.recipe, self.updates_per_epoch = recipe, updates_per_epoch
+        self.classes, self.class_map = classes, class_map
         self.buffers = Buffers(model, ema.module if ema is not None else None)
         self.step, self.attempt = 0, 0
         self.best: dict[str, float] = {}
@@ -139,9 +77,9 @@ class TrainState:
             'epoch': self.epoch,
             'step': self.step,
             'best': dict(self.best),
-            'recipe': {name: list(value) if isinstance(value, tuple) else value
-                       for name, value in asdict(self.recipe).items()},
+            'recipe': to_dict(self.recipe),
             'classes': list(self.classes),
+            'class_map': self.class_map,
             'attempt': self.attempt,
             'updates_per_epoch': self.updates_per_epoch,
             'micro_batch_size': self.micro_batch_size,
@@ -161,6 +99,9 @@ class TrainState:
         Raises:
             UserError: where the data set is not as long as it was.
         """
+        if 'class_map' in state and state['class_map'] != self.class_map:  # older checkpoints have none
+            raise UserError('the checkpoint was trained by another --class_map; give the same, or begin anew from the '
+                            'weights by --finetune and another --output_dir')
         if state['updates_per_epoch'] != self.updates_per_epoch:
             raise UserError(
                 f'the checkpoint counts {state["updates_per_epoch"]} updates an epoch, but the training set now makes '
@@ -250,7 +191,7 @@ def load(path: Path) -> dict[str, Any]:
 def check_recipe(state: dict[str, Any], recipe: Recipe, *, path: Path, anyway: bool) -> None:
     """Refuses to resume under another recipe. Raises UserError with the fields that differ, unless `anyway`."""
     changed = differences(from_dict(state['recipe']), recipe)
-    fixed = [change for change in changed if change.split(':')[0] in FIXED]
+    fixed = [change for change in changed if change.split(':')[0] in ('task', *recipe.fixed)]
     if fixed and anyway:
         raise UserError(f'{path} cannot be resumed with {"; ".join(fixed)}: its state depends on it; give another '
                         '--output_dir, and start from its weights by --finetune')
@@ -259,6 +200,22 @@ def check_recipe(state: dict[str, Any], recipe: Recipe, *, path: Path, anyway: b
     elif changed:
         raise UserError(f'{path} was trained by another recipe ({"; ".join(changed)}); resume with the flags of its '
                         'recipe.json, or give another --output_dir, or say --resume_anyway')
+
+
+class _Living:
+    """A file for torch.save, each piece of which is a sign of life: a slow disk is no hang."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.flush = file, file.flush
+
+    def write(self, piece: bytes) -> int:
+        alive()
+        return self._file.write(piece)
+
+
+def _saving(state: dict[str, Any]) -> Callable[[BinaryIO], None]:
+    """Writes a state into a file that is given later."""
+    return lambda file: torch.save(state, _Living(file))
 
 
 class CheckpointFolder:
@@ -311,14 +268,23 @@ class CheckpointFolder:
         """
         host = to_host(state)
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(host, best, best_ema), name='checkpoint')
+        # A daemon, so that a disk that never answers cannot keep the process from its end; `wait` is always called
+        self._thread = threading.Thread(target=self._write, args=(host, best, best_ema), name='checkpoint', daemon=True)
         self._thread.start()
 
     def wait(self) -> bool:
-        """Waits for the write under way. Returns whether the last one succeeded."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Waits for the write under way. Returns whether the last one succeeded.
+
+        Raises:
+            UserError: where it takes longer than `WRITE_PATIENCE`.
+        """
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            with waiting_for(f'the write of a checkpoint into {self.folder}'):
+                thread.join(WRITE_PATIENCE)
+            if thread.is_alive():
+                raise UserError(f'the disk of {self.folder} has not taken a checkpoint for {WRITE_PATIENCE:g} s; see '
+                                'to it, and start the same command again to continue from the checkpoint before')
         return self._error is None
 
     def _write(self, state: dict[str, Any], best: bool, best_ema: bool) -> None:
@@ -328,12 +294,12 @@ class CheckpointFolder:
             if best_ema:
                 average = {**state, 'model': state['model_ema'], 'model_ema': None, 'optimizer': None, 'scaler': None,
                            'which': 'ema'}
-                write_atomically(self.folder / 'checkpoint-best-ema.pth', lambda file: torch.save(average, file))
+                write_atomically(self.folder / 'checkpoint-best-ema.pth', _saving(average))
             if best:
-                write_atomically(self.folder / 'checkpoint-best.pth', lambda file: torch.save(state, file))
+                write_atomically(self.folder / 'checkpoint-best.pth', _saving(state))
                 self._link('checkpoint-best.pth', path.name)
             else:
-                write_atomically(path, lambda file: torch.save(state, file))
+                write_atomically(path, _saving(state))
             self._link(path.name, 'checkpoint-last.pth')
             self._error = None
         except Exception as error:  # torch.save reports a full disk as one of several

@@ -9,7 +9,8 @@ import functools
 import io
 import math
 import random
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,19 +31,42 @@ try:
 except ImportError:
     simplejpeg = None
 try:
-    import image_kernels as kernels
+    from pipeline import kernels
 except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder to keep its code in
     kernels = None
 
-UNREADABLE = (OSError, ValueError, SyntaxError)  # what `decode` raises on damaged files
 TINY = np.zeros((8, 8, 3), np.uint8)
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # above which Pillow refuses an image; 0.5 GB of RGB
+MAX_ASPECT = 100  # of sides; of a longer image, the test transform sees the middle
 
 
-def why_unreadable(error: Exception) -> str:
+class BadImage(Exception):
+    """An image of which no pixels can be made. Its text says why, in a few words."""
+
+
+@contextlib.contextmanager
+def refusing_bad_images() -> Iterator[None]:
+    """Turns whatever a library raises over one image into BadImage: the one place where an image's failure is decided.
+
+    To be put around the reading, decoding and transforming of one image, and nothing else: decoders raise nearly every
+    type of exception over a damaged file. Warnings (of EXIF data, palettes, sizes) are about what Pillow could repair.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    except Exception as error:
+        raise BadImage(why_bad(error)) from error
+
+
+def why_bad(error: Exception) -> str:
     """Why an image cannot be read, in a few words."""
     if isinstance(error, UnidentifiedImageError):  # Pillow names a BytesIO
         return 'is no image, or of a format that Pillow does not know'
-    return getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
+    # The type tells a fault of the program from one of the file
+    kind = '' if isinstance(error, (BadImage, OSError, ValueError, SyntaxError)) else type(error).__name__
+    reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
+    return ': '.join(filter(None, (kind, reason))) or type(error).__name__
 
 
 @functools.cache
@@ -68,7 +92,7 @@ def decode(image: Any) -> np.ndarray:
         image: the undecoded file as bytes, pixels as an array, or a PIL image.
 
     Raises:
-        OSError, ValueError, SyntaxError: as Pillow, for what cannot be decoded.
+        nearly anything, as Pillow, for what cannot be decoded; `refusing_bad_images` makes a BadImage of it.
     """
     if isinstance(image, np.ndarray):
         return image
@@ -83,14 +107,17 @@ def decode(image: Any) -> np.ndarray:
 
 
 def _fast_jpeg(image: Any) -> tuple[int, int] | None:
-    """Height and width of a file that simplejpeg decodes as Pillow does: a JPEG in colour or grey, not in CMYK."""
+    """Height and width of a file that simplejpeg decodes as Pillow does: a JPEG in colour or grey, not in CMYK.
+
+    A larger one than Pillow takes is not among them: a damaged header may promise 4 gigapixels.
+    """
     if simplejpeg is None or not isinstance(image, bytes) or not image.startswith(b'\xff\xd8'):
         return None
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(image)
     except ValueError:
         return None
-    return (height, width) if colors in ('YCbCr', 'Gray') else None
+    return (height, width) if colors in ('YCbCr', 'Gray') and height * width <= MAX_PIXELS else None
 
 
 def decode_top(image: bytes, rows: int) -> np.ndarray:
@@ -290,6 +317,8 @@ class TrainTransform:
         pixels = None if size else decode(image)
         size_only = torch.empty((3, *(pixels.shape[:2] if size is None else size)), device='meta')
         top, left, rows, columns = crop.get_params(size_only, crop.scale, crop.ratio)
+        rows, columns = max(rows, 1), max(columns, 1)  # of an image of a few pixels, a share may be none
+        top, left = min(top, size_only.shape[1] - rows), min(left, size_only.shape[2] - columns)
         if pixels is None:
             pixels = decode_top(image, top + rows)
         mode = crop.interpolation
@@ -310,14 +339,20 @@ class TestTransform:
     """timm's test transform with the recipe's settings, up to uint8 pixels."""
 
     def __init__(self, recipe: Recipe):
-        self.size = recipe.test_size
+        self.size, self._centre = recipe.test_size, recipe.crop_mode == 'center'
         self._transform = create_transform(
             recipe.test_size, interpolation=recipe.interpolation, crop_pct=recipe.crop_pct, crop_mode=recipe.crop_mode,
             mean=recipe.mean, std=recipe.std, use_prefetcher=True)
 
     def __call__(self, image: Any) -> np.ndarray:
         """uint8 [H, W, 3] of an image that `decode` takes."""
-        return self._transform(Image.fromarray(decode(image))).permute(1, 2, 0).numpy()
+        pixels = decode(image)
+        if self._centre:
+            # Resized by its shorter side before the crop, a line of 60,000 pixels would be 4 gigapixels
+            longest = MAX_ASPECT * min(pixels.shape[:2])
+            top, left = (max(side - longest, 0) // 2 for side in pixels.shape[:2])
+            pixels = pixels[top:top + longest, left:left + longest]
+        return self._transform(Image.fromarray(pixels)).permute(1, 2, 0).numpy()
 
 
 def erasing_boxes(recipe: Recipe) -> np.ndarray:

@@ -1,0 +1,88 @@
+"""The released files: where each lies, what it is, and how it reaches its published accuracy."""
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from models.moganet import Gate
+
+Which = Literal['raw', 'ema']
+
+_H = 'https://github.com/Westlake-AI/MogaNet/releases/download/moganet-in1k-weights/'
+_O = 'https://github.com/Westlake-AI/openmixup/releases/download/moganet-in1k-weights/'
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released ImageNet-1k checkpoint and how it reaches its published accuracy.
+
+    Sizes and hashes are not published, so none are given; a download's own are shown and remembered.
+    """
+    model: str
+    url: str
+    format: Literal['timm', 'mmcv']
+    gate: Gate
+    weights: Which  # those that reach the accuracy
+    test_size: int  # pixels, squares
+    crop_pct: float
+    acc1: float | None  # published top-1 and top-5, %; None where not published for this file
+    acc5: float | None
+
+
+def _timm(model: str, file: str, weights: Which, size: int, acc1: float, acc5: float) -> Released:
+    """A file of the authors' MogaNet repository: trained with the single gate."""
+    return Released(model, f'{_H}{file}.pth.tar', 'timm', 'single', weights, size, 0.9, acc1, acc5)
+
+
+def _mmcv(model: str, file: str, weights: Which, size: int, acc1: float | None, acc5: float | None = None, *,
+          gate: Gate = 'double', crop_pct: float = 0.9) -> Released:
+    """A file of the authors' OpenMixup: trained with `attn_force_fp32`, which is the double gate."""
+    return Released(model, f'{_O}{file}.pth', 'mmcv', gate, weights, size, crop_pct, acc1, acc5)
+
+
+# Accuracies: the authors' repository for its own files; the paper's table for OpenMixup's 300-epoch files where it has
+# the model at that size; OpenMixup's own for 3-Augment (XT) and RSB A3.
+RELEASED: dict[str, Released] = {
+    'moganet_xtiny': _timm('moganet_xtiny', 'moganet_xtiny_sz224_8xbs128_ep300', 'raw', 224, 76.5, 93.4),
+    'moganet_xtiny_256': _timm('moganet_xtiny', 'moganet_xtiny_sz256_8xbs128_ep300', 'raw', 256, 77.2, 93.8),
+    'moganet_tiny': _timm('moganet_tiny', 'moganet_tiny_sz224_8xbs128_ep300', 'raw', 224, 79.0, 94.6),
+    'moganet_tiny_256': _timm('moganet_tiny', 'moganet_tiny_sz256_8xbs128_ep300', 'raw', 256, 79.6, 94.9),
+    'moganet_small': _timm('moganet_small', 'moganet_small_sz224_8xbs128_ep300', 'ema', 224, 83.4, 96.9),
+    'moganet_base': _timm('moganet_base', 'moganet_base_sz224_8xbs128_ep300', 'ema', 224, 84.3, 97.0),
+    'moganet_large': _timm('moganet_large', 'moganet_large_sz224_8xbs64_ep300', 'ema', 224, 84.7, 97.1),
+    'moganet_xlarge': _timm('moganet_xlarge', 'moganet_xlarge_sz224_8xbs64_ep300', 'ema', 224, 85.1, 97.4),
+    'moganet_xtiny_openmixup': _mmcv('moganet_xtiny', 'moga_xtiny_sz224_8xb128_fp16_ep300', 'raw', 224, 76.5),
+    'moganet_xtiny_256_openmixup': _mmcv('moganet_xtiny', 'moga_xtiny_sz256_8xb128_fp16_ep300', 'raw', 256, None),
+    'moganet_xtiny_3aug_256': _mmcv(
+        'moganet_xtiny', 'moga_xtiny_deit3_sz256_lr2e_3_8xb128_fp16_ep300', 'raw', 256, 77.6),
+    'moganet_tiny_openmixup': _mmcv('moganet_tiny', 'moga_tiny_sz224_8xb128_fp16_ep300', 'raw', 224, 79.0),
+    'moganet_tiny_256_openmixup': _mmcv('moganet_tiny', 'moga_tiny_sz256_8xb128_fp16_ep300', 'raw', 256, 79.6),
+    'moganet_tiny_3aug_256': _mmcv(
+        'moganet_tiny', 'moga_tiny_deit3_sz256_lr2e_3_8xb128_fp16_ep300', 'raw', 256, 80.0, 95.0),
+    'moganet_small_openmixup': _mmcv('moganet_small', 'moga_small_ema_sz224_8xb128_ep300', 'ema', 224, 83.4),
+    'moganet_small_openmixup_single': _mmcv(
+        'moganet_small', 'moga_small_ema_sz224_8xb128_no_forcefp32_ep300', 'ema', 224, None, gate='single'),
+    'moganet_base_openmixup': _mmcv('moganet_base', 'moga_base_ema_sz224_8xb128_ep300', 'ema', 224, 84.2),
+    'moganet_large_openmixup': _mmcv('moganet_large', 'moga_large_ema_sz224_8xb64_accu2_ep300', 'ema', 224, 84.6),
+    'moganet_xlarge_openmixup': _mmcv('moganet_xlarge', 'moga_xlarge_ema_sz224_8xb32_accu2_ep300', 'ema', 224, None),
+    'moganet_xtiny_rsb_a3': _mmcv(
+        'moganet_xtiny', 'moga_xtiny_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 72.8, crop_pct=0.95),
+    'moganet_tiny_rsb_a3': _mmcv(
+        'moganet_tiny', 'moga_tiny_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 75.4, crop_pct=0.95),
+    'moganet_small_rsb_a3': _mmcv(
+        'moganet_small', 'moga_small_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 81.1, crop_pct=0.95),
+    'moganet_base_rsb_a3': _mmcv(
+        'moganet_base', 'moga_base_rsb_a3_sz160_8xb128_accu2_ep100', 'raw', 224, 82.2, crop_pct=0.95),
+    'moganet_large_rsb_a3': _mmcv(
+        'moganet_large', 'moga_large_rsb_a3_sz160_8xb128_accu2_ep100', 'raw', 224, 83.2, crop_pct=0.95),
+}
+RELEASED_BY_FILE = {row.url.rsplit('/', 1)[1]: name for name, row in RELEASED.items()}
+
+
+def pretrained_cfgs() -> dict[str, dict[str, Any]]:
+    """timm's pretrained cfgs of the released files: `moganet_tiny.in1k`, `moganet_tiny.in1k_256`, and so on.
+
+    The tag is what a file's name adds to its model's; a model's first is timm's default.
+    """
+    return {f'{row.model}.in1k{name.removeprefix(row.model)}': {
+        'url': row.url, 'crop_pct': row.crop_pct, 'input_size': (3, row.test_size, row.test_size),
+        'pool_size': (row.test_size // 32, row.test_size // 32),
+    } for name, row in RELEASED.items()}

@@ -1,0 +1,403 @@
+"""Image classification: crops with a label, cross-entropy with mixing, accuracy with ReaL and a confusion matrix."""
+import contextlib
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data.mixup import Mixup, mixup_target
+from timm.loss import BinaryCrossEntropy
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import optim_factory
+from models import create_model
+from models.build import check_forward
+from pipeline import memory
+from pipeline.augmentation import (
+    TestTransform,
+    TrainTransform,
+    erasing_boxes,
+    normalise,
+    refusing_bad_images,
+    seed_image,
+)
+from pipeline.loaders import BadLabel, Position
+from pipeline.sources import ImageFiles, check_files, class_names, open_source
+from recipes import Classification as Recipe
+from recipes import Run
+from tasks import Batch, Task, pictures
+from utils import UserError, derive_seed, seed_everything, sum_dtype
+
+MAX_CONFUSION = 100  # classes of which a confusion matrix is still one that a person reads
+
+
+@dataclass
+class Crops(Batch):
+    """A worker's micro-batch: images uint8 [B, H, W, 3]."""
+
+    targets: Tensor  # int64 [B]
+    boxes: Tensor  # int32 [B, recount, 4]: to erase, as top, left, height, width
+    seeds: Tensor  # int64 [B]: the images' seeds, from which the erased pixels are filled
+
+
+@dataclass
+class Labelled(Batch):
+    """The model's input: images float32 [B, 3, H, W], normalised, erased and mixed."""
+
+    targets: Tensor  # int64 [B], or float [B, classes] while mixup or CutMix is on
+
+
+class Classification(Task):
+    """One label an image, from ImageNet's folders, timm's data sets, digits or noise."""
+
+    recipe: Recipe
+
+    def __init__(self, recipe: Recipe, run: Run):
+        super().__init__(recipe, run)
+        self._train = self._test = self._finish = None
+        self._binary = None if recipe.loss == 'ce' else BinaryCrossEntropy(
+            recipe.smoothing, target_threshold=recipe.bce_target_thresh, sum_classes=recipe.loss == 'bce_sum')
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Spawned workers need no tensors of the device."""
+        return self.__dict__ | {'_finish': None}
+
+    # ---- Data
+
+    def open(self, split: str) -> Any:
+        if split == 'train':
+            self._train = TrainTransform(self.recipe)  # here, since it compiles what the workers will inherit
+        else:
+            self._test = TestTransform(self.recipe)
+        return open_source(self.recipe, self.run, split)
+
+    def check_data(self, train: Any, val: Any) -> tuple[list[str], list[str]]:
+        files = [source if isinstance(source, ImageFiles) else None for source in (train, val)]
+        return check_files(*files)
+
+    def class_names(self, source: Any) -> list[str]:
+        return list(getattr(source, 'classes', None) or class_names(source))
+
+    def sample(self, item: tuple[Any, Any], seed: int | None) -> tuple[np.ndarray, int, np.ndarray | None, int]:
+        image, label = item
+        label = self._check_label(label)
+        if seed is None:
+            with refusing_bad_images():
+                return self._test(image), label, None, 0
+        seed_image(seed)
+        with refusing_bad_images():
+            pixels = self._train(image)
+        return pixels, label, erasing_boxes(self.recipe), seed
+
+    def _check_label(self, label: Any) -> int:
+        """A label as a number. Raises BadLabel for one that is no class of the model."""
+        try:
+            number = int(label) if isinstance(label, float) and label.is_integer() else operator.index(label)
+        except TypeError:
+            raise BadLabel(f'has label {label!r}, and a label must be a whole number: name the classes by --class_map '
+                           'FILE, or mend the data') from None
+        if not 0 <= number < self.recipe.num_classes:
+            raise BadLabel(f'has label {number}, but the model has {self.recipe.num_classes} classes: give '
+                           '--num_classes, or check --class_map')
+        return number
+
+    def collate(self, samples: Sequence[tuple[np.ndarray, int, np.ndarray | None, int]]) -> Crops:
+        images = memory.empty((len(samples), *samples[0][0].shape), torch.uint8)
+        targets, boxes, seeds = (torch.zeros(len(samples), *shape, dtype=dtype) for shape, dtype in (
+            ((), torch.int64), ((self.recipe.recount, 4), torch.int32), ((), torch.int64)))
+        # Filled as arrays: an assignment to a part of a tensor takes 5 us
+        arrays = [tensor.numpy() for tensor in (images, targets, boxes, seeds)]
+        for i, sample in enumerate(samples):
+            for array, value in zip(arrays, sample, strict=True):
+                if value is not None:
+                    array[i] = value
+        return Crops(images, targets, boxes, seeds)
+
+    def finish(self, batch: Crops, device: torch.device, position: Position | None) -> Labelled:
+        if self._finish is None:
+            self._finish = Finish(self.recipe, device)
+        mixing = position is not None and position.epochs_left > self.recipe.mixup_off_epochs
+        return self._finish(batch, ('mixup', *position[:3]) if mixing else None)
+
+    # ---- Model
+
+    def build_model(self, *, pretrained: bool = False) -> nn.Module:
+        recipe, run = self.recipe, self.run
+        seed_everything(recipe.seed, 'model')
+        model = create_model(recipe.model, num_classes=recipe.num_classes, pretrained=pretrained,
+                             **recipe.arguments() | recipe.model_kwargs)
+        if not run.eval:
+            check_forward(model, size=recipe.input_size, training=True,
+                          batch=run.batch_size if isinstance(run.batch_size, int) else 2)
+        if (run.eval or recipe.test_size != recipe.input_size) and recipe.num_classes:
+            check_forward(model, size=recipe.test_size)
+        return model
+
+    def freeze(self, model: nn.Module) -> None:
+        optim_factory.freeze(model, stages=self.recipe.freeze_stages, linear_probe=self.recipe.linear_probe)
+
+    def loss(self, model: nn.Module, batch: Labelled) -> dict[str, Tensor]:
+        """The mean over the images; mixed targets were smoothed where they were mixed, class indices are here."""
+        logits, targets = model(batch.images), batch.targets
+        if self._binary is not None:
+            return {'loss': self._binary(logits, targets)}
+        smoothing = 0.0 if targets.is_floating_point() else self.recipe.smoothing
+        return {'loss': F.cross_entropy(logits, targets, label_smoothing=smoothing)}
+
+    def example_batch(self, size: int, device: torch.device) -> Labelled:
+        side = self.recipe.input_size
+        # In the layout of the loader's, for which a compiled model would else be compiled again
+        images = torch.zeros(size, 3, side, side, device=device).to(memory_format=torch.channels_last)
+        return Labelled(images, torch.zeros(size, dtype=torch.int64, device=device))
+
+    def metric(self, device: torch.device, *, names: Callable[[], Sequence[str]] | None = None,
+               detailed: bool = False) -> 'Accuracy':
+        valid = real = None
+        if self.run.valid_labels:
+            valid = read_valid_labels(self.run.valid_labels, self.recipe, self.classes)
+        if self.run.real_labels:
+            real = read_real_labels(self.run.real_labels, names(), num_classes=self.recipe.num_classes)
+            real = real if valid is None else real[:, valid]
+        classes = self.recipe.num_classes if valid is None else len(valid)
+        return Accuracy(device, valid_labels=valid, real_labels=real,
+                        confusion=classes if detailed and classes <= MAX_CONFUSION else 0)
+
+    # ---- For people
+
+    def show_settings(self) -> str:
+        recipe, gate = self.recipe, self.recipe.settings()['gate']
+        return (f'{recipe.model}{f", {gate} gate" if gate else ""}, at {recipe.test_size}, crop {recipe.crop_pct:g} '
+                f'({recipe.crop_mode}), {recipe.interpolation}')
+
+    def show_result(self, result: dict[str, Any]) -> str:
+        real = f'  top-1 by the reassessed labels {result["real_acc1"]:.3f} %' if 'real_acc1' in result else ''
+        return f'top-1 {result["acc1"]:.3f} %  top-5 {result["acc5"]:.3f} %  loss {result["loss"]:.4f}{real}'
+
+    def draw_result(self, result: dict[str, Any]) -> dict[str, Image.Image]:
+        if 'confusion' not in result:
+            return {}
+        return {'confusion': pictures.draw_confusion(result['confusion'], self.classes)}
+
+    @torch.inference_mode()
+    def predict(self, model: nn.Module, samples: Sequence[np.ndarray]) -> list[Tensor]:
+        """The probabilities, [classes] on the CPU: the softmax, also where training was by binary cross-entropy."""
+        device = next(model.parameters()).device
+        return list(model(self.to_input(samples, device)).float().softmax(1).cpu())
+
+    def prepare(self, image: Any) -> np.ndarray:
+        """The test crop, uint8 [H, W, 3], of an image that `augmentation.decode` takes. Raises BadImage."""
+        self._test = self._test or TestTransform(self.recipe)
+        with refusing_bad_images():
+            return self._test(image)
+
+    def to_input(self, crops: Sequence[np.ndarray], device: torch.device) -> Tensor:
+        """The model's input, float32 [B, 3, H, W] on the device, from test crops."""
+        pixels = torch.from_numpy(np.stack(crops)).to(device)
+        mean, std = (torch.tensor(values, device=device) * 255 for values in (self.recipe.mean, self.recipe.std))
+        return normalise(pixels.view(-1, 3), mean, 1 / std, None).view(pixels.shape).permute(0, 3, 1, 2)
+
+    def top(self, probabilities: Tensor, count: int) -> list[dict[str, Any]]:
+        """The likeliest classes, the likeliest first: their number, name and probability."""
+        return [{'class': number, 'name': self.classes[number], 'probability': probabilities[number].item()}
+                for number in probabilities.topk(min(count, len(probabilities))).indices.tolist()]
+
+    def to_json(self, result: Tensor, *, count: int = 5) -> list[dict[str, Any]]:
+        return self.top(result, count)
+
+    def to_text(self, result: Tensor, *, count: int = 5) -> list[str]:
+        return [f'{100 * entry["probability"]:8.2f} %  {entry["name"]}' for entry in self.top(result, count)]
+
+    def draw(self, image: Image.Image, result: Tensor, *, count: int = 5) -> Image.Image:
+        bars = [(entry['name'], entry['probability']) for entry in self.top(result, count)]
+        return pictures.draw_bars(image, bars)
+
+    def name_classes(self, model: nn.Module, classes: Sequence[str]) -> None:
+        """Fills in the names of the model's classes.
+
+        Args:
+            classes: the checkpoint's own names, or none: then ImageNet's, if there are as many, else the numbers.
+                WordNet ids are described in words.
+        """
+        subset = infer_imagenet_subset(model)
+        imagenet = ImageNetInfo(subset or 'imagenet-1k')
+        names = list(classes) or (imagenet.label_names() if subset else [])
+        if all(re.fullmatch(r'n\d{8}', name) for name in names):
+            with contextlib.suppress(KeyError):  # ids that are not ImageNet's stay as they are
+                names = [imagenet.label_name_to_description(name) for name in names]
+        self.classes = names + [str(number) for number in range(len(names), model.num_classes)]
+
+
+# ---- On the device --------------------------------------------------------------------------------------------------
+
+class BatchMixup(Mixup):
+    """timm's mixup and CutMix, for odd batches too: the image in the middle would be mixed with itself."""
+
+    def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if len(x) % 2 == 0:
+            return super().__call__(x, target)
+        if self.mode == 'batch':
+            weight: Any = self._mix_batch(x)
+        elif self.mode == 'elem':
+            weight = self._mix_elem(x)
+        else:
+            half = self._mix_pair(x)
+            weight = torch.cat([half[:len(x) // 2], half.new_ones(1, 1), half[len(x) // 2:]])
+        return x, mixup_target(target, self.num_classes, weight, self.label_smoothing)
+
+
+class Finish:
+    """Turns a worker's batch into the model's input: to the device, to float, normalised, erased, mixed."""
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        self._recipe, self._device = recipe, device
+        self._mean = torch.tensor(recipe.mean, device=device) * 255
+        self._scale = 1 / (torch.tensor(recipe.std, device=device) * 255)
+        self._mixup = None
+        if recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax:
+            self._mixup = BatchMixup(
+                recipe.mixup, recipe.cutmix, recipe.cutmix_minmax, recipe.mixup_prob, recipe.mixup_switch_prob,
+                recipe.mixup_mode, label_smoothing=recipe.smoothing, num_classes=recipe.num_classes)
+
+    def __call__(self, batch: Crops, mixup_key: tuple[Any, ...] | None = None) -> Labelled:
+        """Images float32 [B, 3, H, W] in channels-last memory and targets, mixed where a key is given."""
+        targets = batch.targets.to(self._device, non_blocking=True)
+        pixels = batch.images.to(self._device, non_blocking=True)
+        # Whole rows at once: the CPU takes three times as long over a mean for every third value
+        count, height, width, _ = pixels.shape
+        rows, (mean, scale) = pixels.view(-1, 3 * width), (part.repeat(width) for part in (self._mean, self._scale))
+        floats = memory.empty(rows.shape, torch.float32) if self._device.type == 'cpu' else None
+        images = normalise(rows, mean, scale, floats).view(count, height, width, 3).permute(0, 3, 1, 2)
+        self._erase(images, batch)
+        if mixup_key is not None and self._mixup is not None:
+            np.random.seed(derive_seed(self._recipe.seed, *mixup_key) & 0xFFFFFFFF)
+            images, targets = self._mixup(images, targets)
+        return Labelled(images, targets)
+
+    def _erase(self, images: Tensor, batch: Crops) -> None:
+        """Random erasing of the boxes drawn in the workers; the fill comes from the images' seeds too."""
+        for number in batch.boxes[:, :, 2].sum(1).nonzero().flatten().tolist():
+            generator = torch.Generator(self._device).manual_seed(int(batch.seeds[number]))
+            for top, left, height, width in batch.boxes[number].tolist():
+                shape = {'pixel': (3, height, width), 'rand': (3, 1, 1), 'const': (3, 0, 0)}[self._recipe.remode]
+                fill = torch.randn(shape, device=self._device, generator=generator) if shape[1] else 0.0
+                images[number, :, top:top + height, left:left + width] = fill
+
+
+# ---- Accuracy -------------------------------------------------------------------------------------------------------
+
+class Accuracy:
+    """Accuracy and cross-entropy over a data set that the ranks share out, each image once.
+
+    `result` gives, by model, 'acc1' and 'acc5' in % (top-5 is top-k where there are k < 5 classes), 'loss' per image,
+    'count', with `real_labels` 'real_acc1' in %, and with `confusion` 'confusion', the images [true][predicted].
+    """
+
+    names = ('right1', 'right5', 'loss', 'real_right', 'real_count')
+
+    def __init__(self, device: torch.device, *, valid_labels: Sequence[int] | None = None,
+                 real_labels: Tensor | None = None, confusion: int = 0):
+        """
+        Args:
+            valid_labels: the model's classes that the data set has, in the order of its labels; all of them by default.
+            real_labels: bool [images of this rank, classes], all the labels that are right for an image; an image
+                without any is left out (ReaL, arXiv 2006.07159).
+            confusion: the number of classes, where their confusion matrix is wanted.
+        """
+        self._device, self._valid, self._real, self._confusion = device, valid_labels, real_labels, confusion
+        self._seen = 0
+        self._sums: dict[str, Tensor] = {}  # [names + confusion ** 2] by model
+
+    def _sums_of(self, model: str) -> Tensor:
+        if model not in self._sums:
+            self._sums[model] = torch.zeros(len(self.names) + self._confusion**2, device=self._device,
+                                            dtype=sum_dtype(self._device))
+        return self._sums[model]
+
+    def update(self, models: dict[str, nn.Module], batch: Labelled) -> None:
+        images, targets = batch.images.to(self._device), batch.targets.to(self._device)
+        for name, model in models.items():
+            sums = self._sums_of(name)
+            logits = model(images).float()
+            if self._valid is not None:
+                logits = logits[:, self._valid]
+            top = logits.topk(min(5, logits.shape[1])).indices
+            right = top == targets[:, None]
+            found = [right[:, 0].sum(), right.sum(), F.cross_entropy(logits, targets, reduction='sum')]
+            if self._real is not None:
+                real = self._real[self._seen:self._seen + len(images)].to(self._device)
+                found += [real.gather(1, top[:, :1]).sum(), real.any(1).sum()]
+            sums[:len(found)] += torch.stack(found)
+            if self._confusion:
+                matrix = sums[len(self.names):].view(self._confusion, self._confusion)
+                matrix.index_put_((targets, top[:, 0]), sums.new_ones(()), accumulate=True)
+        self._seen += len(images)
+
+    def result(self, models: Sequence[str]) -> dict[str, dict[str, Any]]:
+        results = {}
+        for model in models:  # also where this rank had no image: all ranks take part in the exchange
+            packed = torch.cat([self._sums_of(model), torch.full((1,), self._seen).to(self._sums_of(model))])
+            if dist.is_initialized():
+                dist.all_reduce(packed)
+            count = packed[-1].item() or math.nan  # a stream may give no image at all
+            total = dict(zip(self.names, packed.tolist(), strict=False))
+            result = {'acc1': 100 * total['right1'] / count, 'acc5': 100 * total['right5'] / count,
+                      'loss': total['loss'] / count, 'count': int(packed[-1])}
+            if self._real is not None:
+                result['real_acc1'] = 100 * total['real_right'] / max(total['real_count'], 1)
+            if self._confusion:
+                matrix = packed[len(self.names):-1].view(self._confusion, self._confusion)
+                result['confusion'] = matrix.long().tolist()
+            results[model] = result
+        return results
+
+
+def read_valid_labels(path: str, recipe: Recipe, classes: list[str]) -> list[int]:
+    """The model's classes in a file, one index a line, each of one of the data's `classes`. Raises UserError."""
+    try:
+        labels = [int(line) for line in Path(path).read_text(encoding='utf-8-sig').split()]
+    except (OSError, ValueError) as error:
+        raise UserError(f'--valid_labels {path} cannot be read ({error}); give a class index a line') from None
+    if not labels or min(labels) < 0 or max(labels) >= (recipe.num_classes or 0):
+        raise UserError(f'--valid_labels {path}: give indices below the {recipe.num_classes} classes of the model')
+    if len(set(labels)) < len(labels):
+        raise UserError(f'--valid_labels {path} names a class twice; give each of the data\'s classes one of its own')
+    if classes and len(labels) != len(classes):
+        raise UserError(f'--valid_labels {path} names {len(labels)} classes, but the data has {len(classes)}; give one '
+                        'for each, in the order of the data')
+    return labels
+
+
+def read_real_labels(path: str, names: Sequence[str], *, num_classes: int) -> Tensor:
+    """Bool [images of this rank, classes] from ReaL's JSON: a list of labels for each image, by its number.
+
+    Args:
+        names: the images' paths.
+
+    Raises:
+        UserError: where the file or the images' names are not ImageNet's.
+    """
+    try:
+        labels = json.loads(Path(path).read_text(encoding='utf-8-sig'))
+        real = torch.zeros(len(names), num_classes, dtype=torch.bool)
+        for row, name in enumerate(names):
+            number = int(Path(name).stem.rsplit('_', 1)[-1])
+            right = labels[number - 1] if number > 0 else None
+            # torch takes -1 for the last class, and None for all of them
+            if not isinstance(right, list) or not all(type(label) is int and 0 <= label < num_classes
+                                                      for label in right):
+                raise ValueError(f'the labels of {name} are {right}')
+            real[row, right] = True
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise UserError(f'--real_labels {path} does not fit the images ({error}); give ReaL\'s real.json and the '
+                        'ImageNet test images under their own names (ILSVRC2012_val_00000001.JPEG)') from None
+    return real

@@ -1,0 +1,65 @@
+"""Pictures of batches, results and predictions, for TensorBoard, Weights & Biases and predict.py."""
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
+
+
+def draw_images(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """The first 32 of a batch of normalised images [B, 3, H, W], eight in a row."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return to_pil_image(make_grid((images[:32].cpu() * std + mean).clamp(0, 1), nrow=8))
+
+
+def draw_bars(image: Image.Image, bars: Sequence[tuple[str, float]]) -> Image.Image:
+    """An image above its classes and their probabilities (name, 0..1) as bars, at least 320 pixels wide."""
+    font, line = ImageFont.load_default(14), 22
+    width = max(320, image.width)
+    picture = Image.new('RGB', (width, image.height + line * len(bars) + 6), 'white')
+    picture.paste(image.convert('RGB'), ((width - image.width) // 2, 0))
+    draw = ImageDraw.Draw(picture)
+    for row, (name, probability) in enumerate(bars):
+        top = image.height + 6 + row * line
+        draw.rectangle((0, top, max(1, round(probability * width)), top + line - 4), fill=(189, 215, 238))
+        draw.text((6, top + line / 2 - 2), f'{100 * probability:6.2f} %  {name}', font=font, anchor='lm', fill='black')
+    return picture
+
+
+def draw_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Image.Image:
+    """A confusion matrix, rows for the true classes: blue what is right, orange what is wrong, deeper for more.
+
+    Args:
+        matrix: counts, [true][predicted].
+        classes: their names; may be empty.
+    """
+    counts = np.array(matrix)
+    size = len(counts)
+    cell, font = (40, ImageFont.load_default(14)) if size <= 20 else (12, ImageFont.load_default(10))
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    depth = np.sqrt(share)[..., None]  # a mistake in a hundred is to be seen
+    colour = np.where(np.eye(size, dtype=bool)[..., None], BLUE, ORANGE)
+    pixels = (255 - depth * (255 - colour)).astype(np.uint8)
+    cells = Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1))
+    if size <= 20:
+        draw = ImageDraw.Draw(cells)
+        for row, column in zip(*counts.nonzero(), strict=True):
+            draw.text(((column + 0.5) * cell, (row + 0.5) * cell), str(counts[row, column]), font=font, anchor='mm',
+                      fill='white' if depth[row, column, 0] > 0.7 else 'black')
+    names = [name[:20] for name in classes] or [str(label) for label in range(size)]
+    width = 10 + max(int(font.getlength(name)) for name in names)
+    labels = Image.new('RGB', (width, size * cell), 'white')
+    for row, name in enumerate(names):
+        ImageDraw.Draw(labels).text((width - 5, (row + 0.5) * cell), name, font=font, anchor='rm', fill='black')
+    head, caption, large = 24, 'rows: true class; columns: predicted', ImageFont.load_default(13)
+    whole = max(width + size * cell, 10 + int(large.getlength(caption)))
+    picture = Image.new('RGB', (whole, head + size * cell + width), 'white')
+    ImageDraw.Draw(picture).text((5, head / 2), caption, anchor='lm', fill='black', font=large)
+    picture.paste(labels, (0, head))
+    picture.paste(cells, (width, head))
+    picture.paste(labels.rotate(90, expand=True), (width, head + size * cell))
+    return picture

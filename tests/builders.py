@@ -1,0 +1,270 @@
+"""What several test files make or read: image folders, data sets in files, loaders, the state and the log of a run."""
+import argparse
+import dataclasses
+import functools
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import datasets
+import recipes
+import reference
+from models.released import RELEASED
+from recipes import Recipe, Run
+from tasks import Task, create_task
+
+XT = 'moganet_xtiny'
+State = dict[str, Tensor]
+TIMINGS = {'images_per_second', 'data_wait'}
+
+
+# ---- Images and data sets -------------------------------------------------------------------------------------------
+
+def photo() -> Image.Image:
+    """A photograph of 120 x 90 pixels."""
+    from skimage import data
+    return Image.fromarray(data.astronaut()).resize((120, 90))
+
+
+def encoded(image: Image.Image | None = None, form: str = 'JPEG', **options: Any) -> bytes:
+    """The bytes of an image file; of `photo` by default."""
+    buffer = io.BytesIO()
+    (photo() if image is None else image).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def write(path: Path, content: bytes | None = None) -> None:
+    """Writes a file into a folder that may be missing; `photo` as a JPEG by default."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded() if content is None else content)
+
+
+def tar(members: dict[str, bytes]) -> bytes:
+    """The bytes of a tar file of these members."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w') as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def write_meta(path: Path, names: dict[int, str]) -> None:
+    """The development kit's meta.mat: classes by their numbers, and one inner node."""
+    from scipy.io import savemat
+    kind = [('ILSVRC2012_ID', 'f8'), ('WNID', 'O'), ('words', 'O'), ('gloss', 'O'), ('num_children', 'f8')]
+    rows = [(number, name, 'word', 'gloss', 0) for number, name in names.items()]
+    savemat(path, {'synsets': np.array([*rows, (len(names) + 1, 'n99999999', 'node', 'gloss', 2)], kind)[:, None]})
+
+
+def write_parquet(root: Path) -> None:
+    """A Hugging Face data set of three classes: 40 images to train and 13 to test, two files each."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    features = {'image': {'_type': 'Image'}, 'label': {'names': ['x', 'y', 'z'], '_type': 'ClassLabel'}}
+    note = {b'huggingface': json.dumps({'info': {'features': features}}).encode()}
+    (root / 'data').mkdir(parents=True)
+    for split, count in (('train', 40), ('validation', 13)):
+        table = pa.table({'image': [{'bytes': encoded(), 'path': f'{i}.jpg'} for i in range(count)],
+                          'label': [i % 3 for i in range(count)]}).replace_schema_metadata(note)
+        for part, (start, length) in enumerate(((0, count // 2), (count // 2, count))):
+            pq.write_table(table.slice(start, length), root / 'data' / f'{split}-0000{part}-of-00002.parquet')
+
+
+def write_shards(root: Path, shards: int = 3, *, ending: str = 'jpg', broken: Sequence[tuple[str, int]] = ()) -> None:
+    """A WebDataset of three classes: 48 images to train and 13 to test; of those in `broken`, the first 100 bytes."""
+    splits = {}
+    for split, count in (('train', 48), ('validation', 13)):
+        names, lengths = [], []
+        for shard in range(shards):
+            numbers = range(shard, count, shards)
+            members = {f'{i:04d}.{kind}': content for i in numbers for kind, content in (
+                (ending, encoded()[:100 if (split, i) in broken else None]), ('cls', str(i % 3).encode()))}
+            write(root / f'{split}-{shard}.tar', tar(members))
+            names.append(f'{split}-{shard}.tar')
+            lengths.append(len(numbers))
+        splits[split] = {'name': split, 'num_samples': count, 'filenames': names, 'shard_lengths': lengths}
+    (root / '_info.json').write_text(json.dumps({'name': 'made up', 'splits': splits}))
+
+
+# ---- Loaders --------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Opened(datasets.Loaders):
+    """The loaders of a recipe and a run, and their task, which knows the classes."""
+
+    task: Task
+
+
+def open_loaders(recipe: Recipe, run: Run, **others: Any) -> Opened:
+    """The loaders of a recipe and a run; `others` as of `datasets.build_loaders`."""
+    task = create_task(recipe, run)
+    loaders = datasets.build_loaders(task, run, **others)
+    return Opened(loaders.train, loaders.val, task)
+
+
+def pairs(batches: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches as pairs of images and targets."""
+    return ((batch.images, batch.targets) for batch in batches)
+
+
+# ---- Checkpoint files, shaped like the released ones ----------------------------------------------------------------
+
+@functools.cache
+def seeded(seed: int) -> State:
+    """Seeded weights of the smallest MogaNet."""
+    return reference.seeded_state_dict(XT, seed)
+
+
+def timm_file(path: Path, raw: State, ema: State | None, *, metric: Any = 76.5) -> None:
+    """A full training checkpoint of timm's script."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    payload = {'epoch': 299, 'arch': XT, 'state_dict': raw, 'optimizer': optimizer.state_dict(), 'version': 2,
+               'args': argparse.Namespace(model=XT, lr=1e-3, opt_betas=None, input_size=None, img_size=None, mean=None),
+               'amp_scaler': {'scale': 65536.0, 'growth_factor': 2.0}, 'metric': metric}
+    torch.save(payload if ema is None else {**payload, 'state_dict_ema': ema}, path)
+
+
+def timm_file_of_numpy_2(path: Path, raw: State, ema: State | None) -> None:
+    timm_file(path, raw, ema, metric=np.float64(76.5))
+
+
+def timm_file_of_numpy_1(path: Path, raw: State, ema: State | None) -> None:
+    """The same with the module name under which NumPy 1 pickled its scalars."""
+    buffer = io.BytesIO()
+    timm_file(buffer, raw, ema, metric=np.float64(76.5))
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, 'w') as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename.endswith('data.pkl'):
+                assert data.count(b'numpy._core.multiarray') + data.count(b'numpy.core.multiarray') == 1
+                data = data.replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
+            new.writestr(entry, data)
+
+
+def stripped_timm_file(path: Path, raw: State, ema: State | None) -> None:
+    torch.save({'arch': XT, 'state_dict': raw, 'metric': 76.5} | ({'state_dict_ema': ema} if ema else {}), path)
+
+
+def legacy_timm_file(path: Path, raw: State, ema: State | None) -> None:
+    """Not a zip, as torch wrote them before 1.6."""
+    payload = {'arch': XT, 'state_dict': raw, 'args': argparse.Namespace(model=XT)}
+    torch.save(payload if ema is None else {**payload, 'state_dict_ema': ema}, path,
+               _use_new_zipfile_serialization=False)
+
+
+def mmcv_names(state: State) -> State:
+    return {name.replace('head.', 'head.fc.') if name.startswith('head.') else f'backbone.{name}': value
+            for name, value in state.items()}
+
+
+def mmcv_file(path: Path, raw: State, ema: State | None, *, config: str = 'attn_force_fp32=True') -> None:
+    """OpenMixup's: with EMA the plain names hold the average, and the raw parameters bear names without dots."""
+    entries = mmcv_names(raw if ema is None else ema)
+    if ema is not None:
+        entries |= {f'ema_{name.replace(".", "_")}': value for name, value in mmcv_names(raw).items()}
+    config = f"model = dict(\n    backbone=dict(type='MogaNet', {config}),\n    head=dict(type='ClsMixupHead'))\n"
+    torch.save({'meta': {'epoch': 300, 'iter': 375300, 'config': config, 'hook_msgs': {}}, 'state_dict': entries}, path)
+
+
+def deit_file(path: Path, raw: State, ema: State | None) -> None:
+    args = argparse.Namespace(model=XT, input_size=224)
+    torch.save({'model': raw, 'model_ema': ema, 'epoch': 299, 'args': args}, path)
+
+
+def bare_file(path: Path, raw: State, ema: State | None) -> None:
+    torch.save(raw, path)
+
+
+def wrapped_file(path: Path, raw: State, ema: State | None) -> None:
+    """Saved from inside DistributedDataParallel around a compiled model, whose blocks were compiled too."""
+    state = {f'module._orig_mod.{name.replace("blocks1.", "blocks1._orig_mod.")}': value for name, value in raw.items()}
+    torch.save(state, path)
+
+
+def averaged_file(path: Path, raw: State, ema: State | None) -> None:
+    """torch's AveragedModel."""
+    torch.save({'n_averaged': torch.tensor(10)} | {f'module.{name}': value for name, value in raw.items()}, path)
+
+
+def safetensors_file(path: Path, raw: State, ema: State | None) -> None:
+    safetensors.torch.save_file(raw, path)
+
+
+def training_file(path: Path, raw: State, ema: State | None) -> None:
+    """This project's."""
+    recipe = dataclasses.replace(recipes.RECIPES['moganet_xtiny_3aug_256'], crop_pct=0.8)
+    values = recipes.to_dict(recipe)
+    torch.save({'version': 1, 'model': raw, 'model_ema': ema, 'optimizer': {'state': {}, 'param_groups': []},
+                'scaler': {}, 'epoch': 3, 'step': 30, 'best': {'test_acc1': 50.0}, 'recipe': values,
+                'classes': [f'class {i}' for i in range(1000)]}, path)
+
+
+class Payload:
+    """Unpickles by calling something."""
+
+    def __init__(self, function: Callable, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+def put(cache: Path, name: str, write: Callable, *args: Any, **kwargs: Any) -> Path:
+    """Writes a released file into the cache, where a download would have put it."""
+    path = cache / RELEASED[name].url.rsplit('/', 1)[1]
+    write(path, *args, **kwargs)
+    return path
+
+
+# ---- A run's folder -------------------------------------------------------------------------------------------------
+
+def differences(a: object, b: object, path: str = '') -> list[str]:
+    """Where two nested states differ, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) and a.dtype == b.dtype else [path]
+    if isinstance(a, dict):
+        return [path] if a.keys() != b.keys() else [
+            found for key in a for found in differences(a[key], b[key], f'{path}/{key}')]
+    if isinstance(a, (list, tuple)):
+        return [path] if len(a) != len(b) else [
+            found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f'{path}/{i}')]
+    return [] if a == b else [path]
+
+
+def state_of(folder: Path, name: str = 'last') -> dict[str, Any]:
+    """A checkpoint of a run."""
+    return torch.load(folder / f'checkpoint-{name}.pth', weights_only=True)
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a run's log.txt."""
+    return [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
+
+
+def untimed_log(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a run's log.txt but for the timings, which no two runs share."""
+    return [{key: value for key, value in entry.items() if key not in TIMINGS} for entry in log_of(folder)]
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Weights, average, optimizer, scaler, position, best, and log (but for timings) are equal bit for bit."""
+    for name in ('last', 'best', 'best-ema'):
+        assert differences(state_of(folder, name), state_of(other, name)) == []
+    assert untimed_log(folder) == untimed_log(other)
+    assert not list(folder.glob('.*.part'))
