@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline import sources
 from pipeline.augmentation import BadImage, decode, refusing_bad_images
+from pipeline.files import find_images as images_below
 from recipes import RECIPES, Classification, Run
 from recipes.command_line import parse_field, row_of_model
 from recipes.saved import check_parts
@@ -106,7 +106,7 @@ class Classifier(Predictor):
 def find_images(names: Sequence[str]) -> Iterator[str]:
     """The names, and in place of a folder all images below it in sorted order. Raises UserError where it is closed."""
     for name in names:
-        yield from (sources.find_images(name) if os.path.isdir(name) else ()) or (name,)
+        yield from (images_below(name) if os.path.isdir(name) else ()) or (name,)
 
 
 def read(source: str) -> bytes:

@@ -17,7 +17,7 @@ from PIL import Image
 import engine
 from builders import encoded, open_loaders, pairs, photo, tar, write, write_meta, write_parquet, write_shards
 from conftest import ROOT
-from pipeline import augmentation, sources
+from pipeline import augmentation, files
 from pipeline.sources import ImageFiles
 from recipes import RECIPES, Run
 from tasks.classification import Accuracy
@@ -153,9 +153,9 @@ def test_class_map_chooses_labels_and_classes(tmp_path):
 
 def test_index_is_built_once_and_again_after_a_change(tmp_path, monkeypatch):
     root = folder(tmp_path / 'data') / 'train'
-    built, scan = [], sources._scan_folder
-    monkeypatch.setattr(sources, '_scan_folder', lambda path: built.append(path) or scan(path))
-    names = [[files.name(i) for i in range(len(files))] for files in (ImageFiles(root), ImageFiles(root))]
+    built, scan = [], files._scan_folder
+    monkeypatch.setattr(files, '_scan_folder', lambda path: built.append(path) or scan(path))
+    names = [[found.name(i) for i in range(len(found))] for found in (ImageFiles(root), ImageFiles(root))]
     assert names[0] == names[1] == sorted(names[0]) and len(built) == 1
     assert not list(root.rglob('*.npy')) and list((tmp_path / 'cache' / 'moganet').glob('*.npy'))
     write(root / 'b' / 'deep' / 'new.jpg')

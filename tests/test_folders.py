@@ -17,6 +17,7 @@ import pytest
 import predict
 import utils
 from pipeline import sources
+from pipeline.files import cache_folder, find_files
 from pipeline.sources import ImageFiles
 from tools import check_dataset
 from utils import UserError
@@ -167,7 +168,7 @@ def test_every_ending_of_an_image_that_pillow_reads_counts_and_others_are_told_f
 def test_a_cache_of_former_rules_is_built_again(tmp_path):
     write(tmp_path / 'train' / 'a' / '1.jpg')
     ImageFiles(tmp_path / 'train')
-    note, = (path for path in sources.cache_folder().glob('train-*.json')
+    note, = (path for path in cache_folder().glob('train-*.json')
              if json.loads(path.read_text())['root'] == str(tmp_path / 'train'))
     facts = json.loads(note.read_text())
     for rules in ({}, {'rules': 'former'}):
@@ -323,4 +324,4 @@ def test_find_files_tells_a_folder_that_may_not_be_entered(monkeypatch, tmp_path
         raise PermissionError(errno.EACCES, 'Permission denied')
     monkeypatch.setattr(Path, 'exists', refuse)
     with pytest.raises(UserError, match='cannot be read'):
-        sources.find_files(SimpleNamespace(exists=refuse), 'train')
+        find_files(SimpleNamespace(exists=refuse), 'train')

@@ -17,8 +17,9 @@ import main
 import runs
 from models import create_model
 from pipeline import labels
+from pipeline.files import read_ground_truth
 from pipeline.loaders import BadLabel
-from pipeline.sources import ImageFiles, TimmSource, check_files, read_ground_truth
+from pipeline.sources import ImageFiles, TimmSource, check_files
 from recipes import RECIPES, Run
 from tasks.classification import Classification, read_real_labels, read_valid_labels
 from utils import UserError

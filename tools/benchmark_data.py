@@ -18,8 +18,9 @@ from timm.data import create_transform
 from torchvision.datasets.folder import default_loader
 
 from pipeline import augmentation
+from pipeline.files import cache_folder
 from pipeline.loaders import MapBatches
-from pipeline.sources import ImageFiles, cache_folder
+from pipeline.sources import ImageFiles
 from recipes import RECIPES, Recipe, Run
 from tasks import create_task
 from tools.benchmark import spread

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from pipeline import augmentation
-from pipeline.sources import ImageFiles, check_files, find_files, kind_of, read_ground_truth
+from pipeline.files import find_files, kind_of, read_ground_truth
+from pipeline.sources import ImageFiles, check_files
 from utils import UserError, as_path, expand, run_cli, write_json
 
 _files: ImageFiles  # of a worker process
