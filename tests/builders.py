@@ -29,6 +29,35 @@ State = dict[str, Tensor]
 TIMINGS = {'images_per_second', 'data_wait'}
 
 
+# ---- Image folders --------------------------------------------------------------------------------------------------
+
+Draw = Callable[[np.random.Generator, int], Image.Image]
+
+
+def tinted(rng: np.random.Generator, label: int, size: int = 40) -> Image.Image:
+    """Noise with a tint of the class."""
+    pixels = rng.integers(0, 128, (size, size, 3)) + np.array([label == c for c in range(3)]) * 127
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def smooth(rng: np.random.Generator, _: int) -> Image.Image:
+    """A smooth colour picture, wider than high."""
+    return Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((64, 48), Image.Resampling.BICUBIC)
+
+
+def make_image_folder(root: Path, *, classes: int = 3, train: int = 16, val: int = 5, seed: int = 0,
+                      draw: Draw = tinted) -> Path:
+    """A small image folder: `train` and `val` PNGs in each of the folders class0, class1, ..."""
+    rng = np.random.default_rng(seed)
+    for split, count in (('train', train), ('val', val)):
+        for label in range(classes):
+            folder = root / split / f'class{label}'
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                draw(rng, label).save(folder / f'{i}.png')
+    return root
+
+
 # ---- Images and data sets -------------------------------------------------------------------------------------------
 
 def photo() -> Image.Image:

@@ -12,9 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 # A MogaNet of four blocks: everything of the architecture in a few thousand parameters
 TINY = ('--model', 'moganet_xtiny', '--model_kwargs', 'dims=[8,8,16,16]', 'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]',
@@ -25,19 +23,6 @@ _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload([
     'torch', 'timm', 'main', 'training.trainer', 'training.evaluation', 'tasks.classification', 'models.moganet',
     'models.weights', 'torch.utils.tensorboard', 'timm.loss'])
-
-
-def make_image_folder(root: Path, *, classes: int = 3, train: int = 16, val: int = 5, size: int = 40) -> Path:
-    """A small image folder of noise with a tint a class: `train` and `val` images in each class."""
-    rng = np.random.default_rng(0)
-    for split, count in (('train', train), ('val', val)):
-        for label in range(classes):
-            folder = root / split / f'class{label}'
-            folder.mkdir(parents=True, exist_ok=True)
-            for i in range(count):
-                pixels = rng.integers(0, 128, (size, size, 3)) + np.array([label == c for c in range(3)]) * 127
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{i}.png')
-    return root
 
 
 @dataclasses.dataclass

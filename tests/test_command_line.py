@@ -1,5 +1,6 @@
 """`main.py` from the command line to the files of a run: training, evaluating, and refusing in one line."""
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import torch
 import main
 import recipes
 import runs
+from builders import make_image_folder, tinted
 from conftest import ROOT
 from utils import UserError
 
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.usefixtures('one_thread', 'own_cache')
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
-    return runs.make_image_folder(tmp_path_factory.mktemp('data'), train=6, val=3)
+    return make_image_folder(tmp_path_factory.mktemp('data'), train=6, val=3)
 
 
 @pytest.fixture(scope='module')
@@ -295,7 +297,8 @@ def shrunk(name: str, data: Path, folder: Path) -> tuple[str, ...]:
 @pytest.fixture(scope='module')
 def few(tmp_path_factory) -> Path:
     """One update of 8 images."""
-    return runs.make_image_folder(tmp_path_factory.mktemp('few'), classes=2, train=4, val=2, size=64)
+    return make_image_folder(tmp_path_factory.mktemp('few'), classes=2, train=4, val=2,
+                             draw=functools.partial(tinted, size=64))
 
 
 def check_first_release_run(name: str, folder: Path) -> None:

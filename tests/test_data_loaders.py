@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from builders import open_loaders, pairs
+from builders import make_image_folder, open_loaders, pairs
 from conftest import ROOT
 from pipeline import augmentation, loaders
 from pipeline.loaders import MapBatches
@@ -330,24 +330,15 @@ def test_a_process_that_forgets_to_close_its_loaders_ends():
     assert (done.returncode, done.stdout) == (0, 'end\n'), done.stderr
 
 
-def write_images(folder, *, classes='ab', count=6):
-    rng = np.random.default_rng(0)
-    for name in classes:
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / name / f'{number}.png')
-
-
 @pytest.mark.parametrize('workers', [0, 2])
 def test_corrupt_image_stops_the_run_by_name_or_is_replaced_and_counted(tmp_path, monkeypatch, workers):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    write_images(tmp_path / 'train')
-    write_images(tmp_path / 'val')
-    broken = tmp_path / 'train' / 'a' / '3.png'
+    make_image_folder(tmp_path, classes=2, train=6, val=6)
+    broken = tmp_path / 'train' / 'class0' / '3.png'
     broken.write_bytes(broken.read_bytes()[:600])
     recipe = replace(DIGITS, data_set='image_folder', total_batch_size=4)
     run = replace(run_of(total=4), data_path=str(tmp_path), num_workers=workers)
-    with pytest.raises(UserError, match=r'image 3, .*train/a/3\.png, cannot be read .*--on_bad_image skip') as caught:
+    with pytest.raises(UserError, match=r'image 3, .*train/class0/3\.png, cannot be read .*--on_bad_image skip') as caught:
         list(open_train(recipe, run).epoch(0))
     assert '\n' not in str(caught.value)
     skipping = replace(recipe, on_bad_image='skip')
@@ -377,10 +368,10 @@ def test_bad_images_are_counted_when_their_batch_is_trained_on_not_when_it_is_pr
 
 def test_evaluation_refuses_a_corrupt_image(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    write_images(tmp_path / 'val')
-    (tmp_path / 'val' / 'b' / '1.png').write_bytes(b'no image')
+    make_image_folder(tmp_path, classes=2, train=0, val=6)
+    (tmp_path / 'val' / 'class1' / '1.png').write_bytes(b'no image')
     recipe = replace(DIGITS, data_set='image_folder', on_bad_image='skip')
-    with pytest.raises(UserError, match=r'val/b/1\.png, cannot be read'):
+    with pytest.raises(UserError, match=r'val/class1/1\.png, cannot be read'):
         list(open_loaders(recipe, Run(eval=True, data_path=str(tmp_path), num_workers=0), splits=('val',)).val)
 
 

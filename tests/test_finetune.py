@@ -8,8 +8,9 @@ from PIL import Image
 
 import engine
 import main
+from builders import make_image_folder
 from recipes import RECIPES, resolve
-from runs import TINY, make_image_folder
+from runs import TINY
 
 FEW = ('--device', 'cpu', '--num_workers', '0', '--warmup_epochs', '0', '--batch_size', '12', '--total_batch_size',
        '12', '--epochs', '1')

@@ -15,6 +15,7 @@ from timm.data import ImageNetInfo
 
 import main
 import runs
+from builders import make_image_folder
 from models import create_model
 from pipeline import labels
 from pipeline.files import read_ground_truth
@@ -110,7 +111,7 @@ def test_a_run_does_not_go_on_with_other_classes(tmp_path, trained):
 
 
 def test_a_renamed_folder_and_another_class_map_are_refused_on_resume(tmp_path, capsys):
-    data = runs.make_image_folder(tmp_path / 'data', train=4, val=2)
+    data = make_image_folder(tmp_path / 'data', train=4, val=2)
     (tmp_path / 'map.txt').write_text('class1\nclass0\nclass2\n')
     (tmp_path / 'same.txt').write_text('\ufeffclass2 2\r\nclass1 0\r\n\r\nclass0 1\r\n')
     words = [*runs.TINY, '--data_path', str(data), '--total_batch_size', '4', '--epochs', '1', '--warmup_epochs', '0',

@@ -19,7 +19,7 @@ import main
 import recipes
 import runs
 import utils
-from builders import log_of, open_loaders
+from builders import log_of, make_image_folder, open_loaders
 from tasks.classification import Accuracy, Labelled
 from tasks.pictures import draw_confusion
 from training import charts
@@ -32,7 +32,7 @@ COMMAND = (*runs.TINY, '--device', 'cpu', '--total_batch_size', '8', '--batch_si
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
     """48 images to train, six updates of 8, and 15 to test, in three classes."""
-    return runs.make_image_folder(tmp_path_factory.mktemp('data'))
+    return make_image_folder(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture(scope='module')

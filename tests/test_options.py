@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +21,7 @@ import engine
 import main
 import recipes
 import runs
-from builders import log_of, open_loaders, state_of
+from builders import log_of, make_image_folder, open_loaders, smooth, state_of
 from pipeline import loaders
 from recipes.command_line import parser_of
 from tasks import create_task
@@ -47,22 +46,10 @@ def proves(*options: str) -> Callable[[Any], Any]:
     return lambda test: test
 
 
-def make_images(root: Path, *, train: int, val: int, seed: int = 0) -> Path:
-    """Smooth colour pictures, wider than high, in three classes."""
-    rng = np.random.default_rng(seed)
-    for split, count in (('train', train), ('val', val)):
-        for label in range(3):
-            (root / split / f'class{label}').mkdir(parents=True)
-            for i in range(count):
-                coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
-                coarse.resize((64, 48), Image.Resampling.BICUBIC).save(root / split / f'class{label}' / f'{i}.png')
-    return root
-
-
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
     """18 images to train, two updates of 8; 9 to test."""
-    return make_images(tmp_path_factory.mktemp('data'), train=6, val=3)
+    return make_image_folder(tmp_path_factory.mktemp('data'), train=6, val=3, draw=smooth)
 
 
 @pytest.fixture(scope='module')
@@ -328,7 +315,7 @@ def test_sizes_and_counts_are_those_asked_for(data):
 
 @proves('data_path', 'eval_data_path')
 def test_images_come_from_the_folders_named(data, tmp_path):
-    other = make_images(tmp_path / 'other', train=6, val=3, seed=1)
+    other = make_image_folder(tmp_path / 'other', train=6, val=3, seed=1, draw=smooth)
     for split, flags in (('train', f'--data_path {other}'), ('val', f'--data_path {other}'),
                          ('val', f'--eval_data_path {other}'), ('val', f'--eval_data_path {other}/val')):
         assert not torch.equal(first_batch(data, flags, split=split)[0], first_batch(data, '', split=split)[0])
@@ -356,7 +343,7 @@ def test_a_value_too_many_is_told_with_the_flag_that_takes_one(words, said):
 
 @proves('on_bad_image')
 def test_bad_image_stops_the_run_or_is_replaced_and_counted(train, tmp_path, capsys):
-    broken = make_images(tmp_path / 'data', train=6, val=1)
+    broken = make_image_folder(tmp_path / 'data', train=6, val=1, draw=smooth)
     for path in (broken / 'train/class0').iterdir():
         path.write_bytes(path.read_bytes()[:100])
     train('--data_path', str(broken), status=2)

@@ -14,6 +14,7 @@ from PIL import Image
 
 import main
 import runs
+from builders import make_image_folder
 from tools import plot
 from utils import UserError
 
@@ -22,7 +23,7 @@ from utils import UserError
 def trained(tmp_path_factory) -> Path:
     """A run of two epochs with a moving average, as `main.py` leaves it."""
     folder = tmp_path_factory.mktemp('plot') / 'first'
-    data = runs.make_image_folder(folder.parent / 'data')
+    data = make_image_folder(folder.parent / 'data')
     assert main.main([*runs.TINY, '--data_path', str(data), '--epochs', '2', '--warmup_epochs', '0', '--device', 'cpu',
                       '--total_batch_size', '16', '--batch_size', '16', '--num_workers', '0', '--output_dir',
                       str(folder)]) == 0

@@ -22,7 +22,7 @@ import predict
 import recipes
 import reference
 import runs
-from builders import open_loaders, seeded, stripped_timm_file, timm_file
+from builders import make_image_folder, open_loaders, seeded, stripped_timm_file, timm_file
 from conftest import ROOT
 from models.released import RELEASED
 from utils import UserError
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures('one_thread', 'own_cache')
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
-    folder = runs.make_image_folder(tmp_path_factory.mktemp('data'), classes=3, train=16, val=7)
+    folder = make_image_folder(tmp_path_factory.mktemp('data'), classes=3, train=16, val=7)
     for path in folder.rglob('*.png'):  # wider than high, so that the crop's mode matters
         Image.open(path).resize((56, 40)).save(path)
     return folder

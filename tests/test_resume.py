@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import utils
-from builders import assert_same_run, differences, state_of, untimed_log
-from runs import TINY, Job, make_image_folder, run, start
+from builders import assert_same_run, differences, make_image_folder, state_of, untimed_log
+from runs import TINY, Job, run, start
 
 # 48 images: 4 updates of 12, in an epoch; mixup, drop path, average, erasing and accumulation are all on
 COMMAND = (*TINY, '--total_batch_size', '12', '--batch_size', '2', '--epochs', '3', '--warmup_epochs', '1',

@@ -10,11 +10,11 @@ import pytest
 
 import recipes
 import run_with_submitit
-from builders import assert_same_run
+from builders import assert_same_run, make_image_folder
 from conftest import ROOT
 from recipes.command_line import parser_of
 from run_with_submitit import Task
-from runs import TINY, make_image_folder, run
+from runs import TINY, run
 from utils import UserError
 
 MODEL = ('--model', 'moganet_tiny', '--data_path', 'images')
