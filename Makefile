@@ -1,5 +1,6 @@
 # make demo       train moganet_xtiny on handwritten digits, and evaluate it in a fresh process
-# make test       the tests that need neither GPU nor Slurm, but for the slow ones; make test-all adds those
+# make test       the tests that need neither GPU nor Slurm, but for the slow ones; make test-all adds those, make
+#                 test-slow runs those of kills, submitted jobs and models alone
 # make test-slurm the tests on a Slurm of this machine alone; needs root, and apt where Slurm is not installed
 # make lint       ruff
 # make golden     whether this checkout computes the same bits as an older commit: make golden BASE=<commit>
@@ -10,7 +11,7 @@ PYTHON := $(VENV)/bin/python
 # Tests run on two cores, a file on one of them; tests/conftest.py says which files share a core
 BESIDE := --numprocesses 2 --dist loadgroup
 
-.PHONY: demo test test-all test-slurm lint golden benchmark
+.PHONY: demo test test-all test-slow test-slurm lint golden benchmark
 
 # Made anew when the dependencies change; a broken installation leaves no stamp
 $(VENV)/installed: pyproject.toml
@@ -27,6 +28,10 @@ test: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	$(PYTHON) -m pytest $(BESIDE) -m 'not gpu and not slurm'
+
+test-slow: $(VENV)/installed
+	$(PYTHON) -m pytest $(BESIDE) -m slow tests/test_resume.py tests/test_submitit.py tests/test_command_line.py \
+	tests/test_models.py tests/test_export.py
 
 test-slurm: $(VENV)/installed
 	$(PYTHON) -m pytest -m slurm tests/slurm
