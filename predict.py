@@ -26,9 +26,11 @@ from PIL import Image
 
 from pipeline.augmentation import BadImage, decode, refusing_bad_images
 from pipeline.files import find_images as images_below
-from recipes import RECIPES, Classification, Run
+from recipes import RECIPES, Run
+from recipes import Classification as ClassificationRecipe
 from recipes.command_line import parse_field, row_of_model
 from recipes.saved import check_parts
+from tasks.classification import Classification
 from training.evaluation import load_task
 from utils import UserError, as_path, choose_device, expand, run_cli, to_stderr, write_atomically
 
@@ -84,7 +86,7 @@ class Classifier(Predictor):
 
     def __init__(self, source: str, **others: Any):
         super().__init__(source, **others)
-        if not getattr(self.model, 'num_classes', 0):
+        if not isinstance(self.task, Classification) or not getattr(self.model, 'num_classes', 0):
             raise UserError(f'{source}: holds no classifier; give a checkpoint that was trained to tell classes apart')
         self.names = self.task.classes
 
@@ -117,21 +119,21 @@ def read(source: str) -> bytes:
         with urllib.request.urlopen(request, timeout=30) as reply:
             return reply.read()
     if os.path.isdir(source):
-        raise OSError('no image lies below this folder')
+        raise OSError('is a folder without an image')
     return Path(source).read_bytes()
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose a checkpoint and how it is evaluated."""
     parser.add_argument('--checkpoint', required=True, metavar='SOURCE', help='a path, an https URL or released:NAME')
-    fields = Classification.__dataclass_fields__ | Run.__dataclass_fields__
+    fields = ClassificationRecipe.__dataclass_fields__ | Run.__dataclass_fields__
     for name in FLAGS:
         parser.add_argument(f'--{name}', help=fields[name].metadata['help'].replace('%', '%%'))
 
 
 def from_flags(args: argparse.Namespace, kind: type[Predictor] = Predictor) -> Predictor:
     """The predictor that the flags of `add_flags` ask for. Raises UserError."""
-    settings = {name: parse_field(Classification, name, getattr(args, name)) for name in SETTINGS
+    settings = {name: parse_field(ClassificationRecipe, name, getattr(args, name)) for name in SETTINGS
                 if getattr(args, name) is not None}
     if args.weights not in (None, 'auto', 'raw', 'ema'):
         raise UserError(f'--weights {args.weights}: choose from auto, raw, ema')

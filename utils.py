@@ -352,7 +352,7 @@ STOP_PATIENCE = 600.0  # without a sign of life after a signal to stop
 SECOND_PATIENCE = 10.0  # without a sign of life after a second one
 
 _signs = 0  # of life
-_waits: list[str] = []  # what the main thread waits for, the innermost last
+_waits: list[tuple[str, bool]] = []  # what the main thread waits for, the innermost last, and whether it is saved
 
 
 def alive() -> None:
@@ -362,9 +362,13 @@ def alive() -> None:
 
 
 @contextlib.contextmanager
-def waiting_for(what: str) -> Iterator[None]:
-    """Names what the main thread waits for within, in case that `StopRequest` has to end the wait."""
-    _waits.append(what)
+def waiting_for(what: str, *, saving: bool = False) -> Iterator[None]:
+    """Names what the main thread waits for within, in case that `StopRequest` has to end the wait.
+
+    Args:
+        saving: whether it is for a checkpoint, for which a first signal may have asked: a second one does not cut it.
+    """
+    _waits.append((what, saving))
     try:
         yield
     finally:
@@ -379,8 +383,9 @@ class StopRequest:
     see a request after the same update, one later than the first that noticed it.
 
     A hang is worse than a crash: a thread ends the process, with a line that says what was waited for, where signs of
-    life (`alive`) stay out for `STOP_PATIENCE` seconds after a signal, for `SECOND_PATIENCE` after a second one, and
-    for `STALL` without any. Python's own handlers cannot do that: the main thread may be blocked in a library.
+    life (`alive`) stay out for `STOP_PATIENCE` seconds after a signal, for `SECOND_PATIENCE` after a second one unless
+    a checkpoint is being written, and for `STALL` without any. Python's own handlers cannot do that: the main thread
+    may be blocked in a library.
     """
 
     def __init__(self, processes: Processes, names: Sequence[str] = ('TERM', 'INT', 'HUP', 'USR1', 'USR2')):
@@ -432,7 +437,8 @@ class StopRequest:
         first, number, again = 0.0, 0, False
         silent, seen, before = 0.0, _signs, time.monotonic()
         while True:
-            limit = SECOND_PATIENCE if again else STOP_PATIENCE if number else STALL
+            saving = bool(_waits) and _waits[-1][1]
+            limit = SECOND_PATIENCE if again and not saving else STOP_PATIENCE if number else STALL
             tick = min(limit / 4, 5.0)
             ready = select.select([self._reader], [], [], tick)[0]
             now = time.monotonic()
@@ -454,7 +460,7 @@ class StopRequest:
     def _end(self, number: int, limit: float, again: bool) -> None:
         """Ends the process, which cannot end itself."""
         after = f' after {"a second signal" if again else signal.Signals(number).name}' if number else ''
-        what = _waits[-1] if _waits else 'the device or the other ranks'
+        what = _waits[-1][0] if _waits else 'the device or the other ranks'
         to_stderr(f'error: rank {self._processes.rank} waited {limit:g} s for {what}{after}, without an update: ended; '
                   'start the same command again to continue from the last checkpoint')
         for child in multiprocessing.active_children():  # a stopped worker would stay for ever

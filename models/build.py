@@ -1,4 +1,4 @@
-"""The only place where a model is made, and a look whether it takes the images that it will be given."""
+"""Where a run's model is made, and a look whether it takes the images that it will be given."""
 import copy
 from typing import Any
 

@@ -281,7 +281,7 @@ def _interpret(payload: Any, told: dict[str, str] | None) -> Interpreted:
         return _interpret_mmcv(raw, _mapping(payload.get('meta')))
     if recipe := _mapping(payload.get('recipe')):
         meta = {key: recipe.get(key) for key in _EVALUATION} | {
-            key: payload.get(key) for key in ('epoch', 'classes', 'recipe')}
+            key: payload.get(key) for key in ('epoch', 'classes', 'class_map', 'recipe')}
         gate = recipe.get('gate') if str(recipe.get('model')).startswith('moganet') else None  # others have none
         return sets, gate, 'training', _known(meta)
     args = _mapping(payload.get('args'))
@@ -427,8 +427,8 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
         is_of = f' of {weights.meta["model"]}' if weights.meta.get('model') else ''
         raise UserError(
             f'{weights.source}: weights{is_of} do not fit {name_of(model)}: of its {len(backbone(ours))} tensors '
-            f'{len(backbone(matched))} match, {len(missing)} are missing, {len(wrong_shape)} of another shape'
-            f'{f" ({_some(lost)})" if lost else ""}, and {len(unexpected)} of the file have no place; give the --model '
+            f'{len(backbone(matched))} match, {len(backbone(missing))} are missing, {len(backbone(wrong_shape))} of '
+            f'another shape{f" ({_some(lost)})" if lost else ""}, and {len(unexpected)} of the file have no place; give the --model '
             'the file was made with, and its --model_kwargs')
     lacking = [name for name in (*wrong_shape, *missing) if name in of_head]
     if lacking and not drop_classifier:

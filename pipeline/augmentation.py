@@ -5,6 +5,7 @@ here and timm's `create_transform` make the same image, to within the pixel diff
 simplejpeg or numba is missing, Pillow does its part of the work: the same pixels, later.
 """
 import contextlib
+import errno
 import functools
 import io
 import math
@@ -23,6 +24,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+from pipeline.labels import BadLabel
 from recipes import Recipe
 from utils import log
 
@@ -40,6 +42,9 @@ MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # above which Pillow refu
 MAX_ASPECT = 100  # of sides; of a longer image, the test transform sees the middle
 
 
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
 class BadImage(Exception):
     """An image of which no pixels can be made. Its text says why, in a few words."""
 
@@ -50,12 +55,17 @@ def refusing_bad_images() -> Iterator[None]:
 
     To be put around the reading, decoding and transforming of one image, and nothing else: decoders raise nearly every
     type of exception over a damaged file. Warnings (of EXIF data, palettes, sizes) are about what Pillow could repair.
+    A machine that has run out of descriptors or memory is no fault of an image, and a label without a class neither.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
+    except BadLabel:
+        raise
     except Exception as error:
+        if getattr(error, 'errno', None) in SHORTAGES:
+            raise
         raise BadImage(why_bad(error)) from error
 
 

@@ -17,6 +17,10 @@ from utils import UserError
 MAX_LABEL = 1_000_000  # above it a class map's number is no label
 
 
+class BadLabel(Exception):
+    """A label that the model has no class for: on a GPU it would become an assertion that names nothing."""
+
+
 def normal(name: str) -> str:
     """A name in one Unicode form: some systems write an accent as a character of its own."""
     return unicodedata.normalize('NFC', name)
@@ -104,7 +108,7 @@ def classes_of_model(ours: Sequence[str], known: Sequence[str], num_classes: int
         unknown = lacking(ours, names)
         if not unknown:
             return names, source
-        if len(unknown) < len(ours) < num_classes:
+        if len(unknown) < len(ours) <= num_classes:
             raise UserError(f'{len(unknown)} of the {len(ours)} classes of the data ({some(unknown)}) are none of the '
                             f"model's {num_classes} by {source}; remove their folders, or say which classes they are "
                             'by --class_map FILE')

@@ -30,6 +30,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.augmentation import BadImage, refusing_bad_images, why_bad
+from pipeline.labels import BadLabel
 from recipes import Run
 from utils import UserError, derive_seed, log, number_of, reason_of, to_stderr, waiting_for
 
@@ -44,10 +45,6 @@ class Position(NamedTuple):
 
 
 # ---- In the worker processes ----------------------------------------------------------------------------------------
-
-class BadLabel(Exception):
-    """A label that the model has no class for: on a GPU it would become an assertion that names nothing."""
-
 
 class MapBatches(torch.utils.data.Dataset):
     """Micro-batches of a map-style source: the index is an array of keys [B, 3] = (epoch, index, repeat).

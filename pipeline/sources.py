@@ -16,7 +16,7 @@ from timm.data import create_dataset
 
 from pipeline import labels
 from pipeline.files import EXTENSIONS, GROUND_TRUTHS, Split, find_files, load_index, show_others
-from pipeline.loaders import BadLabel
+from pipeline.labels import BadLabel
 from recipes import Recipe, Run
 from utils import UserError, derive_seed, nearest
 
@@ -179,7 +179,7 @@ class ImageFiles:
         Args:
             root: folder or tar file.
             class_map: file that maps class names to labels; other classes are left out. By default the labels are the
-                positions of the sorted names.
+                positions of the names, sorted; numbers as numbers.
 
         Raises:
             UserError: where no image lies in a class.
@@ -287,6 +287,6 @@ def check_files(train: ImageFiles | None, val: ImageFiles | None) -> tuple[list[
                             'unpacked to the end?')
     if train is not None and val is not None and (apart := labels.difference(
             train.classes, val.classes, we=str(train.root), they=str(val.root))):
-        errors.append(f'the class folders differ: {apart}; the labels are positions in the sorted names, so make both '
+        errors.append(f'the class folders differ: {apart}; a label is a position among the names, so make both '
                       'folders hold the same classes, or give --class_map')
     return errors, warnings

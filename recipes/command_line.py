@@ -244,9 +244,7 @@ def check_start(recipe: Recipe, run: Run) -> None:
     if recipe.freezes() and not (run.eval or run.finetune or run.pretrained or run.resume):
         raise UserError('what is frozen would stay at its random initial values; give --finetune FILE or --pretrained, '
                         'or --freeze_stages 0')
-    if recipe.data_set in ('digits', 'fake') and run.data_path != Run.data_path:
-        raise UserError(f'--data_set {recipe.data_set} reads no --data_path; for a folder of images say --data_set '
-                        'image_folder')
+    check_data_path(recipe, run)
     named = [('checkpoint', path) for path in run.checkpoint] + [(name, getattr(run, name)) for name in (
         'finetune', 'resume', 'valid_labels', 'real_labels')]  # a class map may also lie below the data
     for name, path in named:
@@ -255,6 +253,13 @@ def check_start(recipe: Recipe, run: Run) -> None:
     elsewhere = run.checkpoint or (run.eval and run.eval_data_path)  # a checkpoint says what data it is of
     if recipe.data_set == 'image_folder' and not elsewhere and not Path(run.data_path).exists():
         raise UserError(f'{run.data_path} does not exist; give --data_path the folder that has train/ and val/')
+
+
+def check_data_path(recipe: Recipe, run: Run) -> None:
+    """Refuses a path of images beside a data set that reads none. Raises UserError."""
+    if recipe.data_set in ('digits', 'fake') and (run.data_path != Run.data_path or run.eval_data_path):
+        raise UserError(f'--data_set {recipe.data_set} reads no --data_path; for a folder of images say --data_set '
+                        'image_folder')
 
 
 def row_of_model(model: str) -> Recipe:

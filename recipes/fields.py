@@ -109,7 +109,8 @@ class Recipe:
     opt_betas: tuple[float, float] = doc((0.9, 0.999), 'betas of AdamW and LAMB')
     momentum: float = doc(0.9, 'momentum of SGD', RATE, BELOW_ONE)
     param_groups: Literal['ours', 'authors', 'authors_layers', 'all'] = doc(
-        'ours', 'rule by which parameters share a learning rate and a weight decay (optim_factory.RULES)', flag=False)
+        'ours', "rule by which parameters share a learning rate and a weight decay (optim_factory.RULES); the others are "
+                "of the authors' dense models", flag=False)
     lr: float = doc(1e-3, 'peak learning rate', NOT_NEGATIVE)
     scale_lr: bool = doc(False, "scale lr and min_lr linearly from the row's total batch to the one given")
     min_lr: float = doc(1e-5, 'learning rate of the last update; step does not go below it', NOT_NEGATIVE)
@@ -155,6 +156,8 @@ class Recipe:
         check(self.clip_grad is not None or self.clip_mode == 'norm', '--clip_mode needs --clip_grad')
         check((self.sched == 'step') == bool(self.milestones),
               '--milestones go with --sched step: give both or neither')
+        check(self.sched == 'step' or self.gamma == Recipe.gamma, '--gamma goes with --sched step')
+        check(self.sched == 'poly' or self.power == Recipe.power, '--power goes with --sched poly')
         check(list(self.milestones) == sorted(self.milestones) and all(self.milestones),
               f'--milestones {self.milestones}: give rising numbers above 0')
 

@@ -84,11 +84,15 @@ def of_weights(meta: dict[str, Any], gate: str | None, asked: Recipe, given: tup
     for name, value in known.items():
         if not _fits(value, hints[name]):
             raise UserError(f'the checkpoint says {name} {value!r}, which cannot be; give --{name}')
+    if foreign := [name for name in given if not hasattr(recipe, name)]:
+        raise UserError(f'--{foreign[0]} is no field of {recipe.name}, the recipe that the checkpoint was trained by; '
+                        'leave it out')
     recipe = replace(recipe, **known, **{name: getattr(asked, name) for name in given})
     if not recipe.model:
         raise UserError('the checkpoint does not say which model it is; give --model NAME')
     check_parts(recipe, given)
     return recipe
+
 
 def load_recipe(path: str) -> Recipe:
     """The recipe in a `recipe.json`. Raises UserError where there is none."""

@@ -96,6 +96,7 @@ class Task:
         self.classes: list[str] = []
         self.class_map: dict[str, int] | None = None
         self.trained: Sequence[str] = ()
+        self.trained_map: dict[str, int] | None = None
         self.resumed = False
 
     # ---- Data
@@ -127,11 +128,17 @@ class Task:
         """
         ours = next(filter(None, map(self.class_names, sources)), [])
         self.class_map = next((source.class_map for source in sources if getattr(source, 'class_map', None)), None)
+        if self.run.eval and self.trained_map and self.class_map != self.trained_map:
+            raise UserError(f'the checkpoint was trained with {"another" if self.class_map else "a"} --class_map '
+                            f'({labels.some(list(self.trained_map))}); give its file by --class_map')
         self.classes, order = self._decide_classes(ours)
         for source in sources if self.classes else ():
             names = self.class_names(source)
             if self.run.class_map or names == self.classes:
                 continue
+            if lost := labels.lacking(names, self.classes):
+                raise UserError(f'{len(lost)} of the classes of one half of the data ({labels.some(lost)}) are none of '
+                                f'{labels.some(self.classes)}; make both halves hold the same classes')
             if labels.find(names, self.classes) != list(range(len(names))):
                 if not hasattr(source, 'relabel'):
                     raise UserError(f'--data_set {self.recipe.data_set} numbers its classes in another order '
@@ -256,8 +263,8 @@ class Task:
         raise NotImplementedError
 
     def draw(self, image: Image.Image, result: Any, *, count: int = 5) -> Image.Image:
-        """An image with what was found in it."""
-        raise NotImplementedError
+        """An image with what was found in it. Raises UserError where the task cannot show that."""
+        raise UserError(f'{self.recipe.name}: its task draws no predictions; leave --draw out')
 
     def to_json(self, result: Any, *, count: int = 5) -> Any:
         """A prediction as JSON; where it is a ranking, its first `count` entries."""

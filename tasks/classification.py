@@ -31,7 +31,8 @@ from pipeline.augmentation import (
     refusing_bad_images,
     seed_image,
 )
-from pipeline.loaders import BadLabel, Position
+from pipeline.labels import BadLabel
+from pipeline.loaders import Position
 from pipeline.sources import ImageFiles, check_files, class_names, open_source
 from recipes import Classification as Recipe
 from recipes import Run

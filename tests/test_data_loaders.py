@@ -338,7 +338,8 @@ def test_corrupt_image_stops_the_run_by_name_or_is_replaced_and_counted(tmp_path
     broken.write_bytes(broken.read_bytes()[:600])
     recipe = replace(DIGITS, data_set='image_folder', total_batch_size=4)
     run = replace(run_of(total=4), data_path=str(tmp_path), num_workers=workers)
-    with pytest.raises(UserError, match=r'image 3, .*train/class0/3\.png, cannot be read .*--on_bad_image skip') as caught:
+    said = r'image 3, .*train/class0/3\.png, cannot be read .*--on_bad_image skip'
+    with pytest.raises(UserError, match=said) as caught:
         list(open_train(recipe, run).epoch(0))
     assert '\n' not in str(caught.value)
     skipping = replace(recipe, on_bad_image='skip')

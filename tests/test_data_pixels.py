@@ -17,6 +17,7 @@ from timm.data import auto_augment, create_transform
 
 from conftest import ROOT
 from pipeline import augmentation
+from pipeline.labels import BadLabel
 from recipes import RECIPES
 
 PHOTOS = [Image.fromarray(getattr(photos, name)()) for name in ('astronaut', 'chelsea', 'coffee', 'rocket')]
@@ -334,6 +335,14 @@ def test_any_error_over_an_image_says_its_type_in_one_line_and_an_interrupt_is_n
     assert isinstance(error, OSError) or type(error).__name__ in str(caught.value)
     with pytest.raises(KeyboardInterrupt), augmentation.refusing_bad_images():
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('error', [OSError(24, 'Too many open files'), OSError(12, 'no memory'), BadLabel('has label 7')],
+                         ids=repr)
+def test_what_the_machine_lacks_and_a_wrong_label_are_no_bad_image(error):
+    with pytest.raises(type(error)) as caught, augmentation.refusing_bad_images():
+        raise error
+    assert caught.value is error
 
 
 def test_a_header_that_promises_gigapixels_is_a_bad_image_at_once():

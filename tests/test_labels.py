@@ -19,7 +19,7 @@ from builders import make_image_folder
 from models import create_model
 from pipeline import labels
 from pipeline.files import read_ground_truth
-from pipeline.loaders import BadLabel
+from pipeline.labels import BadLabel
 from pipeline.sources import ImageFiles, TimmSource, check_files
 from recipes import RECIPES, Run
 from tasks.classification import Classification, read_real_labels, read_valid_labels
@@ -293,3 +293,44 @@ def test_odd_valid_labels_are_one_line(tmp_path, text):
         read_valid_labels(str(tmp_path / 'valid.txt'), recipe, ['a', 'b'])
     (tmp_path / 'valid.txt').write_text('\ufeff2\r\n0\r\n')
     assert read_valid_labels(str(tmp_path / 'valid.txt'), recipe, ['a', 'b']) == [2, 0]
+
+
+def trained_on(folder: Path, data: Path, *words: str) -> Path:
+    """A checkpoint of one update on a folder's images."""
+    base = [*runs.TINY, '--data_path', str(data), '--device', 'cpu', '--num_workers', '0', '--epochs', '1',
+            '--warmup_epochs', '0', '--total_batch_size', '6', '--batch_size', '6', '--disable_eval']
+    assert main.main([*base, '--output_dir', str(folder), *words]) == 0
+    return folder / 'checkpoint-last.pth'
+
+
+def test_data_that_shares_some_classes_with_the_model_is_refused_however_many_it_has(tmp_path, capsys):
+    for split in ('train', 'val'):
+        images(tmp_path / 'd' / split, {'ant': 3, 'bee': 3, 'cat': 3})
+        images(tmp_path / 'other' / split, {'bee': 3, 'cat': 3, 'zebra': 3})
+    checkpoint = trained_on(tmp_path / 'run', tmp_path / 'd')
+    assert main.main(['--eval', '--checkpoint', str(checkpoint), '--data_path', str(tmp_path / 'other'), '--device',
+                      'cpu', '--num_workers', '0', '--output_dir', str(tmp_path / 'e')]) == 2
+    assert "1 of the 3 classes of the data (zebra) are none of the model's 3 by the checkpoint" in capsys.readouterr().err
+
+
+def test_an_evaluation_wants_the_class_map_of_the_training(tmp_path, capsys):
+    for split in ('train', 'val'):
+        images(tmp_path / 'd' / split, {'ant': 3, 'bee': 3, 'cat': 3})
+    (tmp_path / 'map.txt').write_text('ant 0\nbee 0\ncat 1\n')
+    (tmp_path / 'other.txt').write_text('bee 0\ncat 0\nant 1\n')
+    checkpoint = trained_on(tmp_path / 'run', tmp_path / 'd', '--class_map', str(tmp_path / 'map.txt'))
+    words = ['--eval', '--checkpoint', str(checkpoint), '--data_path', str(tmp_path / 'd'), '--device', 'cpu',
+             '--num_workers', '0', '--output_dir', str(tmp_path / 'e')]
+    assert main.main([*words, '--class_map', str(tmp_path / 'map.txt')]) == 0
+    capsys.readouterr()
+    assert main.main([*words, '--class_map', str(tmp_path / 'other.txt')]) == 2
+    assert 'was trained with another --class_map (ant, bee, cat); give its file' in capsys.readouterr().err
+    assert main.main(words) == 2
+    assert 'was trained with a --class_map (ant, bee, cat); give its file' in capsys.readouterr().err
+
+
+def test_halves_of_a_foreign_set_with_other_classes_are_refused():
+    def source(names: list[str]) -> Any:
+        return TimmSource(SimpleNamespace(class_to_idx={name: i for i, name in enumerate(names)}))
+    with pytest.raises(UserError, match=r'1 of the classes of one half of the data \(d\) are none of a, b, c'):
+        task_of(None).learn_classes([source(['a', 'b', 'c']), source(['a', 'c', 'd'])])

@@ -238,7 +238,7 @@ def test_bad_images_are_named_and_the_others_answered(site: str, checkpoint: Pat
     (tmp_path / 'empty').mkdir()
     bad = {str(tmp_path / 'none.png'): 'No such file or directory', str(tmp_path / 'cut.jpg'): 'truncated',
            str(tmp_path / 'text.png'): 'is no image', str(tmp_path / 'huge.jpg'): 'DecompressionBombError',
-           str(tmp_path / 'empty'): 'no image lies below this folder',
+           str(tmp_path / 'empty'): 'is a folder without an image',
            f'{site}/none.png': 'HTTP Error 404', f'{site}/page.html': 'is no image',
            'http://127.0.0.1:1/picture.png': 'refused'}
     words = [str(word) for source in bad for word in (source, good)]

@@ -174,7 +174,7 @@ def _contend(folder: str, barrier: Any, results: Any) -> None:
 def test_of_many_starts_at_once_one_wins(left, dead, tmp_path):
     """Also where a dead owner's lock is there to be taken over."""
     context = multiprocessing.get_context('fork')
-    for round_ in range(3):
+    for round_ in range(6):
         folder = tmp_path / str(round_)
         if left:
             leave(folder, pid=dead)

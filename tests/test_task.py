@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+import main
 import predict
 import recipes
 import runs
 import tasks
-from angle_task import ROW, AngleRecipe, draw_bar
+from angle_task import ROW, AngleRecipe, Closeness, draw_bar
 from builders import differences, log_of, state_of
 from utils import UserError
 
@@ -123,3 +124,19 @@ def test_a_batch_moves_with_all_that_is_in_it():
     moved = batch.to(torch.device('meta'))
     assert len(moved) == 2 and moved.sizes == (4, 4)
     assert moved.images.is_meta and all(target['boxes'].is_meta for target in moved.targets)
+
+
+def test_a_flag_of_another_task_is_refused_beside_a_checkpoint(trained, capsys):
+    words = ['--checkpoint', str(trained / 'checkpoint-last.pth'), '--crop_pct', '0.9', '--device', 'cpu']
+    assert main.main(['--eval', *words]) == 2
+    assert '--crop_pct is no field of angle_tiny' in capsys.readouterr().err
+    with pytest.raises(UserError, match='--crop_pct is no field of angle_tiny'):
+        predict.main(['photo.png', *words])
+
+
+def test_the_first_value_of_a_metric_is_the_best_yet_also_below_zero(tmp_path, monkeypatch):
+    result = Closeness.result
+    monkeypatch.setattr(Closeness, 'result', lambda self, models: {
+        name: values | {'close': values['close'] - 200} for name, values in result(self, models).items()})
+    assert main.main([*WORDS, '--num_workers', '0', '--epochs', '1', '--output_dir', str(tmp_path)]) == 0
+    assert (tmp_path / 'checkpoint-best.pth').exists() and state_of(tmp_path)['best']['test_close'] < 0

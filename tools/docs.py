@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes import RECIPES, Recipe, Run, fit_batch
+from recipes import RECIPES, Classification, Run, fit_batch
 from recipes.imagenet import S
 from utils import UserError, run_cli, write_atomically
 
@@ -33,6 +33,8 @@ PUBLISHED_PARAMETERS = {'moganet_xtiny': '2.97', 'moganet_tiny': '5.20', 'mogane
 PUBLISHED_GMACS = {('moganet_xtiny', 224): '0.80', ('moganet_tiny', 224): '1.10', ('moganet_tiny', 256): '1.44',
                    ('moganet_small', 224): '4.97', ('moganet_base', 224): '9.93', ('moganet_large', 224): '15.9',
                    ('moganet_xlarge', 224): '34.5'}
+
+ROWS = [row for row in RECIPES.values() if isinstance(row, Classification)]  # those of these pages
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def count(model: str, size: int) -> dict[str, float]:
 def count_all() -> Costs:
     """Counts every model at every image size of its recipes."""
     sizes: dict[str, set[int]] = {}
-    for row in RECIPES.values():
+    for row in ROWS:
         sizes.setdefault(row.model, set()).update((row.input_size, row.test_size))
     return {model: {str(size): count(model, size) for size in sorted(chosen)} for model, chosen in sizes.items()}
 
@@ -68,7 +70,7 @@ def count_all() -> Costs:
 def load_costs() -> Costs:
     """The counts in docs.json. Raises UserError where there are none for a recipe."""
     costs = json.loads(COSTS.read_text()) if COSTS.exists() else {}
-    for row in RECIPES.values():
+    for row in ROWS:
         for size in (row.input_size, row.test_size):
             if str(size) not in costs.get(row.model, {}):
                 raise UserError(f'{COSTS.name} has no counts of {row.model} at {size} pixels; run tools/docs.py '
@@ -78,7 +80,7 @@ def load_costs() -> Costs:
 
 # ---- What is written ------------------------------------------------------------------------------------------------
 
-def most_images_per_second(row: Recipe, card: Card, costs: Costs) -> int:
+def most_images_per_second(row: Classification, card: Card, costs: Costs) -> int:
     """What a training step can take on a card, to two digits, upwards.
 
     The smaller of what its memory and its arithmetic allow. A step in fp32 moves twice the bytes, and has three times
@@ -91,7 +93,7 @@ def most_images_per_second(row: Recipe, card: Card, costs: Costs) -> int:
     return math.ceil(rate / digits) * digits
 
 
-def command(row: Recipe) -> str:
+def command(row: Classification) -> str:
     """The command line that trains a row on the hardware of the row."""
     gpus = int(row.hardware.split()[0]) if 'GPU' in row.hardware else 1
     words = ['python' if gpus == 1 else f'torchrun --nproc_per_node={gpus}', 'main.py',
@@ -103,7 +105,7 @@ def command(row: Recipe) -> str:
     return ' '.join(words)
 
 
-def block(row: Recipe, costs: Costs) -> str:
+def block(row: Classification, costs: Costs) -> str:
     """Command, batches and figures of a row. One that is at home on one device is not spread over several."""
     cost = costs[row.model][str(row.test_size)]
     accuracy = 'no accuracy was published' if row.expected_acc1 is None else f'top-1 {row.expected_acc1:.1f} %'
@@ -125,7 +127,7 @@ def block(row: Recipe, costs: Costs) -> str:
 def blocks(*suffixes: str) -> str:
     """The blocks of the rows whose names are a model's with one of these suffixes."""
     costs = load_costs()
-    rows = [row for row in RECIPES.values() if row.name.removeprefix(row.model) in suffixes]
+    rows = [row for row in ROWS if row.name.removeprefix(row.model) in suffixes]
     return '\n\n'.join(block(row, costs) for row in rows)
 
 
@@ -138,7 +140,7 @@ def results() -> str:
     def counted(value: str, published: str | None) -> str:
         return f'{value} ({published})' if published else value
 
-    for row in RECIPES.values():
+    for row in ROWS:
         if row.expected_acc1 is None or row.data_set != 'image_folder':
             continue
         cost = costs[row.model][str(row.test_size)]

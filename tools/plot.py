@@ -47,7 +47,12 @@ class RunLog:
 
     folder: Path
     recipe: dict[str, Any]
-    entries: list[dict[str, Any]]  # of log.txt: one an epoch
+    entries: list[dict[str, Any]]  # of log.txt: one an epoch, or one every --val_steps updates
+
+    @property
+    def by_epoch(self) -> bool:
+        """Whether the log has an entry an epoch."""
+        return len({entry['epoch'] for entry in self.entries}) == len(self.entries)
 
     @property
     def kind(self) -> type[Recipe]:
@@ -63,19 +68,20 @@ class RunLog:
             length, unit, done = self.recipe['updates'], 'updates', last['step']
         return f'finished, {done} {unit}' if done >= length else f'{done} of {length} {unit}'
 
-    def series(self, column: str) -> tuple[list[int], list[float]]:
-        """A column of the log: the epochs (from 1) that have a finite value in it, and the values."""
-        pairs = [(entry['epoch'] + 1, value) for entry in self.entries
+    def series(self, column: str, *, by_epoch: bool) -> tuple[list[int], list[float]]:
+        """A column of the log: the epochs (from 1) or updates that have a finite value in it, and the values."""
+        pairs = [(entry['epoch'] + 1 if by_epoch else entry['step'], value) for entry in self.entries
                  if (value := entry.get(column)) is not None and math.isfinite(value)]
-        return [epoch for epoch, _ in pairs], [value for _, value in pairs]
+        return [place for place, _ in pairs], [value for _, value in pairs]
 
     def accuracies(self, column: str) -> tuple[str, str]:
         """The best value of a column with its epoch, and the last, as text."""
-        epochs, values = self.series(column)
+        places, values = self.series(column, by_epoch=self.by_epoch)
         if not values:
             return '-', '-'
         best = max(values)
-        return f'{best:.2f} (epoch {epochs[values.index(best)]})', f'{values[-1]:.2f}'
+        unit = 'epoch' if self.by_epoch else 'update'
+        return f'{best:.2f} ({unit} {places[values.index(best)]})', f'{values[-1]:.2f}'
 
 
 def read_run(folder: Path) -> RunLog:
@@ -142,7 +148,8 @@ def draw(runs: Sequence[RunLog], names: Sequence[str]) -> 'Figure':
     figure.get_layout_engine().set(hspace=0.06, wspace=0.03)
     looks = [{'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[i // len(COLOURS) % len(MARKERS)]}
              for i in range(len(runs))]
-    ends = [run.entries[-1]['epoch'] + 1 for run in runs if run.entries]
+    by_epoch = all(run.by_epoch for run in runs)
+    ends = [run.entries[-1]['epoch'] + 1 if by_epoch else run.entries[-1]['step'] for run in runs if run.entries]
     averages = False
     for axes, (title, factor, columns, least_top) in zip(figure.subplots(2, 3).flat, panels(runs[0].kind),
                                                             strict=True):
@@ -150,7 +157,7 @@ def draw(runs: Sequence[RunLog], names: Sequence[str]) -> 'Figure':
         settled = []  # values after the first fifth of the shortest run, which would leave the rest a flat line
         for run, look in zip(runs, looks, strict=True):
             for column, style in columns.items():
-                epochs, values = run.series(column)
+                epochs, values = run.series(column, by_epoch=by_epoch)
                 axes.plot(epochs, [factor * value for value in values], style, **look, linewidth=1.5, markersize=3.5,
                           markerfacecolor='white' if style == '--' else look['color'],
                           markevery=max(1, len(epochs) // 15))
@@ -170,7 +177,7 @@ def draw(runs: Sequence[RunLog], names: Sequence[str]) -> 'Figure':
             margin = 0.05 * (max(settled) - min(settled))
             axes.set_ylim(min(settled) - margin, max(settled) + margin)
     for axes in figure.axes[3:]:
-        axes.set_xlabel('epoch')
+        axes.set_xlabel('epoch' if by_epoch else 'update')
     handles = [Line2D([], [], **look, label=name) for look, name in zip(looks, names, strict=True)]
     if averages:
         handles += [Line2D([], [], color='0.4', linestyle=style, marker='o', markerfacecolor=face, label=label) for

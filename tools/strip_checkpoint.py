@@ -5,6 +5,7 @@
 What it prints last is the file's SHA-256, for the page it is offered on: `--checkpoint URL#sha256=...` checks it.
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--weights', choices=('auto', 'raw', 'ema'), default='auto',
                         help='auto: the average where there is one')
     args = parser.parse_args(argv)
+    if args.output.exists() and os.path.exists(args.checkpoint) and args.output.samefile(args.checkpoint):
+        raise UserError(f'{args.output} is the checkpoint itself, the rest of which would be lost; give another file')
     weights = load_weights(args.checkpoint, args.weights)
     kept = {key: weights.meta[key] for key in ('epoch', 'classes', 'recipe') if key in weights.meta}
     payload = {'model': weights.state_dict, 'which': weights.which, 'gate': weights.gate,

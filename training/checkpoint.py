@@ -280,7 +280,7 @@ class CheckpointFolder:
         """
         thread, self._thread = self._thread, None
         if thread is not None:
-            with waiting_for(f'the write of a checkpoint into {self.folder}'):
+            with waiting_for(f'the write of a checkpoint into {self.folder}', saving=True):
                 thread.join(WRITE_PATIENCE)
             if thread.is_alive():
                 raise UserError(f'the disk of {self.folder} has not taken a checkpoint for {WRITE_PATIENCE:g} s; see '

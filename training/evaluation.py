@@ -19,6 +19,7 @@ import utils
 from models.weights import Weights, apply_weights, classes_of, load_weights
 from pipeline import labels
 from recipes import Recipe, Run
+from recipes.command_line import check_data_path
 from tasks import Task, create_task
 from training.start import adapt_to_device, compile_errors, prepare_model
 from utils import UserError, log
@@ -83,13 +84,13 @@ def load_task(source: str, recipe: Recipe, run: Run, device: torch.device) -> tu
 def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], run: Run,
                  processes: utils.Processes) -> dict[str, Any]:
     """Evaluates what `find_recipe` found. Returns what eval.json holds."""
-    recipe = adapt_to_device(recipe, run, processes.device)
+    recipe = adapt_to_device(dataclasses.replace(recipe, sync_bn=False), run, processes.device)
+    check_data_path(recipe, run)  # of the checkpoint's own data set
     task = create_task(recipe, run)
-    task.trained = labels.known_names(meta.get('classes'))
+    task.trained, task.trained_map = labels.known_names(meta.get('classes')), meta.get('class_map')
     loaders = datasets.build_loaders(task, run, rank=processes.rank, device=processes.device, splits=('val',))
     recipe = task.recipe
-    check_classes(task.classes, task.trained if weights and weights.format == 'training' else (), run,
-                  num_classes=recipe.num_classes)
+    check_classes(task.classes, task.trained, run, num_classes=recipe.num_classes)
     model = prepare_model(task, run, processes.device, pretrained=weights is None)
     which = 'pretrained'
     if weights is not None:
@@ -150,9 +151,9 @@ def check_classes(ours: list[str], known: Sequence[str], run: Run, *, num_classe
     if len(ours) < num_classes:
         log.warning('The data has %d classes, the model %d: say which by --valid_labels FILE or --class_map FILE, else '
                     "they are taken for the model's first.", len(ours), num_classes)
-    elif known and list(known) != ours:
-        log.warning('The data has other classes (%s, ...) than the checkpoint was trained on (%s, ...), and labels are '
-                    'positions in the sorted names: rename the folders, or give --class_map FILE.', ours[0], known[0])
+    elif known and labels.find(ours, known) != list(range(len(ours))):
+        log.warning('The data has other classes (%s, ...) than the checkpoint was trained on (%s, ...), and they are '
+                    'taken one for one: rename the folders, or give --class_map FILE.', ours[0], known[0])
 
 
 def evaluation_folder(source: str | None, model: str) -> Path:

@@ -123,16 +123,25 @@ class Lock:
             os.fsync(self._file)  # on a network file system, the others see it only then
 
     def _remove(self, token: str) -> None:
-        """Removes the lock of a dead owner, and no other's: another start may have taken it over meanwhile."""
-        aside = self._path.with_name(f'{NAME}.{self._facts["token"]}')
+        """Removes the lock of a dead owner, and no other's: another start may have taken it over meanwhile.
+
+        One start at a time may do that, the one that makes a file beside the lock.
+        """
+        guard = self._path.with_name(f'{NAME}.takeover')
         try:
-            os.rename(self._path, aside)
-        except FileNotFoundError:
+            os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            maker = _read(guard)
+            if maker is not None and self._age(maker) >= SILENCE:  # it died in the middle of this
+                guard.unlink(missing_ok=True)
+            time.sleep(0.01)
             return
-        if (moved := _read(aside)) is not None and moved.get('token', '') != token:
-            with contextlib.suppress(OSError):
-                os.link(aside, self._path)
-        aside.unlink(missing_ok=True)
+        try:
+            owner = _read(self._path)
+            if owner is not None and owner.get('token', '') == token:
+                self._path.unlink(missing_ok=True)
+        finally:
+            guard.unlink(missing_ok=True)
 
     def _age(self, owner: dict[str, Any]) -> float:
         """Seconds since the owner's heartbeat, by the clock of the file system, which all hosts share."""
@@ -147,8 +156,8 @@ class Lock:
         while not self._released.wait(BEAT):
             with contextlib.suppress(OSError):  # a network file system that is away for a while
                 if self._is_lost():
-                    to_stderr(f'error: {self._path.parent} was taken over while this process was silent for more than '
-                              f'{SILENCE:g} s: ended; its new owner is {_describe(_read(self._path) or {})}')
+                    to_stderr(f'error: {self._path.parent} was taken over by {_describe(_read(self._path) or {})}, a '
+                              f'start of the same job or one after {SILENCE:g} s of silence: ended')
                     os._exit(1)
                 self._write()
 

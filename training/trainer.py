@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import math
 import signal as signals
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,12 +76,11 @@ def _train(recipe: Recipe, run: Run, processes: utils.Processes, observer: Obser
         same = start is not None and len(start['local']['sums']) == run.world_size
         # Another micro-batch would not be bit for bit the same
         size = start['micro_batch_size'] if same else starting.find_micro_batch(task, run, processes)
-        run = recipes.fit_batch(recipe, dataclasses.replace(run, batch_size=size))
+        task.run = run = recipes.fit_batch(recipe, dataclasses.replace(run, batch_size=size))
     splits = ('train',) if run.disable_eval else ('train', 'val')
     loaders = datasets.build_loaders(task, run, rank=processes.rank, device=processes.device, splits=splits)
     total = loaders.train.total_updates
-    if (recipe.warmup_steps or 0) > total:
-        raise UserError(f'--warmup_steps {recipe.warmup_steps} is longer than the run of {total} updates')
+    check_schedule(optim_factory.schedule_of(recipe, updates_per_epoch=loaders.train.updates_per_epoch))
     with utils.StopRequest(processes, run.stop_signals) as stop, starting.compile_errors():
         try:
             model = starting.prepare_model(task, run, processes.device, initial=initial,
@@ -97,6 +97,17 @@ def _train(recipe: Recipe, run: Run, processes: utils.Processes, observer: Obser
             loaders.close()
 
 
+def check_schedule(schedule: optim_factory.Schedule) -> None:
+    """Refuses a schedule of which a part would never be reached. Raises UserError."""
+    total = schedule.total_updates
+    if schedule.warmup_updates > total:
+        raise UserError(f'the warm-up of {schedule.warmup_updates} updates is longer than the run of {total} updates; '
+                        'give a smaller --warmup_steps or --warmup_epochs')
+    if schedule.milestones and schedule.milestones[-1] >= total:
+        raise UserError(f'the last of --milestones is at update {schedule.milestones[-1]}, and the run has {total}; '
+                        'give milestones within it')
+
+
 def announce(task: Task, run: Run, state: TrainState, processes: utils.Processes, *, total: int) -> None:
     """Says in the log what is about to be trained, and warns of what will hardly work in so few updates."""
     recipe, updates = task.recipe, state.updates_per_epoch
@@ -109,8 +120,8 @@ def announce(task: Task, run: Run, state: TrainState, processes: utils.Processes
              'es' if run.world_size > 1 else '', run.batch_size, run.update_freq, 's' if run.update_freq > 1 else '',
              recipe.precision, processes.device)
     if (run.finetune or run.pretrained) and total < MIN_FINETUNE_UPDATES:
-        log.warning('Only %d updates: fine-tuning wants %d or more. Raise --epochs or lower --total_batch_size.', total,
-                    MIN_FINETUNE_UPDATES)
+        log.warning('Only %d updates: fine-tuning wants %d or more. Raise --%s or lower --total_batch_size.', total,
+                    MIN_FINETUNE_UPDATES, 'epochs' if recipe.updates is None else 'updates')
     horizon = 1 / (1 - recipe.model_ema_decay)
     if recipe.model_ema and horizon > total:
         log.warning('The moving average looks back %.0f updates, but the run has %d: it will still hold initial '
@@ -297,7 +308,7 @@ class Training:
         for suffix, result in results.items():
             entry |= {f'test_{name}{suffix}': result[name] for name in self.recipe.metrics}
             best = f'test_{self.recipe.best}{suffix}'
-            if entry[best] > self.state.best.get(best, -1.0):
+            if entry[best] > self.state.best.get(best, -math.inf):
                 self.state.best[best] = entry[best]
                 improved.add(suffix)
             if self.complete and self.processes.first:
@@ -321,7 +332,7 @@ class Training:
         if self.processes.host_group is None:
             return written
         flag = torch.tensor(int(written))
-        with utils.waiting_for('the last checkpoint of rank 0'):
+        with utils.waiting_for('the last checkpoint of rank 0', saving=True):
             dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.processes.host_group)
         return bool(flag)
 
