@@ -428,8 +428,8 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
         raise UserError(
             f'{weights.source}: weights{is_of} do not fit {name_of(model)}: of its {len(backbone(ours))} tensors '
             f'{len(backbone(matched))} match, {len(backbone(missing))} are missing, {len(backbone(wrong_shape))} of '
-            f'another shape{f" ({_some(lost)})" if lost else ""}, and {len(unexpected)} of the file have no place; give the --model '
-            'the file was made with, and its --model_kwargs')
+            f'another shape{f" ({_some(lost)})" if lost else ""}, and {len(unexpected)} of the file have no place; '
+            'give the --model the file was made with, and its --model_kwargs')
     lacking = [name for name in (*wrong_shape, *missing) if name in of_head]
     if lacking and not drop_classifier:
         has = ' x '.join(map(str, given[lacking[0]].shape)) if lacking[0] in given else 'none'

@@ -109,8 +109,8 @@ class Recipe:
     opt_betas: tuple[float, float] = doc((0.9, 0.999), 'betas of AdamW and LAMB')
     momentum: float = doc(0.9, 'momentum of SGD', RATE, BELOW_ONE)
     param_groups: Literal['ours', 'authors', 'authors_layers', 'all'] = doc(
-        'ours', "rule by which parameters share a learning rate and a weight decay (optim_factory.RULES); the others are "
-                "of the authors' dense models", flag=False)
+        'ours', 'rule by which parameters share a learning rate and a weight decay (optim_factory.RULES); the others '
+                "are of the authors' dense models", flag=False)
     lr: float = doc(1e-3, 'peak learning rate', NOT_NEGATIVE)
     scale_lr: bool = doc(False, "scale lr and min_lr linearly from the row's total batch to the one given")
     min_lr: float = doc(1e-5, 'learning rate of the last update; step does not go below it', NOT_NEGATIVE)

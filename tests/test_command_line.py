@@ -570,3 +570,23 @@ def test_what_the_machine_runs_out_of_is_one_line(number, cure, monkeypatch, cap
 
     monkeypatch.setattr(trainer, 'train', fail)
     assert cure in refusal([*TINY, '--data_set', 'fake'], capsys)
+
+
+@pytest.mark.parametrize('words, said', [
+    ('--updates 3 --epochs none --warmup_epochs 5', 'the warm-up of 50 updates is longer than the run of 3 updates'),
+    ('--sched step --milestones 400', 'the last of --milestones is at update 4000, and the run has 10'),
+    ('--power 2', '--power goes with --sched poly'), ('--gamma 0.5', '--gamma goes with --sched step')])
+def test_a_schedule_of_which_a_part_would_do_nothing_is_refused(words, said, tmp_path, capsys):
+    base = [*TINY, '--data_set', 'fake', '--num_classes', '3', '--num_workers', '0', '--total_batch_size', '8',
+            '--epochs', '1', '--warmup_epochs', '0', '--disable_eval', '--output_dir', str(tmp_path / 'run')]
+    assert said in refusal([*base, *words.split()], capsys)
+
+
+def test_the_digits_of_a_checkpoint_are_not_evaluated_in_place_of_a_folder(tmp_path, data, capsys):
+    words = ['--recipe', 'moganet_xtiny_digits', *TINY[2:], '--epochs', '1', '--warmup_epochs', '0', '--num_workers',
+             '0', '--disable_eval', '--output_dir', str(tmp_path / 'run'), '--total_batch_size', '700', '--batch_size',
+             '350']
+    assert main.main(words) == 0
+    for flag in ('--data_path', '--eval_data_path'):
+        assert '--data_set digits reads no --data_path' in refusal(
+            ['--eval', '--checkpoint', str(tmp_path / 'run' / 'checkpoint-last.pth'), flag, str(data)], capsys)

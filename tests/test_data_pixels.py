@@ -337,8 +337,8 @@ def test_any_error_over_an_image_says_its_type_in_one_line_and_an_interrupt_is_n
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize('error', [OSError(24, 'Too many open files'), OSError(12, 'no memory'), BadLabel('has label 7')],
-                         ids=repr)
+@pytest.mark.parametrize('error', [OSError(24, 'Too many open files'), OSError(12, 'no memory'),
+                                   BadLabel('has label 7')], ids=repr)
 def test_what_the_machine_lacks_and_a_wrong_label_are_no_bad_image(error):
     with pytest.raises(type(error)) as caught, augmentation.refusing_bad_images():
         raise error

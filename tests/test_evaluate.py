@@ -421,6 +421,9 @@ def test_classes_that_are_not_the_models_are_warned_of(data: Path, tmp_path: Pat
     assert 'The data has' not in capsys.readouterr().out
     payload = torch.load(tmp_path / 'file')
     torch.save({**payload, 'classes': ['ant', *payload['classes'][1:]]}, tmp_path / 'file')
+    assert '1 of the 6 classes of the data (class0) are none' in refusal(['--checkpoint', str(tmp_path / 'file'),
+                                                                         *flags(data)], capsys)
+    torch.save({**payload, 'classes': ['ant', 'bee', 'cat', 'dog', 'emu', 'fox']}, tmp_path / 'file')
     evaluate(data, tmp_path, '--checkpoint', tmp_path / 'file')
     assert 'other classes (class0, ...) than the checkpoint was trained on (ant, ...)' in capsys.readouterr().out
     torch.save(state_of(0), tmp_path / 'file')

@@ -197,6 +197,15 @@ def test_stripped_checkpoint_holds_the_chosen_weights_and_no_optimizer(
     assert capsys.readouterr().out.splitlines()[-1] == f'sha256 {hashlib.sha256(output.read_bytes()).hexdigest()}'
 
 
+def test_a_checkpoint_is_not_stripped_over_itself(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / 'link').hardlink_to(checkpoint)
+    before = checkpoint.read_bytes()
+    for output in (checkpoint, tmp_path / 'link'):
+        with pytest.raises(UserError, match='is the checkpoint itself'):
+            strip_checkpoint.main([str(checkpoint), str(output)])
+    assert checkpoint.read_bytes() == before
+
+
 def test_stripping_keeps_what_a_foreign_file_says(tmp_path: Path, output: Path) -> None:
     mmcv_file(tmp_path / 'file', seeded(1), seeded(0))
     strip_checkpoint.main([str(tmp_path / 'file'), str(output)])

@@ -310,7 +310,8 @@ def test_data_that_shares_some_classes_with_the_model_is_refused_however_many_it
     checkpoint = trained_on(tmp_path / 'run', tmp_path / 'd')
     assert main.main(['--eval', '--checkpoint', str(checkpoint), '--data_path', str(tmp_path / 'other'), '--device',
                       'cpu', '--num_workers', '0', '--output_dir', str(tmp_path / 'e')]) == 2
-    assert "1 of the 3 classes of the data (zebra) are none of the model's 3 by the checkpoint" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 of the 3 classes of the data (zebra) are none of the model's 3 by the checkpoint" in said
 
 
 def test_an_evaluation_wants_the_class_map_of_the_training(tmp_path, capsys):

@@ -119,6 +119,16 @@ def test_what_cannot_be_is_refused_with_the_cure(trained, tmp_path, monkeypatch)
         plot.main([str(trained), '--output', str(tmp_path / 'x')])
 
 
+def test_a_log_of_several_entries_an_epoch_is_drawn_over_the_updates(trained):
+    run = plot.read_run(trained)
+    log = [{'epoch': 0, 'step': step, 'test_acc1': float(step)} for step in (5, 10, 12)]
+    several = dataclasses.replace(run, entries=log)
+    axes = plot.draw([several], ['several']).axes
+    assert axes[2].lines[0].get_xdata().tolist() == [5, 10, 12] and axes[3].get_xlabel() == 'update'
+    assert several.accuracies('test_acc1') == ('12.00 (update 12)', '12.00')
+    assert plot.draw([run], ['run']).axes[3].get_xlabel() == 'epoch'
+
+
 @pytest.mark.parametrize(('paths', 'names'), [
     (['/a/runs/small'], ['small']),
     (['/a/small', '/a/tiny'], ['small', 'tiny']),

@@ -569,6 +569,32 @@ def test_a_disk_that_never_answers_ends_the_run_with_a_line(command, tmp_path):
     assert 'for the write of a checkpoint into' in job.text() and 'after SIGTERM' in job.text()
 
 
+def test_a_second_signal_does_not_cut_the_save_that_the_first_asked_for(command, uninterrupted, tmp_path):
+    """A warning before the time limit, and SIGTERM seconds later: the disk takes longer than a second signal waits."""
+    folder = tmp_path / 'run'
+    job = start(command(folder), tmp_path / 'out.txt', before=SHORT.format(first=60, second=0.5) + '''
+import os, time
+flush, slept = os.fsync, []
+def slow(descriptor):
+    if 'checkpoint-' in os.readlink(f'/proc/self/fd/{descriptor}') and not slept:
+        slept.append(1)
+        print('writing', flush=True)
+        time.sleep(4)
+    flush(descriptor)
+os.fsync = slow
+def observe(state):
+    if state.step == 2:
+        os.kill(os.getpid(), 10)
+''')
+    job.wait_for('writing')
+    time.sleep(1.2)
+    job.kill(number=signal.SIGTERM)
+    assert job.wait(timeout=60) == [128 + signal.SIGUSR1], job.text()
+    assert state_of(folder)['step'] == 2
+    run(command(folder), tmp_path / 'rest.txt')
+    assert_same_run(folder, uninterrupted(1))
+
+
 def test_signs_of_life_keep_a_run_from_being_ended_however_long_it_takes_after_a_signal(monkeypatch):
     """Batches, updates and pieces of a checkpoint: here, a tenth of a second apart, for three times the limit."""
     ended = []

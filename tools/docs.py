@@ -34,7 +34,9 @@ PUBLISHED_GMACS = {('moganet_xtiny', 224): '0.80', ('moganet_tiny', 224): '1.10'
                    ('moganet_small', 224): '4.97', ('moganet_base', 224): '9.93', ('moganet_large', 224): '15.9',
                    ('moganet_xlarge', 224): '34.5'}
 
-ROWS = [row for row in RECIPES.values() if isinstance(row, Classification)]  # those of these pages
+def all_rows() -> list[Classification]:
+    """The rows of these pages."""
+    return [row for row in RECIPES.values() if isinstance(row, Classification)]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def count(model: str, size: int) -> dict[str, float]:
 def count_all() -> Costs:
     """Counts every model at every image size of its recipes."""
     sizes: dict[str, set[int]] = {}
-    for row in ROWS:
+    for row in all_rows():
         sizes.setdefault(row.model, set()).update((row.input_size, row.test_size))
     return {model: {str(size): count(model, size) for size in sorted(chosen)} for model, chosen in sizes.items()}
 
@@ -70,7 +72,7 @@ def count_all() -> Costs:
 def load_costs() -> Costs:
     """The counts in docs.json. Raises UserError where there are none for a recipe."""
     costs = json.loads(COSTS.read_text()) if COSTS.exists() else {}
-    for row in ROWS:
+    for row in all_rows():
         for size in (row.input_size, row.test_size):
             if str(size) not in costs.get(row.model, {}):
                 raise UserError(f'{COSTS.name} has no counts of {row.model} at {size} pixels; run tools/docs.py '
@@ -127,7 +129,7 @@ def block(row: Classification, costs: Costs) -> str:
 def blocks(*suffixes: str) -> str:
     """The blocks of the rows whose names are a model's with one of these suffixes."""
     costs = load_costs()
-    rows = [row for row in ROWS if row.name.removeprefix(row.model) in suffixes]
+    rows = [row for row in all_rows() if row.name.removeprefix(row.model) in suffixes]
     return '\n\n'.join(block(row, costs) for row in rows)
 
 
@@ -140,7 +142,7 @@ def results() -> str:
     def counted(value: str, published: str | None) -> str:
         return f'{value} ({published})' if published else value
 
-    for row in ROWS:
+    for row in all_rows():
         if row.expected_acc1 is None or row.data_set != 'image_folder':
             continue
         cost = costs[row.model][str(row.test_size)]
