@@ -54,8 +54,10 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
 
 def _conv(in_channels: int, channels: int, kernel: int, *, stride: int = 1, relu: bool = False) -> nn.Sequential:
     """A convolution that keeps the size, up to its stride; the released files call it `conv`."""
-    layers = [('conv', nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2))]
-    return nn.Sequential(OrderedDict(layers + [('relu', nn.ReLU(inplace=True))] * relu))
+    layers = OrderedDict(conv=nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2))
+    if relu:
+        layers['relu'] = nn.ReLU(inplace=True)
+    return nn.Sequential(layers)
 
 
 class FPN(nn.Module):
@@ -190,7 +192,7 @@ class RetinaNet(nn.Module):
         for stage in stages:
             stage.grad_checkpointing = enable
         if not stages:
-            self.backbone.set_grad_checkpointing(enable)
+            getattr(self.backbone, 'model', self.backbone).set_grad_checkpointing(enable)  # timm wraps some
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Images [B, 3, H, W] -> the pyramid's five levels [B, channels, H / 8, W / 8] ... [.., H / 128, W / 128]."""
