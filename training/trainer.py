@@ -80,7 +80,7 @@ def _train(recipe: Recipe, run: Run, processes: utils.Processes, observer: Obser
     splits = ('train',) if run.disable_eval else ('train', 'val')
     loaders = datasets.build_loaders(task, run, rank=processes.rank, device=processes.device, splits=splits)
     total = loaders.train.total_updates
-    check_schedule(optim_factory.schedule_of(recipe, updates_per_epoch=loaders.train.updates_per_epoch))
+    check_schedule(recipe, loaders.train.updates_per_epoch)
     with utils.StopRequest(processes, run.stop_signals) as stop, starting.compile_errors():
         try:
             model = starting.prepare_model(task, run, processes.device, initial=initial,
@@ -97,12 +97,14 @@ def _train(recipe: Recipe, run: Run, processes: utils.Processes, observer: Obser
             loaders.close()
 
 
-def check_schedule(schedule: optim_factory.Schedule) -> None:
+def check_schedule(recipe: Recipe, updates_per_epoch: int) -> None:
     """Refuses a schedule of which a part would never be reached. Raises UserError."""
-    total = schedule.total_updates
-    if schedule.warmup_updates > total:
-        raise UserError(f'the warm-up of {schedule.warmup_updates} updates is longer than the run of {total} updates; '
-                        'give a smaller --warmup_steps or --warmup_epochs')
+    schedule = optim_factory.schedule_of(recipe, updates_per_epoch=updates_per_epoch)
+    total, warmup = schedule.total_updates, schedule.warmup_updates
+    if warmup > total:
+        flag = f'--warmup_epochs {recipe.warmup_epochs:g}, or {warmup} updates,' if recipe.warmup_steps is None else (
+            f'--warmup_steps {warmup}')
+        raise UserError(f'{flag} is longer than the run of {total} updates; give less')
     if schedule.milestones and schedule.milestones[-1] >= total:
         raise UserError(f'the last of --milestones is at update {schedule.milestones[-1]}, and the run has {total}; '
                         'give milestones within it')
