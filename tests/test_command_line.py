@@ -573,7 +573,7 @@ def test_what_the_machine_runs_out_of_is_one_line(number, cure, monkeypatch, cap
 
 
 @pytest.mark.parametrize('words, said', [
-    ('--updates 3 --epochs none --warmup_epochs 5', '--warmup_epochs 5, or 50 updates, is longer than the run of 3 updates'),
+    ('--updates 3 --epochs none --warmup_epochs 5', '--warmup_epochs 5, or 50 updates, is longer than the run of 3'),
     ('--sched step --milestones 400', 'the last of --milestones is at update 4000, and the run has 10'),
     ('--power 2', '--power goes with --sched poly'), ('--gamma 0.5', '--gamma goes with --sched step')])
 def test_a_schedule_of_which_a_part_would_do_nothing_is_refused(words, said, tmp_path, capsys):
