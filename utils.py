@@ -2,6 +2,7 @@
 
 torch is imported inside the functions that need it, so that the command line answers without it.
 """
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -17,6 +18,7 @@ import re
 import select
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import threading
@@ -208,7 +210,6 @@ class Processes:
     device: 'torch.device'
     rank: int = 0
     world_size: int = 1
-    host_group: Any = None  # gloo, for what travels between the hosts without waiting for a device
 
     @property
     def first(self) -> bool:
@@ -238,6 +239,34 @@ def choose_device(name: str, local_rank: int = 0) -> 'torch.device':
     return device
 
 
+def interface_to(address: str) -> str | None:
+    """The network interface by which this host reaches an address; None where that is the loopback, or unknown."""
+    with contextlib.suppress(ImportError, OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        import fcntl
+        probe.connect((address, 9))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in () if own.startswith('127.') else socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                request = struct.pack('256s', name.encode())
+                if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24]) == own:  # SIOCGIFADDR
+                    return name
+    return None
+
+
+def _choose_interface(world_size: int) -> None:
+    """Lets gloo listen where the other nodes can reach it.
+
+    It takes the address of the host's own name, which Debian and Ubuntu map to 127.0.1.1.
+    """
+    here = number_of('LOCAL_WORLD_SIZE', 0)
+    if os.environ.get('GLOO_SOCKET_IFNAME') or here == world_size:
+        return
+    # On the node of rank 0 MASTER_ADDR may be such a name; an address that is nobody's follows the default route
+    name = interface_to(os.environ['MASTER_ADDR']) or (interface_to('192.0.2.1') if here else None)
+    if name:
+        os.environ['GLOO_SOCKET_IFNAME'] = name
+
+
 def init_processes(device: str) -> Processes:
     """Joins the process group that the launcher's environment describes (torchrun's variables); alone without one.
 
@@ -253,20 +282,32 @@ def init_processes(device: str) -> Processes:
     # A rank that dies closes its connections, or its launcher stops the others, long before
     patience = datetime.timedelta(seconds=RANK_PATIENCE)
     try:
+        if chosen.type != 'cuda':
+            _choose_interface(world_size)
         dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=patience,
                                 device_id=chosen if chosen.type == 'cuda' else None)
-        host_group = dist.new_group(backend='gloo', timeout=patience)
     except (dist.DistError, ValueError) as error:  # of the store and the network; of an address that is none
         raise UserError(f'the {world_size} processes cannot meet at {os.environ.get("MASTER_ADDR")}:'
                         f'{os.environ.get("MASTER_PORT")} ({reason_of(error)[:200]}): give a MASTER_PORT that is free '
                         'on the node of rank 0, and see that all ranks are started and reach it') from None
-    return Processes(device=chosen, rank=dist.get_rank(), world_size=world_size, host_group=host_group)
+    return Processes(device=chosen, rank=dist.get_rank(), world_size=world_size)
 
 
 def leave_processes() -> None:
-    """Leaves the process group, once all that was to be exchanged has been. Not for a rank that failed: it may hang."""
+    """Leaves the process group, once all that was to be exchanged has been. Not for a rank that failed: it may hang.
+
+    Rank 0 leaves last: without torchrun the store goes with it, in which another rank may still be reading.
+    """
+    import datetime
+
     import torch.distributed as dist
     if dist.is_initialized():
+        store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+        if rank:
+            store.set(f'moganet/left {rank}', '')
+        else:
+            store.wait([f'moganet/left {other}' for other in range(1, dist.get_world_size())],
+                       datetime.timedelta(seconds=RANK_PATIENCE))
         dist.destroy_process_group()
 
 
@@ -276,7 +317,7 @@ def _wait_for_rank_zero(store: Any, key: str) -> None:
 
     import torch.distributed as dist
     try:
-        with waiting_for(f'rank 0 ({key})'):
+        with waiting_for(f'rank 0 ({key})', saving=key == 'moganet/written'):
             store.wait([key], datetime.timedelta(seconds=STORE_PATIENCE))
     except dist.DistStoreError:
         raise UserError(f'rank 0 has not come on for {STORE_PATIENCE} s (the others wait for its {key}): start again, '
@@ -334,22 +375,34 @@ def claim_error(rank: int) -> bool:
     import torch.distributed as dist
     if not dist.is_initialized():
         return True
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        return store.compare_set('moganet/error', '', str(rank)) == str(rank).encode()
-    except Exception:  # the store went with the rank that held it, and that rank has shown its error
-        return False
+    first = True  # where the store does not answer: this node is cut off from it
+
+    def ask() -> None:
+        nonlocal first
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            first = store.compare_set('moganet/error', '', str(rank)) == str(rank).encode()
+        except Exception:  # the store went with the rank that held it, and that rank has shown its error
+            first = False
+
+    asking = threading.Thread(target=ask, daemon=True)  # the call itself has no limit
+    asking.start()
+    asking.join(timeout=ERROR_PATIENCE)
+    return first
 
 
 # ---- Waits, and their end -------------------------------------------------------------------------------------------
 
 # Seconds after which a wait ends. CONTRIBUTING.md lists all waits; a test finds those that have no limit
 RANK_PATIENCE = 3600.0  # for another rank, which may be saving to a slow disk
+ERROR_PATIENCE = 10.0  # for the store, by a rank that has failed
 STORE_PATIENCE = 86400.0  # for rank 0 while it builds an index or downloads
 WRITE_PATIENCE = 3600.0  # for the write of a checkpoint
 STALL = 7200.0  # without a sign of life from the training; above all those that it may wait for
 STOP_PATIENCE = 600.0  # without a sign of life after a signal to stop
 SECOND_PATIENCE = 10.0  # without a sign of life after a second one
+
+CUDA_LEAD = 2  # updates that the host may run ahead of its device where there are several
 
 _signs = 0  # of life
 _waits: list[tuple[str, bool]] = []  # what the main thread waits for, the innermost last, and whether it is saved
@@ -377,10 +430,12 @@ def waiting_for(what: str, *, saving: bool = False) -> Iterator[None]:
 
 
 class StopRequest:
-    """Requests to stop, by signal to any rank, on which all ranks agree without waiting for the device.
+    """Requests to stop, by signal to any rank, on which all ranks agree.
 
-    Every update the ranks start to combine their flags on the host and look at what the update before brought; so all
-    see a request after the same update, one later than the first that noticed it.
+    The first rank that notices a signal writes into the launcher's key-value store after which update all stop; every
+    rank looks there once an update, whatever their number. None can be past that update already: an update ends with
+    the sum of all ranks' gradients, so on the CPU none ends the next before the writer has begun it, and the key is
+    there. A CUDA device works off its updates behind the host, which therefore runs at most `CUDA_LEAD` of them ahead.
 
     A hang is worse than a crash: a thread ends the process, with a line that says what was waited for, where signs of
     life (`alive`) stay out for `STOP_PATIENCE` seconds after a signal, for `SECOND_PATIENCE` after a second one unless
@@ -396,7 +451,9 @@ class StopRequest:
         self._processes = processes
         self._signals = [signal.Signals[f'SIG{name}'] for name in names]
         self._received, self._first_interrupt = 0, 0.0
-        self._pending: tuple[Any, Any] | None = None
+        self._updates = 0  # of this start, the same on all ranks
+        self._stop: tuple[int, int] | None = None  # the signal, and the update after which all ranks stop
+        self._queued: collections.deque[torch.cuda.Event] = collections.deque()  # the ends of the last updates
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> 'StopRequest':
@@ -470,20 +527,37 @@ class StopRequest:
     def agreed(self) -> int:
         """The signal on which all ranks agree to stop now, or 0. To be called by every rank after every update."""
         alive()
-        if self._processes.host_group is None:
+        if self._processes.world_size == 1:
             return self._received
+        self._updates += 1
+        with waiting_for('the other ranks'):
+            self._bound_lead()
+            if self._stop is None:
+                self._stop = self._ask()
+        return self._stop[0] if self._stop and self._updates >= self._stop[1] else 0
+
+    def _bound_lead(self) -> None:
+        """Waits until the device has done all but the last `CUDA_LEAD` updates: none but for a host far ahead."""
         import torch
+        if self._processes.device.type == 'cuda':
+            self._queued.append(torch.cuda.Event())
+            self._queued[-1].record()
+            if len(self._queued) > CUDA_LEAD:
+                self._queued.popleft().synchronize()
+
+    def _ask(self) -> tuple[int, int] | None:
+        """The signal and the update after which to stop, as the first rank with a signal wrote them into the store."""
         import torch.distributed as dist
-        number = 0
-        if self._pending is not None:
-            work, flag = self._pending
-            with waiting_for('the other ranks'):
-                work.wait()  # as long as its group does, RANK_PATIENCE
-            number = flag.tolist()[0]  # host memory; no read of the device
-        flag = torch.tensor([self._received])
-        self._pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._processes.host_group, async_op=True),
-                         flag)
-        return number
+        store, key = dist.distributed_c10d._get_default_store(), 'moganet/stop'
+        if self._received:
+            lead = 1 + (CUDA_LEAD if self._processes.device.type == 'cuda' else 0)
+            text = store.compare_set(key, '', f'{int(self._received)} {self._updates + lead}')
+        elif store.check([key]):
+            text = store.get(key)
+        else:
+            return None
+        number, update = map(int, text.split())
+        return number, update
 
 
 def sum_dtype(device: 'torch.device') -> 'torch.dtype':

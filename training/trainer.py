@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
@@ -326,22 +324,16 @@ class Training:
             self.folder.save(state, best='' in improved, best_ema='_ema' in improved)
 
     def _written(self) -> bool:
-        """Waits for the last checkpoint, on all ranks. Returns whether it was written.
+        """Waits for the last checkpoint, on all ranks, once a run. Returns whether it was written.
 
         A launcher may end the job when the first process leaves it, and rank 0 alone writes.
         """
-        written = self.folder.wait()
-        if self.processes.host_group is None:
-            return written
-        flag = torch.tensor(int(written))
-        with utils.waiting_for('the last checkpoint of rank 0', saving=True):
-            dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.processes.host_group)
-        return bool(flag)
+        return utils.from_rank_zero('written', lambda: 'yes' if self.folder.wait() else '') == 'yes'
 
     def _roll_back(self, error: Exception) -> bool:
         """After a NaN: back to the newest checkpoint with another data order, where the user wants it and may still."""
         attempt = self.state.attempt + 1
-        self._written()
+        self.folder.wait()
         found = starting.newest_for_all(self.folder, self.processes, f'rollback {attempt}')
         where = f'the last good checkpoint is {found[0]}' if found else 'there is no checkpoint yet'
         log.error('Update %d: %s; %s.', self.state.step, error, where)
