@@ -243,6 +243,8 @@ def abandon_loader(error: BaseException) -> None:
 def why_lost(error: BaseException, workers: Iterable[Any]) -> WorkersLost | None:
     """What the data workers lack, by the error that came of it and the workers' own ends; None for another error."""
     text = reason_of(error)
+    if isinstance(error, EOFError | ConnectionError):  # which may come a moment before the end of the worker that died
+        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
     ends = {worker.exitcode for worker in workers} - {None, 0}
 
     def found(pattern: str, *codes: int) -> bool:
