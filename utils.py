@@ -386,8 +386,9 @@ def claim_error(rank: int) -> bool:
             first = False
 
     asking = threading.Thread(target=ask, daemon=True)  # the call itself has no limit
-    asking.start()
-    asking.join(timeout=ERROR_PATIENCE)
+    with contextlib.suppress(RuntimeError):  # no more threads, which may be the error
+        asking.start()
+        asking.join(timeout=ERROR_PATIENCE)
     return first
 
 
