@@ -289,8 +289,9 @@ class Run:
         check_bounds(self)
         for name in ('valid_labels', 'real_labels', 'suite', 'tta', 'throughput', 'results_file'):
             check(self.eval or not getattr(self, name), f'--{name} goes with --eval')
-        for name in ('eval_data_path', 'class_map'):
-            check(not (self.suite and getattr(self, name)), f'--suite knows its sets; leave --{name} out')
+        for name in ('data_path', 'eval_data_path', 'class_map'):
+            check(not self.suite or getattr(self, name) == getattr(Run, name),
+                  f'--suite knows its sets; leave --{name} out')
         check(all(size > 0 for size in self.test_sizes), f'--test_size {self.test_sizes}: give values above 0')
         check(self.suite is not None or not self.corruptions, '--corruptions go with --suite FOLDER')
         check('all' not in self.corruptions or len(self.corruptions) == 1, '--corruptions all has all of them')

@@ -337,6 +337,19 @@ def test_several_checkpoints_make_a_table_and_each_its_own_settings(
     assert [(row['gate'], row['crop_pct']) for row in rows] == [('double', '0.8'), ('single', '0.9')]
 
 
+def test_a_table_of_results_keeps_the_columns_that_it_was_begun_with(data: Path, tmp_path: Path,
+                                                                    capsys: pytest.CaptureFixture) -> None:
+    training_file(tmp_path / 'file', 0, None)
+    (tmp_path / 'old.csv').write_text('loss,checkpoint\n1.5,x\n')
+    loss = evaluate(data, tmp_path, '--checkpoint', tmp_path / 'file', '--results_file', tmp_path / 'old.csv')['loss']
+    assert (tmp_path / 'old.csv').read_text() == f'loss,checkpoint\n1.5,x\n{loss},{tmp_path / "file"}\n'
+    (tmp_path / 'mine.txt').write_text('my notes\n')
+    assert main.main(['--eval', *flags(data), '--checkpoint', str(tmp_path / 'file'), '--results_file',
+                      str(tmp_path / 'mine.txt')]) == 2
+    assert 'its first line has no column checkpoint' in capsys.readouterr().err
+    assert (tmp_path / 'mine.txt').read_text() == 'my notes\n'
+
+
 def test_results_before_a_wrong_checkpoint_are_kept(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     training_file(tmp_path / 'file', 0, None)
     (tmp_path / 'wrong.pth').touch()

@@ -300,14 +300,22 @@ def test_corruptions_change_the_crops_and_glass_is_the_same_twice():
     ('--suite {none}', 'does not exist'),
     ('--suite {folder} --class_map x', '--suite knows its sets; leave --class_map'),
     ('--suite {folder} --valid_labels {folder}/v.txt', '--valid_labels are of one set'),
+    ('--suite {folder}/val --corruptions fog', 'holds no set that is known'),
+    ('--suite {folder}/imagenet-c/.. --data_set digits', '--suite reads folders of images'),
+    ('--suite {alone} --corruptions fog', 'holds no val; leave the flag out'),
+    ('--suite {alone} --valid_labels {folder}/v.txt', 'holds no A and no R; leave the flag out'),
+    ('--suite {folder} --data_path {folder}', '--suite knows its sets; leave --data_path out'),
     ('--corruptions fog', '--corruptions go with --suite'), ('--suite {folder} --corruptions fgo', 'choose from'),
     ('--suite {folder} --corruptions all fog', '--corruptions all has all'),
     ('--suite {folder} --corruptions fog --test_size 32 16', '--corruptions are defined from 32 pixels on'),
     ('--test_size 32 0', 'give values above 0'), ('--tta vflip', 'choose from hflip')])
 def test_what_cannot_be_is_one_line(words, said, folder, pair, tmp_path, capsys):
     (tmp_path / 'empty').mkdir()
+    (tmp_path / 'alone').mkdir()
+    (tmp_path / 'alone' / 'sketch').symlink_to(folder / 'ImageNet_Sketch')
     (folder / 'v.txt').write_text('1\n')
-    words = words.format(empty=tmp_path / 'empty', none=tmp_path / 'none', folder=folder).split()
+    places = {name: tmp_path / name for name in ('alone', 'empty', 'none')} | {'folder': folder}
+    words = words.format(**places).split()
     assert main.main(['--eval', '--checkpoint', str(pair[0]), '--output_dir', str(tmp_path), *CPU, *words]) == 2
     line = capsys.readouterr().err
     assert said in line and line.count('\n') == 1

@@ -253,7 +253,7 @@ def settings_of_timm(model: str) -> dict[str, Any]:
 
 def check_classes(ours: list[str], known: Sequence[str], run: Run, *, num_classes: int) -> None:
     """Warns where the data's classes `ours` are not those of the model: the accuracy would be that of chance."""
-    numbers = num_classes == len(ours) and labels.are_numbers(ours)  # of ImageNet's classes, as ImageNet-V2 has them
+    numbers = num_classes == len(ours) == 1000 and labels.are_numbers(ours)  # ImageNet's, as ImageNet-V2 has them
     if not ours or run.valid_labels or run.class_map or numbers:
         return
     if len(ours) < num_classes:

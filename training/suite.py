@@ -107,7 +107,12 @@ def suite(recipe: Recipe, run: Run) -> list[Part]:
         found = {name: path for name, path in found.items() if name == 'val'}
     if not found:
         raise UserError(f'--suite {folder} holds no set that is known; call them {CALLED}')
-    if run.valid_labels and len(found.keys() & SUBSETS.keys()) == 2:
+    if 'data_set' in run.given and recipe.data_set != 'image_folder':
+        raise UserError('--suite reads folders of images; leave --data_set out')
+    for flag, sets in (('corruptions', {'val'}), ('real_labels', {'val'}), ('valid_labels', {'A', 'R'})):
+        if getattr(run, flag) and not found.keys() & sets:
+            raise UserError(f'--{flag}: --suite {folder} holds no {" and no ".join(sorted(sets))}; leave the flag out')
+    if run.valid_labels and found.keys() >= SUBSETS.keys():
         raise UserError('--valid_labels are of one set, and --suite holds A and R, whose classes are known: leave the '
                         'flag out')
     return [part for name, path in found.items() for part in parts_of_set(name, path, recipe, run)]
