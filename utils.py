@@ -324,9 +324,6 @@ def _wait_for_rank_zero(store: Any, key: str) -> None:
                         'and see what its node does') from None
 
 
-_turns: collections.Counter[str] = collections.Counter()  # of `rank_zero_first` by name, the same on all ranks
-
-
 @contextlib.contextmanager
 def rank_zero_first(name: str) -> Iterator[None]:
     """Lets rank 0 through the body first; the others wait for it, up to a day, and then follow.
@@ -337,8 +334,7 @@ def rank_zero_first(name: str) -> Iterator[None]:
     if not dist.is_initialized():
         yield
         return
-    _turns[name] += 1  # each turn waits for itself: of several data sets, each is indexed by rank 0 first
-    store, key = dist.distributed_c10d._get_default_store(), f'moganet/{name}{_turns[name] if _turns[name] > 1 else ""}'
+    store, key = dist.distributed_c10d._get_default_store(), f'moganet/{name}'
     if dist.get_rank() > 0:
         _wait_for_rank_zero(store, key)
     try:

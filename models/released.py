@@ -74,9 +74,6 @@ RELEASED: dict[str, Released] = {
     'moganet_large_rsb_a3': _mmcv(
         'moganet_large', 'moga_large_rsb_a3_sz160_8xb128_accu2_ep100', 'raw', 224, 83.2, crop_pct=0.95),
 }
-# Beside the files of mmcv's programs lie their logs, by the same stem. Those of the authors' own repository are timm's
-# summary.csv, under names that are not known here
-LOGS = {name: row.url.removesuffix('.pth') + '.log.json' for name, row in RELEASED.items() if row.format == 'mmcv'}
 RELEASED_BY_FILE = {row.url.rsplit('/', 1)[1]: name for name, row in RELEASED.items()}
 
 
@@ -89,3 +86,8 @@ def pretrained_cfgs() -> dict[str, dict[str, Any]]:
         'url': row.url, 'crop_pct': row.crop_pct, 'input_size': (3, row.test_size, row.test_size),
         'pool_size': (row.test_size // 32, row.test_size // 32),
     } for name, row in RELEASED.items()}
+
+
+# Beside the files of mmcv's programs lie their logs, by the same stem. Those of the authors' own repository are timm's
+# summary.csv, under names that are not known here
+LOGS = {name: row.url.removesuffix('.pth') + '.log.json' for name, row in RELEASED.items() if row.format == 'mmcv'}

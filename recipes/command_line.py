@@ -251,12 +251,14 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
 def check_start(recipe: Recipe, run: Run) -> None:
     """Refuses what can be seen to fail, at once and not after torch is imported: files and folders that are not there,
     stages frozen before they have learnt anything. Raises UserError."""
+    if run.suite and not os.path.isdir(run.suite):
+        raise UserError(f'--suite {run.suite} is no folder; give the one that holds the sets')
     if recipe.freezes() and not (run.eval or run.finetune or run.pretrained or run.resume):
         raise UserError('what is frozen would stay at its random initial values; give --finetune FILE or --pretrained, '
                         'or --freeze_stages 0')
     check_data_path(recipe, run)
     named = [('checkpoint', path) for path in run.checkpoint] + [(name, getattr(run, name)) for name in (
-        'finetune', 'resume', 'valid_labels', 'real_labels', 'suite')]  # a class map may also lie below the data
+        'finetune', 'resume', 'valid_labels', 'real_labels')]  # a class map may also lie below the data
     for name, path in named:
         if path and not re.match(r'released:|https?://', path) and not os.path.exists(path):
             raise UserError(f'--{name} {path} does not exist; check the path')

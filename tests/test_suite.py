@@ -297,7 +297,7 @@ def test_corruptions_change_the_crops_and_glass_is_the_same_twice():
 
 @pytest.mark.parametrize('words,said', [
     ('--suite {empty}', 'holds no set that is known; call them val, imagenetv2'),
-    ('--suite {none}', 'does not exist'),
+    ('--suite {none}', 'is no folder; give'), ('--suite {folder}/v.txt', 'is no folder; give'),
     ('--suite {folder} --class_map x', '--suite knows its sets; leave --class_map'),
     ('--suite {folder} --valid_labels {folder}/v.txt', '--valid_labels are of one set'),
     ('--suite {folder}/val --corruptions fog', 'holds no set that is known'),
