@@ -71,8 +71,8 @@ def build_loaders(task: Any, run: Run, *, rank: int = 0, device: torch.device | 
     Raises:
         UserError: for data that is missing, too small or does not fit the recipe, with the cure.
     """
-    # By its path, since an evaluation may go over several sets
-    with rank_zero_first(f'index {run.eval_data_path or run.data_path}'):  # builds the index of the files, which the other ranks then read
+    # Rank 0 builds the index of the files, which the others then read; by a path, for an evaluation has several sets
+    with rank_zero_first(f'index {run.eval_data_path or run.data_path}'):
         train, val = (task.open(split) if split in splits else None for split in ('train', 'val'))
     errors, warnings = task.check_data(train, val)
     for warning in warnings if rank == 0 else ():
