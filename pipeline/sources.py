@@ -15,7 +15,7 @@ import torch
 from timm.data import create_dataset
 
 from pipeline import labels
-from pipeline.files import EXTENSIONS, GROUND_TRUTHS, Split, find_files, load_index, show_others
+from pipeline.files import EXTENSIONS, GROUND_TRUTHS, Split, find_files, from_file, load_index, show_others, to_file
 from pipeline.labels import BadLabel
 from recipes import Recipe, Run
 from utils import UserError, derive_seed, nearest
@@ -185,8 +185,8 @@ class ImageFiles:
             UserError: where no image lies in a class.
         """
         self.root, self._folder = root, os.fsencode(root) + b'/'
-        self._records, facts = load_index(root)
-        self._records = self._records.view(np.ndarray)  # numpy takes ten times as long over an item of a memmap
+        records, facts = load_index(root)
+        self._records = from_file(records)
         names: list[str] = facts['classes']
         if not len(self._records) and facts['loose']:
             cure = (f'put {" (with meta.mat) or ".join(GROUND_TRUTHS)} beside it' if root.is_file() else
@@ -222,13 +222,10 @@ class ImageFiles:
 
     def __getstate__(self) -> dict[str, Any]:
         """Spawned workers map the index again instead of receiving a copy of it."""
-        mapped = self._records.base
-        return self.__dict__ | {'_records': mapped.filename if isinstance(mapped, np.memmap) else self._records}
+        return self.__dict__ | {'_records': to_file(self._records)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if not isinstance(self._records, np.ndarray):
-            self._records = np.load(self._records, mmap_mode='r').view(np.ndarray)
+        self.__dict__.update(state | {'_records': from_file(state['_records'])})
 
     def __len__(self) -> int:
         return len(self._records) if self._chosen is None else len(self._chosen)
