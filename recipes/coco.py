@@ -76,8 +76,9 @@ ROWS = (
     # Digits of 12 to 64 pixels, which must not be mirrored: from scratch, and with anchors from 16 pixels on
     replace(_retinanet, name='retinanet_moganet_digits', source='this project (make demo-detection)',
             hardware='2 CPU cores', model='moganet_xtiny', data_set='digits_coco', image_scale=(160, 160), hflip=0.0,
-            model_kwargs={'dims': [16, 32, 64, 128], 'depths': [1, 1, 3, 1], 'ffn_ratios': [4, 4, 4, 4]},
+            model_kwargs={'dims': [16, 32, 64, 128], 'depths': [1, 1, 3, 1], 'ffn_ratios': [4, 4, 4, 4],
+                          'layer_scale_init_value': 0.1},
             network_kwargs={'channels': 64, 'depth': 2, 'anchor_scale': 2.0}, micro_batch_size=8, total_batch_size=8,
-            epochs=24, drop_path=0.0, lr=2e-3, min_lr=1e-5, sched='cosine', milestones=(), warmup_steps=100,
-            warmup_ratio=None, param_groups='ours', model_ema=True, model_ema_decay=0.995),
+            epochs=24, drop_path=0.0, lr=1e-3, min_lr=1e-5, sched='cosine', milestones=(), warmup_steps=100,
+            warmup_ratio=None, clip_grad=1.0, param_groups='ours', model_ema=True, model_ema_decay=0.995),
 )
