@@ -5,7 +5,7 @@ from torch import Tensor
 
 from models import moganet
 from models.build import create_model as create_model
-from models.detection import create_dense as create_dense
+from models.dense import create_dense as create_dense
 from models.released import pretrained_cfgs
 from models.weights import load_weights
 

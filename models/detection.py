@@ -12,34 +12,17 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import sigmoid_focal_loss
 
 from models import boxes as box
 from models.build import create_model
 from models.moganet import Blocks
-from utils import UserError, nearest
+from utils import UserError
 
 EPSILON = torch.finfo(torch.float32).eps
 STRIDES = [4, 8, 16, 32]
-# The backbone of each row. A row's drop path and its other values of training are its recipe's
-ROWS = {f'retinanet_moganet_{size}_1x': f'moganet_{size}' for size in ('xtiny', 'tiny', 'small', 'base', 'large')}
 Target = dict[str, Any]  # boxes [n, 4], labels [n] from 0, size (h, w) of the image inside the padding
-
-
-def create_dense(row: str, num_classes: int = 80, **kwargs: Any) -> 'RetinaNet':
-    """A detector by the name of its row, with fresh weights.
-
-    Args:
-        row: such as `retinanet_moganet_xtiny_1x`.
-        num_classes: classes, the background not counted.
-        kwargs: as `RetinaNet` takes them; what it does not know is the backbone's, such as `drop_path_rate`.
-
-    Raises:
-        UserError: for an unknown row, or arguments with which the backbone cannot be.
-    """
-    if row not in ROWS:
-        raise UserError(f'unknown detector {row}{nearest(row, ROWS)}')
-    return RetinaNet(ROWS[row], num_classes=num_classes, **kwargs)
 
 
 def create_backbone(name: str, **kwargs: Any) -> nn.Module:
@@ -50,6 +33,28 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
         raise UserError(f'a detector needs maps at strides 4, 8, 16 and 32, and the last four of {name} are at '
                         f'{", ".join(map(str, strides))}; choose a model with four stages')
     return backbone
+
+
+def freeze_backbone(backbone: nn.Module, *, stages: int = 0, norms: bool = False) -> None:
+    """Takes the gradient from a backbone's stem and first stages, and from its batch norms.
+
+    `engine.train_mode` keeps what is frozen in evaluation mode, so that the statistics stay too.
+
+    Raises:
+        UserError: where the backbone does not tell its stages apart, or nothing of it would be left to train.
+    """
+    ends = list(getattr(backbone, 'return_layers', ()))  # the last part of each stage
+    if stages and not ends:
+        raise UserError(f'--freeze_stages: {type(backbone).__name__} does not name its stages; give 0')
+    if stages >= len(ends) > 0:
+        raise UserError(f'--freeze_stages {stages}: the backbone has {len(ends)} stages; give at most {len(ends) - 1}')
+    parts = list(backbone.named_children())
+    count = [name for name, _ in parts].index(ends[stages - 1]) + 1 if stages else 0
+    frozen = [part for _, part in parts[:count]]
+    if norms:
+        frozen += [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
+    for module in frozen:
+        module.requires_grad_(False)
 
 
 def _conv(in_channels: int, channels: int, kernel: int, *, stride: int = 1, relu: bool = False) -> nn.Sequential:
@@ -166,6 +171,7 @@ class RetinaNet(nn.Module):
         num_classes: classes, the background not counted.
         channels: of the pyramid and of the head.
         depth: convolutions of each of the head's towers.
+        anchor_scale: side of a level's smallest square anchor, in its strides.
         kwargs: the backbone's, such as `drop_path_rate`, `gate` or `pretrained`.
 
     Raises:
@@ -173,15 +179,20 @@ class RetinaNet(nn.Module):
     """
 
     ANCHORS: ClassVar = {'strides': (8, 16, 32, 64, 128), 'scales': tuple(4 * 2 ** (i / 3) for i in range(3))}
+    LOSSES = ('loss_cls', 'loss_bbox')
+    # The layers that know the classes. Of the first, channels for each class, and further ones
+    LAST: ClassVar = {'bbox_head.retina_cls': (9, 0)}
     SIZE_DIVISOR = 32  # an image is padded to a multiple, in which its anchors lie
     BEFORE_NMS = 1000  # candidates of a level
 
     def __init__(
-        self, backbone: str, *, num_classes: int = 80, channels: int = 256, depth: int = 4, **kwargs: Any
+        self, backbone: str, *, num_classes: int = 80, channels: int = 256, depth: int = 4, anchor_scale: float = 4.0,
+        **kwargs: Any
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.anchors = box.Anchors(**self.ANCHORS)
+        self.anchors = box.Anchors(
+            self.ANCHORS['strides'], scales=[anchor_scale / 4 * scale for scale in self.ANCHORS['scales']])
         self.backbone = create_backbone(backbone, **kwargs)
         self.neck = FPN(self.backbone.feature_info.channels()[1:], channels, extra=2)
         self.bbox_head = RetinaHead(channels, num_classes=num_classes, anchors=self.anchors.per_cell, depth=depth)

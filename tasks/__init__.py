@@ -15,6 +15,7 @@ A task is a class that a recipe's class names (`Recipe.task`); `create_task` mak
 import dataclasses
 import pkgutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 import optim_factory
 from pipeline import labels
+from pipeline.augmentation import decode
 from recipes import Recipe, Run
 from tasks import pictures
 from utils import UserError, log
@@ -250,9 +252,20 @@ class Task:
         """Pictures of an evaluation's result, by name."""
         return {}
 
+    def save_result(self, folder: Path, result: dict[str, Any]) -> None:
+        """Writes what of an evaluation's result does not belong into eval.json into files beside it."""
+
+    def remarks(self) -> list[str]:
+        """Lines for the log about what differs from the row's own hardware in this run."""
+        return []
+
     def name_classes(self, model: nn.Module, classes: Sequence[str]) -> None:
         """Fills in the names of the model's classes: a checkpoint's own, or where it has none those that are known."""
         self.classes = list(classes)
+
+    def picture(self, image: Any) -> Image.Image:
+        """An undecoded image as predictions are drawn onto it. Raises what the decoder raises."""
+        return Image.fromarray(decode(image))
 
     def prepare(self, image: Any) -> Any:
         """An undecoded image as `predict` takes it. Raises BadImage."""

@@ -14,6 +14,7 @@ import models
 from models import boxes as box
 from models import detection
 from models.detection import RetinaNet
+from recipes import coco
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -22,7 +23,8 @@ RECORDED = dense_reference.load('retinanet')
 UNITS = dense_reference.load('units')
 RELEASED = dense_reference.load('state_dict_shapes')
 XT = 'retinanet_moganet_xtiny_1x'
-FILES = {row: row.replace('_1x', '_fpn_1x_coco') for row in detection.ROWS}
+ROWS = [row.name for row in coco.ROWS if row.network == 'retinanet' and row.expected_box_ap]
+FILES = {row: row.replace('_1x', '_fpn_1x_coco') for row in ROWS}
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -65,7 +67,7 @@ def small(**kwargs: object) -> RetinaNet:
 # ---- Names and weights ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('row', detection.ROWS)
+@pytest.mark.parametrize('row', ROWS)
 def test_the_state_dict_has_the_released_names_and_shapes_in_order(row):
     with torch.device('meta'):
         model = models.create_dense(row)

@@ -86,6 +86,7 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
     """Evaluates what `find_recipe` found. Returns what eval.json holds."""
     recipe = adapt_to_device(dataclasses.replace(recipe, sync_bn=False), run, processes.device)
     check_data_path(recipe, run)  # of the checkpoint's own data set
+    recipe.check_run(run)
     task = create_task(recipe, run)
     task.trained, task.trained_map = labels.known_names(meta.get('classes')), meta.get('class_map')
     loaders = datasets.build_loaders(task, run, rank=processes.rank, device=processes.device, splits=('val',))

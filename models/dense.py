@@ -1,0 +1,49 @@
+"""Detectors by the names of their rows, and by recipes. A row is in `recipes`, alone."""
+from typing import Any
+
+from torch import nn
+
+from models.detection import RetinaNet
+from recipes import RECIPES
+from recipes.dense import Dense
+from utils import UserError, nearest, reason_of
+
+# By the recipes' `network`
+NETWORKS: dict[str, type[nn.Module]] = {'retinanet': RetinaNet}
+
+
+def build_dense(recipe: Dense, *, num_classes: int, **kwargs: Any) -> nn.Module:
+    """The network of a recipe, with fresh weights.
+
+    Args:
+        num_classes: classes, the background not counted.
+        kwargs: further arguments, which win over the recipe's: of the network, and of its backbone.
+
+    Raises:
+        UserError: arguments with which it cannot be.
+    """
+    try:
+        model = NETWORKS[recipe.network](recipe.model, num_classes=num_classes,
+                                         **recipe.network_kwargs | recipe.model_kwargs | kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:  # of values that a layer cannot have
+        raise UserError(f'{recipe.name} cannot be built ({reason_of(error)[:200]}); see --network_kwargs') from None
+    # As timm's: what a message calls the model, and what is renewed for other classes
+    model.pretrained_cfg = {'architecture': recipe.name, 'classifier': tuple(model.LAST)}
+    return model
+
+
+def create_dense(row: str, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
+    """The network of a row by the row's name, without the row's drop path, which is a value of its training.
+
+    Args:
+        row: such as `retinanet_moganet_xtiny_1x`.
+        num_classes: classes, the background not counted; those of the row's data set by default, COCO's 80.
+        kwargs: as the network takes them; what it does not know is the backbone's, such as `drop_path_rate`.
+
+    Raises:
+        UserError: for an unknown row, or arguments with which it cannot be.
+    """
+    rows = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, Dense)}
+    if row not in rows:
+        raise UserError(f'unknown detector {row}{nearest(row, rows)}')
+    return build_dense(rows[row], num_classes=num_classes or rows[row].known_classes, **kwargs)
