@@ -503,6 +503,23 @@ class CocoSource:
             return file.read(), self.annotations(index)
 
 
+    @property
+    def shown(self) -> str:
+        """The source in messages."""
+        return str(self.json)
+
+    def facts(self) -> dict[str, Any]:
+        """What there is, for a report."""
+        return {'path': str(self.json), 'images': len(self), 'classes': len(self.classes),
+                'boxes': int(self.counts.sum()), 'smallest_class': int(self.counts.min()),
+                'largest_class': int(self.counts.max()), 'left_out': self.dropped}
+
+    def check(self, index: int) -> None:
+        """Decodes an image. Raises BadLabel for one of another size than its boxes, anything for one that cannot be."""
+        image, notes = self.read(index)
+        check_size(dense.decode_upright(image), notes.size)
+
+
 def check_coco(train: CocoSource | None, val: CocoSource | None) -> tuple[list[str], list[str]]:
     """What can be seen of two halves of a data set without opening an image.
 
