@@ -356,7 +356,8 @@ class Annotations:
         boxes: float32 [n, 4].
         labels: int64 [n], positions among the classes.
         crowd: bool [n]: a region of several objects; only in an evaluation.
-        areas: float32 [n], square pixels.
+        bbox: float64 [n, 4], x, y, width, height as the JSON has them: what an average precision is computed with.
+        areas: float64 [n], square pixels.
         ids: int64 [n], of the annotations.
         segments: reads the outlines as the JSON has them, a list of polygons or run lengths a box; None where it has.
         size: height and width, as the JSON says.
@@ -366,11 +367,19 @@ class Annotations:
     boxes: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
+    bbox: np.ndarray
     areas: np.ndarray
     ids: np.ndarray
     segments: Callable[[], list[Any]] | None
     size: tuple[int, int]
     image_id: int
+
+    @classmethod
+    def none(cls, size: tuple[int, int]) -> 'Annotations':
+        """Of an image of a size (h, w) of which nothing is known."""
+        boxes, numbers = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+        return cls(boxes, numbers, numbers > 0, boxes.astype(np.float64), numbers.astype(np.float64), numbers, None,
+                   size, 0)
 
 
 def usable(images: np.ndarray, notes: np.ndarray) -> np.ndarray:
@@ -389,7 +398,7 @@ class CocoSource:
     Attributes:
         json: the file; folder: of the images.
         classes: names in the order of their category ids.
-        category_ids: by label.
+        category_ids: by label; None of a class that the JSON has not.
         ids: int64 [n], of the images.
         sizes: int32 [n, 2], height and width.
         groups: [n]: a batch holds images of one group; in training 1 for wider than high, else 0.
@@ -461,8 +470,9 @@ class CocoSource:
 
     def relabel(self, classes: Sequence[str]) -> None:
         """Takes the labels from the names' positions in a list that has them all."""
-        places = np.array(labels.find(self.classes, classes))
-        self._label_of, self.counts = places[self._label_of], np.bincount(places, self.counts, len(classes)).astype(int)
+        ours, theirs = np.array(labels.find(self.classes, classes)), labels.find(classes, self.classes)
+        self.category_ids = [self.category_ids[place] if place >= 0 else None for place in theirs]
+        self._label_of, self.counts = ours[self._label_of], np.bincount(ours, self.counts, len(classes)).astype(int)
         self.classes = list(classes)
 
     def name(self, index: int) -> str:
@@ -477,8 +487,8 @@ class CocoSource:
         boxes = notes['box'].copy()
         boxes[:, 2:] += boxes[:, :2]
         return Annotations(boxes.astype(np.float32), self._label_of[notes['category']],
-                           (notes['flags'] & CROWD).astype(bool), notes['area'].astype(np.float32), notes['id'].copy(),
-                           partial(self._segments, notes[['id', 'start', 'end']].copy()),
+                           (notes['flags'] & CROWD).astype(bool), notes['box'].copy(), notes['area'].copy(),
+                           notes['id'].copy(), partial(self._segments, notes[['id', 'start', 'end']].copy()),
                            (int(image['height']), int(image['width'])), int(image['id']))
 
     def _segments(self, places: np.ndarray) -> list[Any]:

@@ -15,7 +15,6 @@ A task is a class that a recipe's class names (`Recipe.task`); `create_task` mak
 import dataclasses
 import pkgutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -252,8 +251,9 @@ class Task:
         """Pictures of an evaluation's result, by name."""
         return {}
 
-    def save_result(self, folder: Path, result: dict[str, Any]) -> None:
-        """Writes what of an evaluation's result does not belong into eval.json into files beside it."""
+    def files(self, result: dict[str, Any]) -> dict[str, str]:
+        """The files, by name, that an evaluation writes beside eval.json: tables of its result."""
+        return {}
 
     def remarks(self) -> list[str]:
         """Lines for the log about what differs from the row's own hardware in this run."""

@@ -17,10 +17,8 @@ def truth_of(source: Any) -> COCO:
     annotations = []
     for place in range(len(source)):
         truth = source.annotations(place)
-        corners = truth.boxes.astype(np.float64)
-        for box, label, crowd, area in zip(
-                np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist(),
-                truth.labels.tolist(), truth.crowd.tolist(), truth.areas.tolist(), strict=True):
+        for box, label, crowd, area in zip(truth.bbox.tolist(), truth.labels.tolist(), truth.crowd.tolist(),
+                                           truth.areas.tolist(), strict=True):
             annotations.append({'id': len(annotations) + 1, 'image_id': place + 1, 'category_id': label + 1,
                                 'bbox': box, 'area': area, 'iscrowd': int(crowd)})
     categories = [{'id': number, 'name': name} for number, name in enumerate(source.classes, start=1)]
@@ -31,12 +29,12 @@ def average_precision(source: Any, rows: np.ndarray) -> tuple[dict[str, float], 
     """The average precision of boxes.
 
     Args:
-        source: of the images, with `annotations(i)`: boxes [n, 4], labels, crowd, areas; crowds are ignored.
+        source: of the images, with `annotations(i)`: bbox [n, 4], labels, crowd, areas; crowds are ignored.
         rows: what was found, float64 [n, COLUMNS], an image's in the order that decides among equal scores.
 
     Returns:
-        COCO's numbers as `box_ap` and so on, and by class `box_ap`, `box_ap50`, `box_ap75` and the number of `boxes`; in
-        hundredths, -1 where there is no such object.
+        COCO's numbers as `box_ap` and so on, and by class `box_ap`, `box_ap50`, `box_ap75` and the number of `boxes`:
+        in hundredths, -1 where there is no such object.
     """
     truth = truth_of(source)
     found = COCO({'images': truth.dataset['images'], 'categories': truth.dataset['categories'], 'annotations': [

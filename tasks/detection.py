@@ -1,5 +1,6 @@
 """Object detection: images with boxes, the detector's own losses, COCO's average precision."""
 import csv
+import io
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from models.dense import NETWORKS, build_dense
 from models.detection import freeze_backbone
-from pipeline import coco, digits_coco
+from pipeline import coco
 from pipeline.augmentation import refusing_bad_images
 from pipeline.dense import decode_upright, normalise_padded, padded, stack
 from pipeline.loaders import Position
@@ -60,7 +61,8 @@ class Detection(Task):
     def __init__(self, recipe: Recipe, run: Run):
         super().__init__(recipe, run)
         self.losses = tuple(map(shorten, NETWORKS[recipe.network].LOSSES))
-        self._test = self._train = None
+        self._transform = coco.Transform(recipe.image_scale, hflip=recipe.hflip,
+                                         multi_scale=recipe.resize == 'multi_scale')
         self._val: Any = None  # the source of the test images, which the metric asks for the ground truth
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,10 +72,7 @@ class Detection(Task):
     # ---- Data
 
     def open(self, split: str) -> Any:
-        run = self.run
-        if self.recipe.data_set == 'digits_coco':
-            run = replace(run, data_path=str(digits_coco.root()))
-        source = coco.open_coco(self.recipe, run, split)
+        source = coco.open_coco(self.recipe, self.run, split)
         if split == 'val':
             self._val = source
         return source
@@ -83,16 +82,16 @@ class Detection(Task):
             self.trained = coco_classes()  # a released file does not name them
         super().learn_classes(sources)
 
-    def sample(self, item: tuple[Any, Any], seed: int | None) -> Any:
+    def sample(self, item: tuple[Any, coco.Annotations], seed: int | None) -> dict[str, Any]:
         with refusing_bad_images():
-            return coco.transform(self.recipe, item, seed)
+            return self._transform(item, seed)
 
-    def collate(self, samples: Sequence[Any]) -> DetectionBatch:
-        sizes = [sample.size for sample in samples]
-        targets = [{'boxes': torch.from_numpy(sample.boxes), 'labels': torch.from_numpy(sample.labels),
-                    'size': sample.size} for sample in samples]
-        return DetectionBatch(stack([sample.pixels for sample in samples], padded(sizes)), targets, sizes,
-                              [sample.original_size for sample in samples], [sample.image_id for sample in samples])
+    def collate(self, samples: Sequence[dict[str, Any]]) -> DetectionBatch:
+        sizes, originals, ids = ([sample[name] for sample in samples] for name in ('size', 'original_size', 'image_id'))
+        targets = [{'boxes': torch.from_numpy(sample['boxes']), 'labels': torch.from_numpy(sample['labels']),
+                    'size': sample['size']} for sample in samples]
+        images = stack([sample['pixels'] for sample in samples], padded(sizes))
+        return DetectionBatch(images, targets, sizes, originals, ids)
 
     def finish(self, batch: DetectionBatch, device: torch.device, position: Position | None) -> DetectionBatch:
         batch = batch.to(device)
@@ -133,8 +132,8 @@ class Detection(Task):
 
     def show_settings(self) -> str:
         recipe, gate = self.recipe, self.recipe.settings()['gate']
-        return f'{recipe.name} ({recipe.model}{f", {gate} gate" if gate else ""}), within {max(recipe.image_scale)} x ' \
-               f'{min(recipe.image_scale)}'
+        within = f'{max(recipe.image_scale)} x {min(recipe.image_scale)}'
+        return f'{recipe.name} ({recipe.model}{f", {gate} gate" if gate else ""}), images within {within}'
 
     def show_batch(self, batch: DetectionBatch) -> Image.Image:
         return pictures.draw_batch_of_boxes(batch.images, batch.targets, mean=self.recipe.mean, std=self.recipe.std,
@@ -148,11 +147,12 @@ class Detection(Task):
                                                      from_rows(rows))
         return drawn
 
-    def save_result(self, folder: Path, result: dict[str, Any]) -> None:
-        with open(folder / 'ap_by_class.csv', 'w', newline='') as file:
-            writer = csv.writer(file)
-            writer.writerow(('class', 'box_ap', 'box_ap50', 'box_ap75', 'boxes'))
-            writer.writerows((name, *values.values()) for name, values in result['by_class'].items())
+    def files(self, result: dict[str, Any]) -> dict[str, str]:
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator='\n')
+        writer.writerow(('class', 'box_ap', 'box_ap50', 'box_ap75', 'boxes'))
+        writer.writerows((name, *values.values()) for name, values in result['by_class'].items())
+        return {'ap_by_class.csv': table.getvalue()}
 
     def name_classes(self, model: nn.Module, classes: Sequence[str]) -> None:
         known = coco_classes()
@@ -162,10 +162,10 @@ class Detection(Task):
     def picture(self, image: Any) -> Image.Image:
         return Image.fromarray(decode_upright(image))
 
-    def prepare(self, image: Any) -> Any:
-        """An image resized as for a test. Raises BadImage."""
+    def prepare(self, image: Any) -> dict[str, Any]:
         with refusing_bad_images():
-            return coco.transform(self.recipe, (image, None), None)
+            pixels = decode_upright(image)
+        return self.sample((pixels, coco.Annotations.none(pixels.shape[:2])), None)
 
     @torch.inference_mode()
     def predict(self, model: nn.Module, samples: Sequence[Any]) -> list[dict[str, Tensor]]:
@@ -288,7 +288,8 @@ def gather(rows: np.ndarray, device: torch.device) -> np.ndarray:
 def save_predictions(path: Path, source: Any, rows: np.ndarray) -> None:
     """Writes COCO's result JSON, with the ids of the data. Raises UserError where it cannot."""
     records = [{'image_id': int(source.ids[int(place)]), 'category_id': int(source.category_ids[int(label)]),
-                'bbox': box, 'score': score} for place, *box, score, label in rows.tolist()]
+                'bbox': box, 'score': score} for place, *box, score, label in rows.tolist()
+               if source.category_ids[int(label)] is not None]  # else a class of the model alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(json.dumps(records).encode()))

@@ -34,11 +34,12 @@ def evaluate(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
     for source in run.checkpoint or (None,):
         found = find_recipe(source, recipe, run)
         result = {'checkpoint': source, **evaluate_one(*found, run, processes)}
+        files = result.pop('files')
         folder = Path(run.output_dir) if run.output_dir else evaluation_folder(source, result['model'])
         results.append((folder, result))
         if processes.first:  # at once: the next checkpoint may be a wrong one
             beside = [other for place, other in results if place == folder]
-            write_results(folder, beside if len(run.checkpoint) > 1 else result)
+            write_results(folder, beside if len(run.checkpoint) > 1 else result, files)
             if run.results_file:
                 append_result(Path(run.results_file), result, found[1])
     if len(results) > 1:
@@ -120,15 +121,22 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
         log.info('%.0f images/s, of the model alone in batches of %d', result['throughput'], len(batch))
     loaders.close()
     return result | {
-        'weights': which, 'model': recipe.model, **recipe.settings(), 'precision': recipe.precision, 'seconds': seconds,
+        'files': task.files(result), 'weights': which, 'model': recipe.model, **recipe.settings(),
+        'precision': recipe.precision, 'seconds': seconds,
         'images_per_second': result['count'] / seconds}
 
 
-def write_results(folder: Path, result: dict[str, Any] | list[dict[str, Any]]) -> None:
-    """Writes eval.json: one evaluation, or a list where a call has several. Raises UserError where it cannot."""
+def write_results(folder: Path, result: dict[str, Any] | list[dict[str, Any]], files: dict[str, str]) -> None:
+    """Writes eval.json: one evaluation, or a list where a call has several. Raises UserError where it cannot.
+
+    Args:
+        files: texts by the names of the files beside it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         utils.write_json(folder / 'eval.json', result)
+        for name, text in files.items():
+            utils.write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
     except OSError as error:
         raise UserError(f'cannot write {folder / "eval.json"} ({error.strerror}); give another --output_dir') from None
 
