@@ -406,10 +406,9 @@ def squares(size: tuple[int, int], boxes: list[list[int]]) -> tuple[bytes, coco.
     pixels = np.zeros((*size, 3), np.uint8)
     for left, top, right, bottom in boxes:
         pixels[top:bottom, left:right] = 255
-    count = len(boxes)
-    return encoded(Image.fromarray(pixels), 'PNG'), coco.Annotations(
-        np.array(boxes, np.float32), np.arange(count), np.zeros(count, bool), np.ones(count, np.float32),
-        np.arange(count), None, size, 5)
+    notes = coco.Annotations.none(size)
+    return encoded(Image.fromarray(pixels), 'PNG'), replace(notes, boxes=np.array(boxes, np.float32),
+                                                            labels=np.arange(len(boxes)))
 
 
 @pytest.mark.parametrize('multi_scale', [False, True])
