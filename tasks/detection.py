@@ -116,7 +116,7 @@ class Detection(Task):
         freeze_backbone(model.backbone, stages=self.recipe.freeze_stages, norms=self.recipe.freeze_bn)
 
     def forward(self, model: nn.Module, batch: DetectionBatch) -> Any:
-        return model.predict(batch.images, batch.sizes, batch.sizes)
+        return model.outputs(batch.images)
 
     def example_batch(self, size: int, device: torch.device) -> DetectionBatch:
         """As large as images get, with two boxes in each."""
