@@ -264,8 +264,8 @@ def look(source: LabelledImages) -> None:
             raise UserError(f'{source.name(index)} {error}') from None
     ignored = {IGNORED, source.ignore_label} | ({0} if source.reduce_zero_label else set())
     if seen == {0, IGNORED}:
-        raise UserError(f'{source.label_root}: all labels are 0 or 255, and 255 counts for nothing: where it is a class, '
-                        'as in masks, write 1 for it')
+        raise UserError(f'{source.label_root}: all labels are 0 or 255, and 255 counts for nothing: where it is a '
+                        'class, as in masks, write 1 for it')
     if seen <= ignored:
         raise UserError(f'{source.label_root}: all labels are {" or ".join(map(str, sorted(seen)))}, which counts for '
                         'nothing; check --ignore_label and --reduce_zero_label')
