@@ -1,5 +1,5 @@
 """RetinaNet (https://arxiv.org/abs/1708.02002) over a feature pyramid (https://arxiv.org/abs/1612.03144), for any timm
-backbone with maps at strides 4 to 32.
+backbone with maps at strides 4 to 32, and what it shares with the other detectors.
 
 The function and the state-dict names are those of mmdet 2.26, with which the authors trained the released detectors
 (`backbone.`, `neck.`, `bbox_head.`), so that their files need no converter.
@@ -22,7 +22,8 @@ from utils import UserError
 
 EPSILON = torch.finfo(torch.float32).eps
 STRIDES = [4, 8, 16, 32]
-Target = dict[str, Any]  # boxes [n, 4], labels [n] from 0, size (h, w) of the image inside the padding
+# boxes [n, 4], labels [n] from 0, size (h, w) of the image inside the padding; masks bool [n, h, w] where they are asked
+Target = dict[str, Any]
 
 
 def create_backbone(name: str, **kwargs: Any) -> nn.Module:
@@ -30,7 +31,7 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
     backbone = create_model(name, features_only=True, out_indices=(-4, -3, -2, -1), **kwargs)
     strides = backbone.feature_info.reduction()
     if strides != STRIDES:
-        raise UserError(f'a detector needs maps at strides 4, 8, 16 and 32, and the last four of {name} are at '
+        raise UserError(f'a dense model needs maps at strides 4, 8, 16 and 32, and the last four of {name} are at '
                         f'{", ".join(map(str, strides))}; choose a model with four stages')
     return backbone
 
@@ -57,9 +58,14 @@ def freeze_backbone(backbone: nn.Module, *, stages: int = 0, norms: bool = False
         module.requires_grad_(False)
 
 
-def _conv(in_channels: int, channels: int, kernel: int, *, stride: int = 1, relu: bool = False) -> nn.Sequential:
-    """A convolution that keeps the size, up to its stride; the released files call it `conv`."""
-    layers = OrderedDict(conv=nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2))
+def convolution(
+    in_channels: int, channels: int, kernel: int, *, stride: int = 1, norm: bool = False, relu: bool = False
+) -> nn.Sequential:
+    """A convolution that keeps the size, up to its stride; the released files call it `conv`, and its norm `bn`."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv=nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2, bias=not norm))
+    if norm:
+        layers['bn'] = nn.BatchNorm2d(channels)
     if relu:
         layers['relu'] = nn.ReLU(inplace=True)
     return nn.Sequential(layers)
@@ -77,10 +83,10 @@ class FPN(nn.Module):
 
     def __init__(self, in_channels: Sequence[int], channels: int = 256, *, extra: int) -> None:
         super().__init__()
-        self.lateral_convs = nn.ModuleList(_conv(count, channels, 1) for count in in_channels)
-        self.fpn_convs = nn.ModuleList(_conv(channels, channels, 3) for _ in in_channels)
+        self.lateral_convs = nn.ModuleList(convolution(count, channels, 1) for count in in_channels)
+        self.fpn_convs = nn.ModuleList(convolution(channels, channels, 3) for _ in in_channels)
         self.fpn_convs.extend(
-            _conv(channels if i else in_channels[-1], channels, 3, stride=2) for i in range(extra))
+            convolution(channels if i else in_channels[-1], channels, 3, stride=2) for i in range(extra))
         for conv in self.modules():
             if isinstance(conv, nn.Conv2d):
                 nn.init.xavier_uniform_(conv.weight)
@@ -112,8 +118,8 @@ class RetinaHead(nn.Module):
 
     def __init__(self, channels: int = 256, *, num_classes: int, anchors: int, depth: int = 4) -> None:
         super().__init__()
-        self.cls_convs = nn.ModuleList(_conv(channels, channels, 3, relu=True) for _ in range(depth))
-        self.reg_convs = nn.ModuleList(_conv(channels, channels, 3, relu=True) for _ in range(depth))
+        self.cls_convs = nn.ModuleList(convolution(channels, channels, 3, relu=True) for _ in range(depth))
+        self.reg_convs = nn.ModuleList(convolution(channels, channels, 3, relu=True) for _ in range(depth))
         self.retina_cls = nn.Conv2d(channels, anchors * num_classes, 3, padding=1)
         self.retina_reg = nn.Conv2d(channels, anchors * 4, 3, padding=1)
         for conv in self.modules():
@@ -163,7 +169,51 @@ def l1_loss(deltas: Tensor, wanted: Tensor, positive: Tensor, count: Tensor | fl
     return torch.where(positive[..., None], (deltas - wanted).abs(), 0.0).sum() / (count + EPSILON)
 
 
-class RetinaNet(nn.Module):
+class Dense(nn.Module):
+    """What detectors and segmentors have: a backbone, whose maps their heads take.
+
+    Args:
+        backbone: a timm model's name.
+        num_classes: classes; of a detector, the background not counted.
+        kwargs: the backbone's, such as `drop_path_rate`, `gate` or `pretrained`.
+
+    Raises:
+        UserError: the backbone cannot be built so, or has no maps at strides 4 to 32.
+    """
+
+    def __init__(self, backbone: str, *, num_classes: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.backbone = create_backbone(backbone, **kwargs)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade a second forward pass of the backbone for the memory of its activations."""
+        stages = [module for module in self.backbone.modules() if isinstance(module, Blocks)]
+        for stage in stages:
+            stage.grad_checkpointing = enable
+        if not stages:
+            getattr(self.backbone, 'model', self.backbone).set_grad_checkpointing(enable)  # timm wraps some
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] -> the backbone's maps [B, C_i, H / s, W / s] at the strides 4, 8, 16 and 32."""
+        maps = self.backbone(images)
+        if getattr(self.backbone, 'output_fmt', 'NCHW') == 'NHWC':  # a Swin's
+            maps = [x.permute(0, 3, 1, 2) for x in maps]
+        return maps
+
+
+class Detector(Dense):
+    """What all detectors have beside a backbone: anchors that lie in an image's padding."""
+
+    SIZE_DIVISOR = 32  # an image is padded to a multiple, in which its anchors lie
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size (h, w) of an image with its own padding, which in a batch may be smaller than the batch's."""
+        height, width = (-(-int(side) // self.SIZE_DIVISOR) * self.SIZE_DIVISOR for side in size)
+        return height, width
+
+
+class RetinaNet(Detector):
     """RetinaNet: a score for each class at each anchor, all anchors trained by the focal loss.
 
     Args:
@@ -182,35 +232,21 @@ class RetinaNet(nn.Module):
     LOSSES = ('loss_cls', 'loss_bbox')
     # The layers that know the classes. Of the first, channels for each class, and further ones
     LAST: ClassVar = {'bbox_head.retina_cls': (9, 0)}
-    SIZE_DIVISOR = 32  # an image is padded to a multiple, in which its anchors lie
     BEFORE_NMS = 1000  # candidates of a level
 
     def __init__(
         self, backbone: str, *, num_classes: int = 80, channels: int = 256, depth: int = 4, anchor_scale: float = 4.0,
         **kwargs: Any
     ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
+        super().__init__(backbone, num_classes=num_classes, **kwargs)
         self.anchors = box.Anchors(
             self.ANCHORS['strides'], scales=[anchor_scale / 4 * scale for scale in self.ANCHORS['scales']])
-        self.backbone = create_backbone(backbone, **kwargs)
         self.neck = FPN(self.backbone.feature_info.channels()[1:], channels, extra=2)
         self.bbox_head = RetinaHead(channels, num_classes=num_classes, anchors=self.anchors.per_cell, depth=depth)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade a second forward pass of the backbone for the memory of its activations."""
-        stages = [module for module in self.backbone.modules() if isinstance(module, Blocks)]
-        for stage in stages:
-            stage.grad_checkpointing = enable
-        if not stages:
-            getattr(self.backbone, 'model', self.backbone).set_grad_checkpointing(enable)  # timm wraps some
-
     def features(self, images: Tensor) -> list[Tensor]:
         """Images [B, 3, H, W] -> the pyramid's five levels [B, channels, H / 8, W / 8] ... [.., H / 128, W / 128]."""
-        maps = self.backbone(images)
-        if getattr(self.backbone, 'output_fmt', 'NCHW') == 'NHWC':  # a Swin's
-            maps = [x.permute(0, 3, 1, 2) for x in maps]
-        return self.neck(maps[1:])
+        return self.neck(self.maps(images)[1:])
 
     def forward(self, images: Tensor, targets: Sequence[Target], proposals: None = None) -> dict[str, Tensor]:
         """The losses, whose sum is to be minimised, in training and in evaluation mode alike; no wait for the device.
@@ -244,8 +280,7 @@ class RetinaNet(nn.Module):
 
     def _match(self, target: Target, sizes: list[tuple[int, int]], anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each of an image's anchors [A, 4]: what `assign` gives [A], the class [A], the deltas wanted [A, 4]."""
-        height, width = (-(-int(side) // self.SIZE_DIVISOR) * self.SIZE_DIVISOR for side in target['size'])
-        inside = torch.cat(self.anchors.inside(sizes, (height, width)))
+        inside = torch.cat(self.anchors.inside(sizes, self.padded(target['size'])))
         boxes, labels = target['boxes'].float().reshape(-1, 4), target['labels']
         index = box.assign(boxes, anchors, positive=0.5, negative=0.4, low_quality=0.0, valid=inside)
         if not len(boxes):
@@ -276,8 +311,7 @@ class RetinaNet(nn.Module):
                 self._candidates(by_anchor(x[i], self.num_classes), by_anchor(y[i], 4), level, size)
                 for x, y, level in zip(logits, deltas, anchors, strict=True)]
             boxes, scores, labels = (torch.cat(values) for values in zip(*candidates, strict=True))
-            boxes = torch.stack((boxes[:, 0::2] / (size[1] / original[1]), boxes[:, 1::2] / (size[0] / original[0])),
-                                dim=2).flatten(1)
+            boxes = box.scale(boxes, size, original)
             kept = box.choose(boxes, scores, labels, score=0.05, iou=0.5, count=100)
             detections.append({'boxes': boxes[kept], 'scores': scores[kept], 'labels': labels[kept]})
         return detections
