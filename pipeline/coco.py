@@ -402,7 +402,8 @@ class CocoSource:
         ids: int64 [n], of the images.
         sizes: int32 [n, 2], height and width.
         groups: [n]: a batch holds images of one group; in training 1 for wider than high, else 0.
-        dropped: how many annotations and images the rules leave out, by what they are.
+        counts: of each class in the JSON, the boxes that a training takes.
+        dropped: how many annotations and images the training leaves out, by what they are.
     """
 
     in_memory = False
@@ -426,13 +427,15 @@ class CocoSource:
             boxes = total[images['first'] + images['count']] - total[images['first']]
             large = np.minimum(images['height'], images['width']) >= MIN_SIDE
             chosen, crowds = large & (boxes > 0), (self._notes['flags'] & CROWD).astype(bool)
-            self.dropped = {'crowds': int(crowds.sum()), 'boxes': int((~good & ~crowds).sum()),
+            self.dropped = {'crowds': int(crowds.sum()),
+                            'boxes outside their image or below a pixel': int((~good & ~crowds).sum()),
                             'images without boxes': int((large & (boxes == 0)).sum()),
                             'images below 32 pixels': int((~large).sum())}
             if not chosen.any():
                 raise UserError(f'{path}: none of its {len(images):,} images has a box to train on (of a pixel or '
                                 'more, inside the image, no crowd); check its annotations')
         self._chosen = np.flatnonzero(chosen).astype(np.int32)
+        self.counts = np.bincount(self._notes['category'][good], minlength=len(self.classes))
         self.ids = images['id'][self._chosen]
         self.sizes = np.stack([images['height'], images['width']], 1)[self._chosen]
         self.groups = (self.sizes[:, 1] > self.sizes[:, 0]).astype(np.uint8)
@@ -467,9 +470,9 @@ class CocoSource:
 
     def relabel(self, classes: Sequence[str]) -> None:
         """Takes the labels from the names' positions in a list that has them all."""
-        places = labels.find(classes, self.classes)
-        self.category_ids = [self.category_ids[place] if place >= 0 else None for place in places]
-        self._label_of = np.array(labels.find(self.classes, classes))[self._label_of]
+        ours, theirs = np.array(labels.find(self.classes, classes)), labels.find(classes, self.classes)
+        self.category_ids = [self.category_ids[place] if place >= 0 else None for place in theirs]
+        self._label_of, self.counts = ours[self._label_of], np.bincount(ours, self.counts, len(classes)).astype(int)
         self.classes = list(classes)
 
     def name(self, index: int) -> str:
@@ -508,6 +511,52 @@ class CocoSource:
         path = os.fsencode(self.folder) + b'/' + self._images[self._chosen[index]]['path']
         with open(path, 'rb', buffering=0) as file:
             return file.read(), self.annotations(index)
+
+
+    @property
+    def shown(self) -> str:
+        """The source in messages."""
+        return str(self.json)
+
+    def facts(self) -> dict[str, Any]:
+        """What there is, for a report."""
+        return {'path': str(self.json), 'images': len(self), 'classes': len(self.classes),
+                'boxes': int(self.counts.sum()), 'smallest_class': int(self.counts.min()),
+                'largest_class': int(self.counts.max()), 'left_out': self.dropped}
+
+    def check(self, index: int) -> None:
+        """Decodes an image. Raises BadLabel for one of another size than its boxes, anything for one that cannot be."""
+        image, notes = self.read(index)
+        check_size(dense.decode_upright(image), notes.size)
+
+
+def check_coco(train: CocoSource | None, val: CocoSource | None) -> tuple[list[str], list[str]]:
+    """What can be seen of two halves of a data set without opening an image.
+
+    Returns:
+        errors, with which the results would be worthless, and warnings; each names the file and the cure.
+    """
+    errors, warnings = [], []
+    for source in (train, val):
+        if source is None:
+            continue
+        left_out = {what: count for what, count in source.dropped.items() if count}
+        if left_out:
+            warnings.append(f'{source.json}: the training leaves out '
+                            f'{", ".join(f"{count:,} {what}" for what, count in left_out.items())}')
+        empty = [name for name, count in zip(source.classes, source.counts, strict=True) if not count]
+        if empty:
+            warnings.append(f'{source.json}: {len(empty)} of its {len(source.classes)} classes have no box '
+                            f'({labels.some(empty)}); remove their categories, or add boxes')
+    if train is not None and val is not None:
+        if lost := labels.lacking(val.classes, train.classes):
+            errors.append(f'{val.json} has {len(lost)} classes that {train.json} has not ({labels.some(lost)}); give '
+                          'both the same "categories"')
+        both = {train.name(index) for index in range(len(train))} & {val.name(index) for index in range(len(val))}
+        if both:
+            warnings.append(f'{len(both):,} images are in both {train.json} and {val.json}, {min(both)} for example: '
+                            'the evaluation flatters the model; divide them')
+    return errors, warnings
 
 
 # ---- Where the files are --------------------------------------------------------------------------------------------

@@ -417,14 +417,16 @@ class TrainLoader(_Loader):
     def __init__(self, source: Any, task: Any, run: Run, **others: Any):
         super().__init__(source, task, run, training=True, batch_size=run.batch_size, **others)
         recipe, self.bad_images = self._recipe, 0
-        whole = self.count
+        whole, grouped = self.count, ''
         if self._groups is not None:
             whole = int(sum(np.unique(self._groups, return_counts=True)[1] // run.batch_size * run.batch_size))
+            grouped = ' in whole micro-batches of one shape'
         self.updates_per_epoch = whole // recipe.total_batch_size
         if not self.updates_per_epoch:
             fitting = 2 ** (max(whole, 1).bit_length() - 1)
-            raise UserError(f'{whole:,} training images are fewer than one batch of {recipe.total_batch_size:,}; '
-                            f'give --total_batch_size {fitting} or less, and think of --scale_lr')
+            raise UserError(f'{whole:,} training images{grouped} are fewer than one batch of '
+                            f'{recipe.total_batch_size:,}; give --total_batch_size {fitting} or less, and think of '
+                            '--scale_lr')
         if self._groups is not None and recipe.repeated_aug > 1:
             raise UserError('--repeated_aug spreads the copies of an image over micro-batches, and this data set has '
                             'micro-batches of images of one shape; leave it out')

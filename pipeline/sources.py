@@ -15,6 +15,7 @@ import torch
 from timm.data import create_dataset
 
 from pipeline import labels
+from pipeline.augmentation import decode
 from pipeline.files import EXTENSIONS, GROUND_TRUTHS, Split, find_files, from_file, load_index, show_others, to_file
 from pipeline.labels import BadLabel
 from recipes import Recipe, Run
@@ -247,6 +248,22 @@ class ImageFiles:
         """Path of an image for messages; inside a tar file after a colon."""
         record = self._record(index)
         return f'{self.root}{"/" if record["size"] < 0 else ":"}{os.fsdecode(record["path"])}'
+
+
+    @property
+    def shown(self) -> str:
+        """The source in messages."""
+        return str(self.root)
+
+    def facts(self) -> dict[str, Any]:
+        """What there is, for a report."""
+        return {'path': str(self.root), 'images': len(self), 'classes': len(self.classes),
+                'smallest_class': int(self.counts.min()), 'largest_class': int(self.counts.max()),
+                'other_files': sum(self.others.values()), 'other_endings': self.others}
+
+    def check(self, index: int) -> None:
+        """Decodes an image. Raises anything for one that cannot be."""
+        decode(self.read(index)[0])
 
 
 def check_files(train: ImageFiles | None, val: ImageFiles | None) -> tuple[list[str], list[str]]:

@@ -16,10 +16,12 @@ import datasets
 import engine
 import recipes
 import utils
+from models.dense import classes_of_dense
 from models.weights import Weights, apply_weights, classes_of, load_weights
 from pipeline import labels
 from recipes import Recipe, Run
 from recipes.command_line import check_data_path
+from recipes.dense import Dense
 from tasks import Task, create_task
 from training.start import adapt_to_device, compile_errors, prepare_model
 from utils import UserError, log
@@ -59,8 +61,10 @@ def find_recipe(source: str | None, recipe: Recipe, run: Run) -> tuple[Weights |
         meta = settings_of_timm(name) | meta
     recipe = recipes.of_weights(meta, weights and weights.gate, recipe, run.given)
     if recipe.num_classes is None:
-        known = classes_of(weights, recipe.model) if weights else getattr(
-            timm.get_pretrained_cfg(recipe.model), 'num_classes', None)
+        known = getattr(timm.get_pretrained_cfg(recipe.model), 'num_classes', None)
+        if weights is not None:
+            dense = isinstance(recipe, Dense)
+            known = classes_of_dense(weights.state_dict, recipe) if dense else classes_of(weights, recipe.model)
         recipe = dataclasses.replace(recipe, num_classes=known)
     return weights, recipe, meta
 

@@ -127,7 +127,7 @@ def find_initial(recipe: Recipe, run: Run, start: dict[str, Any] | None) -> tupl
     if start is not None:
         return follow_gate(recipe, run, start['recipe'].get('gate')), None
     with utils.rank_zero_first('finetune'):  # it may be a download
-        initial = load_weights(source, run.weights)
+        initial = load_weights(source, run.weights, of_backbone=recipe.backbone_weights)
     return follow_gate(recipe, run, initial.gate), initial
 
 
