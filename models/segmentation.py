@@ -43,7 +43,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class Pool(nn.Module):
-    """Means over bins x bins parts of a map, as `nn.AdaptiveAvgPool2d`, by two products with a matrix of the bins."""
+    """Means over bins x bins parts of a map, as `nn.AdaptiveAvgPool2d`, first over rows and then over columns.
+
+    Products are summed, and not matrices multiplied, which mixed precision would do in 16 bits.
+    """
 
     def __init__(self, bins: int) -> None:
         super().__init__()
@@ -58,8 +61,8 @@ class Pool(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """[B, C, H, W] -> float32 [B, C, bins, bins]."""
         rows, columns = (self._weights(size, maps.device) for size in maps.shape[-2:])
-        with torch.autocast(maps.device.type, enabled=False):  # else the shares are rounded to 16 bits
-            return rows @ maps.float() @ columns.mT
+        means = (maps.float()[..., None, :, :] * rows[..., None]).sum(-2)
+        return (means[..., None, :] * columns).sum(-1)
 
 
 class Head(nn.Module):
