@@ -2,9 +2,9 @@
 their weights and images.
 
 The files are those of the recording, whole: `retinanet.*` and so on is one model with seed 0 (maps, predictions,
-losses, norms of gradients), `units.*` the parts of all detectors (anchors, coder, assigners, NMS, losses), `init.json.gz` fresh
-weights and `state_dict_shapes.json.gz` the names and shapes of the released files. They were recorded on the CPU in
-float32, with torch 1.13.
+losses, norms of gradients), `units.*` the parts of all detectors (anchors, coder, assigners, NMS, losses),
+`init.json.gz` fresh weights and `state_dict_shapes.json.gz` the names and shapes of the released files. They were
+recorded on the CPU in float32, with torch 1.13.
 """
 import gzip
 import json
