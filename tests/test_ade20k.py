@@ -2,6 +2,7 @@
 import colorsys
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 from PIL import Image
 
 import dense_reference
-from builders import encoded
+from builders import differences, encoded, open_loaders
 from pipeline import ade20k, augmentation, dense
 from pipeline.ade20k import LabelFile, Transform, open_ade20k
 from pipeline.labels import BadLabel
-from recipes import Run
+from recipes import RECIPES, Run
+from tools import check_dataset
 from utils import UserError
 
 FIGURES = dense_reference.load('resize_metrics')
@@ -222,6 +224,19 @@ def test_labels_that_fit_no_class_or_not_their_image_are_refused_as_they_are_rea
         transform(opened(tmp_path).read(0), None, num_classes=4)
 
 
+def test_check_dataset_knows_label_files(tmp_path, capsys):
+    write(tmp_path)
+    (tmp_path / 'classes.txt').write_text('a\nb\nc\nd\n')
+    words = ['--recipe', 'upernet_moganet_tiny_160k', '--data_path', str(tmp_path)]
+    assert check_dataset.main([*words, '--decode', '--workers', '1']) == 0
+    assert '"images": 3, "classes": 4' in capsys.readouterr().out
+    label_of(tmp_path, 1).write_bytes(png(blocks() + 7))
+    (tmp_path / 'images' / 'val' / '2.jpg').write_bytes(b'no')
+    assert check_dataset.main(words) == 0 and check_dataset.main([*words, '--decode', '--workers', '1']) == 1
+    shown = capsys.readouterr().out
+    assert 'train/1.jpg: has the label 10 in' in shown and 'val/2.jpg: is no image' in shown
+
+
 # ---- Transforms -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('case', FIGURES['segmentation_test'], ids=lambda case: 'x'.join(map(str, case['wh'])))
@@ -315,6 +330,19 @@ def test_a_training_crop_is_padded_with_what_counts_for_nothing():
     height, width = sample['size']
     assert (found[height:] == 255).all() and (found[:, width:] == 255).all()
     assert (found[:height, :width].numpy() == sample['labels']).all()
+
+
+def test_workers_change_no_batch(tmp_path):
+    write(tmp_path, count=5)
+    recipe = replace(RECIPES['upernet_moganet_tiny_160k'], image_scale=(96, 64), crop_size=64, total_batch_size=4)
+    taken = []
+    for workers in (0, 2):
+        run = Run(data_path=str(tmp_path), device='cpu', batch_size=2, update_freq=2, num_workers=workers)
+        made = open_loaders(replace(recipe, num_classes=4), run)
+        taken.append([*made.train.epoch(0, end=1), *made.val])
+        made.close()
+    assert len(taken[0]) == 2 + 5
+    assert differences([vars(batch) for batch in taken[0]], [vars(batch) for batch in taken[1]]) == []
 
 
 # ---- Colours --------------------------------------------------------------------------------------------------------
