@@ -386,7 +386,9 @@ class RCNN(Detector):
         for i, size in enumerate(sizes):
             boxes, scores, numbers = [], [], []
             for number, (x, y, level) in enumerate(zip(logits, deltas, anchors, strict=True)):
-                score, index = by_anchor(x[i], 1)[:, 0].sigmoid().topk(min(before, len(level)))
+                # Which of two equal scores comes first decides what is drawn later; `topk` does not say
+                score, index = (values[:before] for values in by_anchor(x[i], 1)[:, 0].sigmoid().sort(
+                    descending=True, stable=True))
                 boxes.append(box.decode(level[index], by_anchor(y[i], 4)[index], size=size))
                 scores.append(score)
                 numbers.append(torch.full_like(index, number))
