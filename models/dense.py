@@ -1,7 +1,8 @@
 """Detectors by the names of their rows, and by recipes. A row is in `recipes`, alone."""
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from models.detection import RetinaNet
 from recipes import RECIPES
@@ -47,3 +48,10 @@ def create_dense(row: str, num_classes: int | None = None, **kwargs: Any) -> nn.
     if row not in rows:
         raise UserError(f'unknown detector {row}{nearest(row, rows)}')
     return build_dense(rows[row], num_classes=num_classes or rows[row].known_classes, **kwargs)
+
+
+def classes_of_dense(state_dict: Mapping[str, Tensor], recipe: Dense) -> int:
+    """The classes that the weights of a recipe's network tell apart; 0 where its last layer is not among them."""
+    layer, (each, further) = next(iter(NETWORKS[recipe.network].LAST.items()))
+    bias = state_dict.get(f'{layer}.bias')
+    return 0 if bias is None else (len(bias) - further) // each

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import sigmoid_focal_loss
 
 from models import boxes as box
@@ -33,6 +34,28 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
         raise UserError(f'a detector needs maps at strides 4, 8, 16 and 32, and the last four of {name} are at '
                         f'{", ".join(map(str, strides))}; choose a model with four stages')
     return backbone
+
+
+def freeze_backbone(backbone: nn.Module, *, stages: int = 0, norms: bool = False) -> None:
+    """Takes the gradient from a backbone's stem and first stages, and from its batch norms.
+
+    `engine.train_mode` keeps what is frozen in evaluation mode, so that the statistics stay too.
+
+    Raises:
+        UserError: where the backbone does not tell its stages apart, or nothing of it would be left to train.
+    """
+    ends = list(getattr(backbone, 'return_layers', ()))  # the last part of each stage
+    if stages and not ends:
+        raise UserError(f'--freeze_stages: {type(backbone).__name__} does not name its stages; give 0')
+    if stages >= len(ends) > 0:
+        raise UserError(f'--freeze_stages {stages}: the backbone has {len(ends)} stages; give at most {len(ends) - 1}')
+    parts = list(backbone.named_children())
+    count = [name for name, _ in parts].index(ends[stages - 1]) + 1 if stages else 0
+    frozen = [part for _, part in parts[:count]]
+    if norms:
+        frozen += [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
+    for module in frozen:
+        module.requires_grad_(False)
 
 
 def convolution(
@@ -203,7 +226,8 @@ class RetinaNet(Detector):
 
     ANCHORS: ClassVar = {'strides': (8, 16, 32, 64, 128), 'scales': tuple(4 * 2 ** (i / 3) for i in range(3))}
     LOSSES = ('loss_cls', 'loss_bbox')
-    LAST: ClassVar = {'bbox_head.retina_cls': 9}  # what knows the classes, and its channels for each of them
+    # The layers that know the classes. Of the first, channels for each class, and further ones
+    LAST: ClassVar = {'bbox_head.retina_cls': (9, 0)}
     BEFORE_NMS = 1000  # candidates of a level
 
     def __init__(

@@ -73,9 +73,12 @@ ROWS = (
     _retinanet_1x('small', 0.1, ap=45.8, parameters=35.1, flops=253.0),
     _retinanet_1x('base', 0.2, ap=47.7, parameters=53.5, flops=354.5),
     _retinanet_1x('large', 0.3, ap=48.7, parameters=92.4, flops=476.8),
-    # Digits of 12 to 64 pixels: anchors from 16 pixels on
+    # Digits of 12 to 64 pixels, which must not be mirrored: from scratch, and with anchors from 16 pixels on
     replace(_retinanet, name='retinanet_moganet_digits', source='this project (make demo-detection)',
             hardware='2 CPU cores', model='moganet_xtiny', data_set='digits_coco', image_scale=(160, 160), hflip=0.0,
-            micro_batch_size=8, total_batch_size=8, drop_path=0.0, lr=1e-3, param_groups='ours', warmup_steps=50,
-            network_kwargs={'channels': 64, 'depth': 2, 'anchor_scale': 2.0}),
+            model_kwargs={'dims': [16, 32, 64, 128], 'depths': [1, 1, 3, 1], 'ffn_ratios': [4, 4, 4, 4],
+                          'layer_scale_init_value': 0.1},
+            network_kwargs={'channels': 64, 'depth': 2, 'anchor_scale': 2.0}, micro_batch_size=8, total_batch_size=8,
+            epochs=24, drop_path=0.0, lr=1e-3, min_lr=1e-5, sched='cosine', milestones=(), warmup_steps=100,
+            warmup_ratio=None, clip_grad=1.0, param_groups='ours', model_ema=True, model_ema_decay=0.995),
 )

@@ -245,7 +245,8 @@ def check_start(recipe: Recipe, run: Run) -> None:
         raise UserError('what is frozen would stay at its random initial values; give --finetune FILE or --pretrained, '
                         'or --freeze_stages 0')
     check_data_path(recipe, run)
-    recipe.check_run(run)
+    if recipe.model:  # else a checkpoint will say what it is
+        recipe.check_run(run)
     named = [('checkpoint', path) for path in run.checkpoint] + [(name, getattr(run, name)) for name in (
         'finetune', 'resume', 'valid_labels', 'real_labels', 'train_json', 'val_json', 'image_dir')]
     # A class map may also lie below the data

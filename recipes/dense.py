@@ -14,6 +14,7 @@ class Dense(Recipe):
     descriptive = (*Recipe.descriptive, 'expected_parameters', 'expected_flops')
     fixed = (*Recipe.fixed, 'network', 'network_kwargs', 'freeze_bn')
     plain_bn_without_cuda = True
+    backbone_weights = 'raw'  # as the authors, though S, B and L reach their ImageNet accuracy with the average
 
     expected_parameters: float | None = doc(None, 'published number of parameters, millions', flag=False)
     expected_flops: float | None = doc(None, 'published multiply-accumulates, billions', flag=False)

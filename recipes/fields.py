@@ -77,6 +77,8 @@ class Recipe:
                                         'freeze_stages', 'total_batch_size')
     # Whether a row asks for synchronised batch norms that may be plain ones off CUDA, where there are no others
     plain_bn_without_cuda: ClassVar[bool] = False
+    # Which weights of a classifier's file a model with the classifier as its backbone starts from
+    backbone_weights: ClassVar[Literal['raw', 'ema'] | None] = None
 
     # Where the row comes from
     name: str = doc('', 'name of the row', flag=False)

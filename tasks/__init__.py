@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import optim_factory
 from pipeline import labels
+from pipeline.augmentation import decode
 from recipes import Recipe, Run
 from tasks import pictures
 from utils import UserError, log
@@ -250,9 +251,21 @@ class Task:
         """Pictures of an evaluation's result, by name."""
         return {}
 
+    def files(self, result: dict[str, Any]) -> dict[str, str]:
+        """The files, by name, that an evaluation writes beside eval.json: tables of its result."""
+        return {}
+
+    def remarks(self) -> list[str]:
+        """Lines for the log about what differs from the row's own hardware in this run."""
+        return []
+
     def name_classes(self, model: nn.Module, classes: Sequence[str]) -> None:
         """Fills in the names of the model's classes: a checkpoint's own, or where it has none those that are known."""
         self.classes = list(classes)
+
+    def picture(self, image: Any) -> Image.Image:
+        """An undecoded image as predictions are drawn onto it. Raises what the decoder raises."""
+        return Image.fromarray(decode(image))
 
     def prepare(self, image: Any) -> Any:
         """An undecoded image as `predict` takes it. Raises BadImage."""

@@ -1,11 +1,12 @@
 """Pictures of batches, results and predictions, for TensorBoard, Weights & Biases and predict.py."""
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, make_grid
 
 BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
 
@@ -14,6 +15,27 @@ def draw_images(images: torch.Tensor, mean: Sequence[float], std: Sequence[float
     """The first 32 of a batch of normalised images [B, 3, H, W], eight in a row."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     return to_pil_image(make_grid((images[:32].cpu() * std + mean).clamp(0, 1), nrow=8))
+
+
+def draw_boxes(image: Image.Image, boxes: Any, names: Sequence[str] | None = None) -> Image.Image:
+    """An image with boxes [n, 4] (x1, y1, x2, y2): those of the ground truth blue, those with names orange."""
+    pixels, boxes = pil_to_tensor(image.convert('RGB')), torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    if not len(boxes):
+        return image
+    return to_pil_image(draw_bounding_boxes(pixels, boxes, list(names) if names else None,
+                                            colors=ORANGE if names else BLUE, width=2))
+
+
+def draw_batch_of_boxes(images: torch.Tensor, targets: Sequence[dict[str, Any]], *, mean: Sequence[float],
+                        std: Sequence[float], names: Sequence[str]) -> Image.Image:
+    """The first eight of a batch of normalised images [B, 3, H, W] with their ground truth, four in a row."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    drawn = []
+    for image, target in zip(images[:8].cpu(), targets, strict=False):
+        labels = [names[label] if names else str(label) for label in target['labels'].tolist()]
+        picture = draw_boxes(to_pil_image((image * std + mean).clamp(0, 1)), target['boxes'].cpu(), labels)
+        drawn.append(pil_to_tensor(picture))
+    return to_pil_image(make_grid(drawn, nrow=4))
 
 
 def draw_bars(image: Image.Image, bars: Sequence[tuple[str, float]]) -> Image.Image:

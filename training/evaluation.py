@@ -16,10 +16,12 @@ import datasets
 import engine
 import recipes
 import utils
+from models.dense import classes_of_dense
 from models.weights import Weights, apply_weights, classes_of, load_weights
 from pipeline import labels
 from recipes import Recipe, Run
 from recipes.command_line import check_data_path
+from recipes.dense import Dense
 from tasks import Task, create_task
 from training.start import adapt_to_device, compile_errors, prepare_model
 from utils import UserError, log
@@ -34,11 +36,12 @@ def evaluate(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
     for source in run.checkpoint or (None,):
         found = find_recipe(source, recipe, run)
         result = {'checkpoint': source, **evaluate_one(*found, run, processes)}
+        files = result.pop('files')
         folder = Path(run.output_dir) if run.output_dir else evaluation_folder(source, result['model'])
         results.append((folder, result))
         if processes.first:  # at once: the next checkpoint may be a wrong one
             beside = [other for place, other in results if place == folder]
-            write_results(folder, beside if len(run.checkpoint) > 1 else result)
+            write_results(folder, beside if len(run.checkpoint) > 1 else result, files)
             if run.results_file:
                 append_result(Path(run.results_file), result, found[1])
     if len(results) > 1:
@@ -58,8 +61,10 @@ def find_recipe(source: str | None, recipe: Recipe, run: Run) -> tuple[Weights |
         meta = settings_of_timm(name) | meta
     recipe = recipes.of_weights(meta, weights and weights.gate, recipe, run.given)
     if recipe.num_classes is None:
-        known = classes_of(weights, recipe.model) if weights else getattr(
-            timm.get_pretrained_cfg(recipe.model), 'num_classes', None)
+        known = getattr(timm.get_pretrained_cfg(recipe.model), 'num_classes', None)
+        if weights is not None:
+            dense = isinstance(recipe, Dense)
+            known = classes_of_dense(weights.state_dict, recipe) if dense else classes_of(weights, recipe.model)
         recipe = dataclasses.replace(recipe, num_classes=known)
     return weights, recipe, meta
 
@@ -120,15 +125,22 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
         log.info('%.0f images/s, of the model alone in batches of %d', result['throughput'], len(batch))
     loaders.close()
     return result | {
-        'weights': which, 'model': recipe.model, **recipe.settings(), 'precision': recipe.precision, 'seconds': seconds,
+        'files': task.files(result), 'weights': which, 'model': recipe.model, **recipe.settings(),
+        'precision': recipe.precision, 'seconds': seconds,
         'images_per_second': result['count'] / seconds}
 
 
-def write_results(folder: Path, result: dict[str, Any] | list[dict[str, Any]]) -> None:
-    """Writes eval.json: one evaluation, or a list where a call has several. Raises UserError where it cannot."""
+def write_results(folder: Path, result: dict[str, Any] | list[dict[str, Any]], files: dict[str, str]) -> None:
+    """Writes eval.json: one evaluation, or a list where a call has several. Raises UserError where it cannot.
+
+    Args:
+        files: texts by the names of the files beside it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         utils.write_json(folder / 'eval.json', result)
+        for name, text in files.items():
+            utils.write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
     except OSError as error:
         raise UserError(f'cannot write {folder / "eval.json"} ({error.strerror}); give another --output_dir') from None
 

@@ -39,6 +39,10 @@ def adapt_to_device(recipe: Recipe, run: Run, device: torch.device) -> Recipe:
     if recipe.precision == 'fp16' and device.type != 'cuda':
         log.info('fp16 needs a CUDA device: running in fp32 on this %s.', device.type)
         recipe = dataclasses.replace(recipe, precision='fp32')
+    if recipe.sync_bn and recipe.plain_bn_without_cuda and (device.type != 'cuda' or run.world_size == 1):
+        log.info('--sync_bn: %s, the batch norms are plain ones.',
+                 'on one process' if device.type == 'cuda' else f'off CUDA, on this {device.type}')
+        recipe = dataclasses.replace(recipe, sync_bn=False)
     if recipe.sync_bn and device.type != 'cuda':
         raise UserError(f'--sync_bn needs CUDA devices, and this is a {device.type}; leave it out')
     return recipe
@@ -123,7 +127,7 @@ def find_initial(recipe: Recipe, run: Run, start: dict[str, Any] | None) -> tupl
     if start is not None:
         return follow_gate(recipe, run, start['recipe'].get('gate')), None
     with utils.rank_zero_first('finetune'):  # it may be a download
-        initial = load_weights(source, run.weights)
+        initial = load_weights(source, run.weights, of_backbone=recipe.backbone_weights)
     return follow_gate(recipe, run, initial.gate), initial
 
 

@@ -119,6 +119,8 @@ def announce(task: Task, run: Run, state: TrainState, processes: utils.Processes
              recipe.model, parameters, recipe.num_classes, length, recipe.total_batch_size, run.world_size,
              'es' if run.world_size > 1 else '', run.batch_size, run.update_freq, 's' if run.update_freq > 1 else '',
              recipe.precision, processes.device)
+    for remark in task.remarks():
+        log.info('%s', remark)
     if (run.finetune or run.pretrained) and total < MIN_FINETUNE_UPDATES:
         log.warning('Only %d updates: fine-tuning wants %d or more. Raise --%s or lower --total_batch_size.', total,
                     MIN_FINETUNE_UPDATES, 'epochs' if recipe.updates is None else 'updates')
