@@ -5,12 +5,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.detection import RetinaNet
+from models.rcnn import CascadeMaskRCNN, CascadeMaskRCNNGIoU, MaskRCNN
 from recipes import RECIPES
 from recipes.dense import Dense
 from utils import UserError, nearest, reason_of
 
 # By the recipes' `network`
-NETWORKS: dict[str, type[nn.Module]] = {'retinanet': RetinaNet}
+NETWORKS: dict[str, type[nn.Module]] = {
+    'retinanet': RetinaNet, 'mask_rcnn': MaskRCNN, 'cascade_mask_rcnn': CascadeMaskRCNN,
+    'cascade_mask_rcnn_giou': CascadeMaskRCNNGIoU}
 
 
 def build_dense(recipe: Dense, *, num_classes: int, **kwargs: Any) -> nn.Module:
