@@ -7,13 +7,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.detection import RetinaNet
+from models.rcnn import CascadeMaskRCNN, CascadeMaskRCNNGIoU, MaskRCNN
 from models.segmentation import SemanticFPN, UPerNet
 from recipes import RECIPES
 from recipes.dense import Dense
 from utils import UserError, nearest, reason_of
 
 # By the recipes' `network`
-NETWORKS: dict[str, type[nn.Module]] = {'retinanet': RetinaNet, 'semantic_fpn': SemanticFPN, 'upernet': UPerNet}
+NETWORKS: dict[str, type[nn.Module]] = {
+    'retinanet': RetinaNet, 'mask_rcnn': MaskRCNN, 'cascade_mask_rcnn': CascadeMaskRCNN,
+    'cascade_mask_rcnn_giou': CascadeMaskRCNNGIoU, 'semantic_fpn': SemanticFPN, 'upernet': UPerNet}
 
 
 def build_dense(recipe: Dense, *, num_classes: int, **kwargs: Any) -> nn.Module:
