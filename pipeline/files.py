@@ -6,6 +6,7 @@ import json
 import os
 import posixpath
 import re
+import socket
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils import UserError, expand, log, write_atomically, write_json
+from utils import UserError, expand, log, rank_zero_first, write_atomically, write_json
 
 Split = Literal['train', 'val']
 # The endings of what Pillow reads, but for documents, drawings, films and scientific data
@@ -430,6 +431,33 @@ def _unchanged(root: str, stamps: dict[str, int]) -> bool:
         return False
 
 
+_found: dict[str, str] = {}  # by root, the digest of the index that this process has read or built
+_told: dict[str, str] = {}  # within `indexing`, the same of rank 0
+
+
+@contextlib.contextmanager
+def indexing() -> Iterator[None]:
+    """Within it, rank 0 looks through the data first; a rank that finds rank 0's index in its cache takes it as it is.
+
+    So the folders are looked at once, and not by hundreds of ranks. Where the home folder is not shared, the first rank
+    of each node builds the index anew.
+    """
+    with rank_zero_first('index', lambda: json.dumps(_found)) as told:
+        _told.update(json.loads(told or '{}'))
+        try:
+            yield
+        finally:
+            _told.clear()
+
+
+def _note_index(root: Path, digest: str) -> None:
+    """Notes which index this process takes. Raises UserError where rank 0 has another: they would mix up the images."""
+    _found[str(root)] = digest
+    if _told.get(str(root), digest) != digest:
+        raise UserError(f'{root} holds other images here, on {socket.gethostname()}, than where rank 0 is; copy the '
+                        'data anew, or give a --data_path that all nodes share')
+
+
 def load_index(root: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """The index of a folder or tar file: read from the user's cache where nothing has changed, else built and kept.
 
@@ -438,22 +466,28 @@ def load_index(root: Path) -> tuple[np.ndarray, dict[str, Any]]:
         (images outside of any class), `others` (how many files were left out, by their endings).
 
     Raises:
-        UserError: for what cannot be read.
+        UserError: for what cannot be read, and for other images than rank 0 has.
     """
     resolved = str(root.resolve())
     note = cache_folder() / f'{root.name}-{hashlib.blake2b(os.fsencode(resolved), digest_size=8).hexdigest()}.json'
     try:
         facts = json.loads(note.read_text())
-        if facts['root'] == resolved and facts['rules'] == RULES and _unchanged(resolved, facts['stamps']):
-            return np.load(note.with_name(facts['records']), mmap_mode='r'), facts
+        digest = facts['records'].removesuffix('.npy')[-16:]
+        if facts['root'] == resolved and facts['rules'] == RULES and (
+                _told.get(str(root)) == digest or _unchanged(resolved, facts['stamps'])):
+            records = np.load(note.with_name(facts['records']), mmap_mode='r')
+            _note_index(root, digest)
+            return records, facts
     except (OSError, ValueError, KeyError, TypeError, EOFError):  # none yet, or a damaged one
         pass
     log.info('indexing the images of %s, once', root)
     records, facts = (_scan_tar if root.is_file() else _scan_folder)(resolved)
+    digest = hashlib.blake2b(records.tobytes(), digest_size=8).hexdigest()
+    _note_index(root, digest)
     # About to be refused, or a disk is not mounted: the cure may not show in the folders
     if not len(records) or 'broken links' in facts['others']:
         return records, facts
-    name = f'{note.stem}-{hashlib.blake2b(records.tobytes(), digest_size=8).hexdigest()}.npy'
+    name = f'{note.stem}-{digest}.npy'
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(note.with_name(name), lambda file: np.save(file, records))
