@@ -194,6 +194,10 @@ class Task:
         """The batch of some samples, on the CPU."""
         raise NotImplementedError
 
+    def sample_bytes(self, *, training: bool) -> int:
+        """What a sample takes of the memory that workers share with their process, about; 0 where that is not known."""
+        return 0
+
     def finish(self, batch: Batch, device: torch.device, position: Any) -> Batch:
         """A worker's batch as the model's input on the device.
 
