@@ -188,8 +188,9 @@ def step_rate(recipe: Recipe, device: torch.device, *, steps: int = 10) -> float
 
     import models  # noqa: F401  registers them
     from tools.benchmark_model import training_step
-    model = timm.create_model(recipe.model).to(device).train()
+    model = timm.create_model(recipe.model).to(device, memory_format=torch.channels_last).train()
     images = torch.randn(recipe.micro_batch_size, 3, recipe.input_size, recipe.input_size, device=device)
+    images = images.to(memory_format=torch.channels_last)  # as the loaders give them
     step = training_step(model, images, precision=recipe.precision)
     for _ in range(3):
         step()
