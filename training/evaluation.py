@@ -21,7 +21,14 @@ from pipeline import labels
 from recipes import Recipe, Run
 from recipes.command_line import check_data_path
 from tasks import Task, create_task
-from training.start import adapt_to_device, compile_errors, prepare_model, settle_arithmetic, show_precision
+from training.start import (
+    adapt_to_device,
+    compile_errors,
+    compile_model,
+    prepare_model,
+    settle_arithmetic,
+    show_precision,
+)
 from utils import UserError, log
 
 
@@ -101,13 +108,13 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
     cuda = f', in {show_precision(recipe, run, processes.device)}' if processes.device.type == 'cuda' else ''
     log.info('Evaluating the %s weights of %s, on %d images%s', which, task.show_settings(), loaders.val.count, cuda)
     if run.compile:
-        model.compile()
+        compile_model(model, processes.device)
     metric = task.metric(processes.device, names=lambda: loaders.val.names, detailed=True)
     begin = time.perf_counter()
     # No signals, which end an evaluation at once, but a limit to its waits
     with utils.StopRequest(processes, ()), compile_errors():
         result = engine.evaluate({'': model}, loaders.val, metric, count=loaders.val.count, exact=loaders.val.exact,
-                                 device=processes.device, precision=recipe.precision)['']
+                                 device=processes.device, precision=recipe.precision, compiling=run.compile)['']
     seconds = time.perf_counter() - begin
     log.info('%s  (%s weights, %d images)', task.show_result(result), which, result['count'])
     for name in recipe.expected():

@@ -9,6 +9,7 @@ The first that applies:
 import contextlib
 import dataclasses
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import optim_factory
 import recipes
 import utils
 from models.weights import Weights, apply_weights, load_weights
+from pipeline.files import cache_folder
 from recipes import Recipe, Run
 from tasks import Task
 from training import checkpoint
@@ -200,6 +202,20 @@ def prepare_model(task: Task, run: Run, device: torch.device, *, initial: Weight
     return model.to(device, memory_format=layout)
 
 
+def compile_model(model: nn.Module, device: torch.device) -> None:
+    """Has torch compile a model in place, so that its state dict keeps its names.
+
+    On CUDA the whole graph is told to be channels-last: torch 2.13 and 2.14 take the layout of a backward graph from
+    the depthwise weights [C, 1, k, k], whose strides fit both layouts, and rewrite each of their gradients and inputs
+    (XT: 170 copies a step). What is compiled is kept in the user's cache, in a folder of this node: the folder for
+    temporary files, where torch keeps it, is often a job's own, which a preempted job would lose.
+    """
+    from torch._inductor import config
+    os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache_folder() / 'inductor' / platform.node()))
+    option = 'force_layout_optimization'
+    model.compile(**({'options': {option: True}} if device.type == 'cuda' and hasattr(config, option) else {}))
+
+
 @contextlib.contextmanager
 def compile_errors() -> Iterator[None]:
     """Makes one line of what torch.compile raises: at the first call, and not when it is asked to compile."""
@@ -241,7 +257,7 @@ def build_step(task: Task, run: Run, processes: utils.Processes, model: nn.Modul
     if run.print_param_groups:
         log.info(optim_factory.describe_param_groups(optimizer.param_groups))
     if run.compile:
-        model.compile()  # in place: the state dict keeps its names
+        compile_model(model, processes.device)
     return engine.TrainStep(
         engine.wrap_distributed(model, processes.device), task, optimizer, device=processes.device,
         precision=recipe.precision, scaler=engine.create_scaler(processes.device, recipe.precision), ema=ema,
