@@ -55,7 +55,8 @@ def measure(*, recipe: Recipe = RECIPES['moganet_xtiny'], input_size: int = 64, 
     """
     place = torch.device(device)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch_size, 3, input_size, input_size, generator=generator).to(place)
+    images = torch.randn(batch_size, 3, input_size, input_size, generator=generator).to(
+        place, memory_format=torch.channels_last)  # as the loaders give them
     targets = torch.randint(1000, (batch_size,), generator=generator).to(place)
 
     task = create_task(dataclasses.replace(recipe, smoothing=0.0), Run())
