@@ -122,7 +122,7 @@ def announce(task: Task, run: Run, state: TrainState, processes: utils.Processes
     log.info('%s: %s, %s, %d classes; %s of %d images (%d process%s x %d x %d micro-step%s), %s, on %s', recipe.name,
              recipe.model, parameters, recipe.num_classes, length, recipe.total_batch_size, run.world_size,
              'es' if run.world_size > 1 else '', run.batch_size, run.update_freq, 's' if run.update_freq > 1 else '',
-              arithmetic, processes.device)
+             arithmetic, processes.device)
     for remark in task.remarks():
         log.info('%s', remark)
     if (run.finetune or run.pretrained) and total < MIN_FINETUNE_UPDATES:
