@@ -18,6 +18,7 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import optim_factory
 from models import create_model
@@ -123,6 +124,9 @@ class Classification(Task):
                 if value is not None:
                     array[i] = value
         return Crops(images, targets, boxes, seeds)
+
+    def sample_bytes(self, *, training: bool) -> int:
+        return 3 * (self.recipe.input_size if training else self.recipe.test_size) ** 2
 
     def finish(self, batch: Crops, device: torch.device, position: Position | None) -> Labelled:
         if self._finish is None:
@@ -266,10 +270,28 @@ def describe(names: list[str], imagenet: ImageNetInfo | None = None) -> list[str
 
 # ---- On the device --------------------------------------------------------------------------------------------------
 
+class WithoutWait(TorchFunctionMode):
+    """Within it, what `torch.tensor` puts on a CUDA device goes there from pinned memory: else the host would wait."""
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.tensor and torch.device(kwargs.get('device') or 'cpu').type == 'cuda':
+            device = kwargs.pop('device')
+            return torch.tensor(*args, **kwargs).pin_memory().to(device, non_blocking=True)
+        return function(*args, **kwargs)
+
+
 class BatchMixup(Mixup):
-    """timm's mixup and CutMix, for odd batches too: the image in the middle would be mixed with itself."""
+    """timm's mixup and CutMix, without a wait for the device, and for odd batches too.
+
+    The image in the middle would be mixed with itself.
+    """
 
     def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        with WithoutWait() if x.is_cuda else contextlib.nullcontext():
+            return self._mix(x, target)
+
+    def _mix(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if len(x) % 2 == 0:
             return super().__call__(x, target)
         if self.mode == 'batch':

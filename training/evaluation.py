@@ -19,13 +19,22 @@ import datasets
 import engine
 import recipes
 import utils
+from models.dense import classes_of_dense
 from models.weights import Weights, apply_weights, classes_of, load_weights
 from pipeline import labels
 from recipes import Recipe, Run
 from recipes.command_line import check_data_path
+from recipes.dense import Dense
 from tasks import Task, create_task, evidence
 from training import suite
-from training.start import adapt_to_device, compile_errors, prepare_model
+from training.start import (
+    adapt_to_device,
+    compile_errors,
+    compile_model,
+    prepare_model,
+    settle_arithmetic,
+    show_precision,
+)
 from utils import UserError, log
 
 
@@ -45,11 +54,11 @@ def evaluate(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
             known = meta if part.published else {key: value for key, value in meta.items() if key not in here.metrics}
             evaluate_run = functools.partial(evaluate_one, weights, here, known, processes=processes, kept=kept)
             result = {'checkpoint': source, **part.evaluate(evaluate_run)}
-            right, classes = result.pop('right', None), result.pop('classes', None)
+            right, classes, files = (result.pop(name, None) for name in ('right', 'classes', 'files'))
             place = run.checkpoint[0] if run.suite and run.checkpoint else source
             folder = Path(run.output_dir) if run.output_dir else evaluation_folder(place, result['model'])
             same = (part.name, part.changes.get('test_size'), here.data_set, result['count'])
-            done.append(Evaluated(folder, result, number, same, right, classes))
+            done.append(Evaluated(folder, result, number, same, right, classes, files or {}))
             compare(done)
             if processes.first:  # at once: the next checkpoint may be a wrong one
                 beside = [other for other in done if other.folder == folder]
@@ -73,6 +82,7 @@ class Evaluated:
         same: equal for the results on the same images.
         right: bool [images], where the task says which are right.
         classes: rows of a table.
+        files: texts by the names of the files beside it.
     """
 
     folder: Path
@@ -81,6 +91,7 @@ class Evaluated:
     same: tuple[Any, ...]
     right: torch.Tensor | None
     classes: list[dict[str, Any]] | None
+    files: dict[str, str]
 
 
 def compare(done: Sequence[Evaluated]) -> None:
@@ -116,6 +127,8 @@ def files_beside(done: Sequence[Evaluated]) -> dict[str, bytes]:
                 writer.writeheader()
             writer.writerow(about | row)
     files = {'eval-classes.csv': table.getvalue().encode()} if writer else {}
+    for one in done:
+        files |= {name: text.encode() for name, text in one.files.items()}
     if bits:
         archive = io.BytesIO()
         np.savez(archive, **bits)
@@ -135,8 +148,10 @@ def find_recipe(source: str | None, recipe: Recipe, run: Run) -> tuple[Weights |
         meta = settings_of_timm(name) | meta
     recipe = recipes.of_weights(meta, weights and weights.gate, recipe, run.given)
     if recipe.num_classes is None:
-        known = classes_of(weights, recipe.model) if weights else getattr(
-            timm.get_pretrained_cfg(recipe.model), 'num_classes', None)
+        known = getattr(timm.get_pretrained_cfg(recipe.model), 'num_classes', None)
+        if weights is not None:
+            dense = isinstance(recipe, Dense)
+            known = classes_of_dense(weights.state_dict, recipe) if dense else classes_of(weights, recipe.model)
         recipe = dataclasses.replace(recipe, num_classes=known)
     return weights, recipe, meta
 
@@ -151,6 +166,7 @@ def load_task(source: str, recipe: Recipe, run: Run, device: torch.device) -> tu
         UserError: where the file cannot be read, or is of another kind.
     """
     weights, recipe, _ = find_recipe(source, recipe, run)
+    run = settle_arithmetic(run, device)
     task = create_task(recipe, run)
     model = prepare_model(task, run, device)
     apply_weights(model, weights)
@@ -170,7 +186,9 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
         what eval.json holds, and in detail what `tasks.Metric` gives for files.
     """
     recipe = adapt_to_device(dataclasses.replace(recipe, sync_bn=False), run, processes.device)
+    run = settle_arithmetic(run, processes.device)
     check_data_path(recipe, run)  # of the checkpoint's own data set
+    recipe.check_run(run)
     task = create_task(recipe, run)
     task.trained, task.trained_map = labels.known_names(meta.get('classes')), meta.get('class_map')
     loaders = datasets.build_loaders(task, run, rank=processes.rank, device=processes.device, splits=('val',))
@@ -182,16 +200,17 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
         if weights is not None:
             log.info('%s: %s', weights, apply_weights(model, weights))
         if run.compile:
-            model.compile()
+            compile_model(model, processes.device)
         kept |= {'recipe': recipe, 'model': model}
     model = kept['model']
-    log.info('Evaluating the %s weights of %s, on %d images', which, task.show_settings(), loaders.val.count)
+    cuda = f', in {show_precision(recipe, run, processes.device)}' if processes.device.type == 'cuda' else ''
+    log.info('Evaluating the %s weights of %s, on %d images%s', which, task.show_settings(), loaders.val.count, cuda)
     metric = task.metric(processes.device, names=lambda: loaders.val.names, detailed=detailed)
     begin = time.perf_counter()
     # No signals, which end an evaluation at once, but a limit to its waits
     with utils.StopRequest(processes, ()), compile_errors():
         result = engine.evaluate({'': model}, loaders.val, metric, count=loaders.val.count, exact=loaders.val.exact,
-                                 device=processes.device, precision=recipe.precision)['']
+                                 device=processes.device, precision=recipe.precision, compiling=run.compile)['']
     seconds = time.perf_counter() - begin
     log.info('%s  (%s weights, %d images)', task.show_result(result), which, result['count'])
     for line in task.show_details(result) if detailed else ():
@@ -211,7 +230,8 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
         log.info('%.0f images/s, of the model alone in batches of %d', result['throughput'], len(batch))
     loaders.close()
     return result | {
-        'weights': which, 'model': recipe.model, **recipe.settings(), **({'tta': run.tta} if run.tta else {}),
+        'files': task.files(result) if detailed else {}, 'weights': which, 'model': recipe.model,
+        **recipe.settings(), **({'tta': run.tta} if run.tta else {}),
         'precision': recipe.precision, 'seconds': seconds, 'images_per_second': result['count'] / seconds}
 
 
