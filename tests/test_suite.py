@@ -18,6 +18,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, create_transform
 from torch import Tensor
 from torch.nn import functional as F
 
+import angle_task
 import main
 import recipes
 import reference
@@ -334,6 +335,18 @@ def test_a_model_of_other_classes_is_evaluated_on_val_alone(tmp_path, capsys):
     (row,) = evaluate(data, tmp_path / 'run', '--checkpoint', tmp_path / 'run' / 'checkpoint-last.pth')
     assert (row['set'], row['count']) == ('val', 9) and 'real_acc1' not in row
     assert "A want a model of ImageNet's 1000 classes, and this one has 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('flag,value', [('suite', '.'), ('tta', 'hflip'), ('test_sizes', (32, 48))])
+def test_another_task_is_refused_what_is_of_classifiers(flag, value):
+    run = dataclasses.replace(recipes.Run(eval=True), **{flag: value})
+    with pytest.raises(UserError, match=f'--{flag.removesuffix("s")} is of classifiers, and angle_tiny is none'):
+        suite.parts(angle_task.ROW, run)
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path):
+    with pytest.raises(UserError, match='cannot be read'):
+        suite.find_sets(tmp_path / 'gone')
 
 
 def test_corruptions_without_their_package_name_it(folder, monkeypatch):
