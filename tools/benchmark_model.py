@@ -3,7 +3,6 @@ import contextlib
 import copy
 import logging
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
@@ -12,13 +11,12 @@ import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from engine import AUTOCAST, autocast
 from models import moganet
 from tools.benchmark import Row, alternate
 from tools.complexity import complexity
+from training.traffic import Traffic
 from utils import UserError, choose_device, nearest
 
 FORMS = ('authors', 'fused', 'compiled', 'channels_last')
@@ -70,37 +68,6 @@ def as_authors(model: nn.Module) -> nn.Module:
 
 
 # ---- Traffic ---------------------------------------------------------------------------------------------------------
-
-class Traffic(TorchDispatchMode):
-    """Counts, by operator, kernels launched and bytes of their tensors, each read or written once.
-
-    A view launches nothing; an expanded tensor counts as the memory behind it; an allocation alone moves nothing. What
-    a kernel reads twice, or keeps in scratch memory, is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
-        self.kernels: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if not (func.is_view or name in ('detach', '_unsafe_view') or 'empty' in name):
-            tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)}
-            self.bytes[name] += sum(map(_bytes, tensors.values()))
-            self.kernels[name] += 1
-        return out
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    count = tensor.element_size()
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride else 1
-    return count
-
 
 def compiled_bytes(work: Callable[[], Any]) -> int:
     """Bytes that inductor counts for the kernels that it compiles in a first call of `work`, library calls included."""

@@ -97,7 +97,7 @@ def most_images_per_second(row: Classification, card: Card, costs: Costs) -> int
 
 def command(row: Classification) -> str:
     """The command line that trains a row on the hardware of the row."""
-    gpus = int(row.hardware.split()[0]) if 'GPU' in row.hardware else 1
+    gpus = row.gpus()
     words = ['python' if gpus == 1 else f'torchrun --nproc_per_node={gpus}', 'main.py',
              f'--model {row.model}' if row.name == row.model else f'--recipe {row.name}']
     if row.name.endswith(('_ft384', '_transfer')):
