@@ -2,6 +2,7 @@
 
     python tools/check_dataset.py --data_path /path/to/imagenet                 # class folders and counts, in seconds
     python tools/check_dataset.py --data_path /path/to/imagenet --decode        # and every file, on all cores
+    python tools/check_dataset.py --data_path /path/to/own/classes --leaks      # images in both halves, and advice
     python tools/check_dataset.py --data_path /path/to/imagenet --sort_val ILSVRC2012_validation_ground_truth.txt
 
 --sort_val takes the ground truth of ImageNet's development kit (with its meta.mat beside it), Kaggle's
@@ -11,8 +12,6 @@ import argparse
 import json
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +22,24 @@ from tqdm import tqdm
 from pipeline import augmentation
 from pipeline.files import find_files, kind_of, read_ground_truth
 from pipeline.sources import ImageFiles, check_files
+from tools import doctor
 from utils import UserError, as_path, expand, run_cli, write_json
 
-_files: ImageFiles  # of a worker process
 
-
-def _open(files: ImageFiles) -> None:
-    global _files
-    _files = files
-
-
-def _decode(index: int) -> tuple[str, str] | None:
-    """Name and reason of an image that cannot be decoded."""
+def _why_bad(files: ImageFiles, index: int) -> dict[str, str] | None:
+    """Path and reason of an image that cannot be decoded."""
     try:
         with augmentation.refusing_bad_images():
-            augmentation.decode(_files.read(index)[0])
+            augmentation.decode(files.read(index)[0])
     except augmentation.BadImage as error:
-        return _files.name(index), str(error)
+        return {'path': files.name(index), 'reason': str(error)}
     return None
 
 
 def decode_all(files: ImageFiles, *, workers: int | None = None) -> list[dict[str, str]]:
     """Decodes every image; returns path and reason of those that fail."""
-    # Not multiprocessing's own pool, which waits for ever for what a killed process had begun
-    with ProcessPoolExecutor(workers, initializer=_open, initargs=(files,)) as pool:
-        results = pool.map(_decode, range(len(files)), chunksize=64)
-        bar = tqdm(results, f'decoding {files.root}', len(files), unit=' images', disable=None)
-        try:
-            return [{'path': found[0], 'reason': found[1]} for found in sorted(filter(None, bar))]
-        except BrokenProcessPool:
-            raise UserError('a decoding process was killed, as the system does when memory runs out: give fewer '
-                            '--workers, or more memory') from None
+    found = doctor.each_image(files, _why_bad, workers=workers, what='decoding')
+    return sorted(filter(None, found), key=lambda bad: bad['path'])
 
 
 def sort_val(folder: Path, truth: Path) -> int:
@@ -90,13 +76,14 @@ def sort_val(folder: Path, truth: Path) -> int:
     return moved
 
 
-def check(data_path: str, *, eval_data_path: str | None = None, decode: bool = False,
+def check(data_path: str, *, eval_data_path: str | None = None, decode: bool = False, leaks: bool = False,
           workers: int | None = None) -> dict[str, Any]:
     """Examines both halves of a data set.
 
     Returns:
         `errors`, `warnings`, and for `train` and `val` their path, images, classes, the smallest and largest class, the
-        files that are no images and, with `decode`, those that cannot be decoded.
+        files that are no images and, with `decode`, those that cannot be decoded; with `leaks`, under `leaks` what
+        `doctor.examine` returns, with a `command` to train by and `advice`.
     """
     report: dict[str, Any] = {'errors': [], 'warnings': []}
     found: dict[str, ImageFiles | None] = {'train': None, 'val': None}
@@ -121,6 +108,11 @@ def check(data_path: str, *, eval_data_path: str | None = None, decode: bool = F
             if broken:
                 report['errors'].append(f'{files.root}: {len(broken)} images cannot be decoded, such as '
                                         f'{broken[0]["path"]}; replace or remove them')
+    if leaks and None not in found.values():
+        report['leaks'] = examined = doctor.examine(found['train'], found['val'], workers=workers)
+        for kind in ('errors', 'warnings'):
+            report[kind] += examined.pop(kind)
+        examined['command'], examined['advice'] = doctor.advise(examined['train'], data_path)
     return report
 
 
@@ -130,6 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--eval_data_path', type=expand,
                         help='folder of the test images, where it is not under --data_path')
     parser.add_argument('--decode', action='store_true', help='decode every image')
+    parser.add_argument('--leaks', action='store_true',
+                        help='look for images of val that are in train too, equal or nearly; describe balance and '
+                             'sizes, and advise how to train (needs ImageHash)')
     parser.add_argument('--workers', type=int, help='processes to decode with; all cores by default')
     parser.add_argument('--sort_val', type=as_path, metavar='FILE',
                         help='sort the flat test folder by this ground truth')
@@ -138,7 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.sort_val:
         root = find_files(Path(args.eval_data_path or args.data_path), 'val', given=args.eval_data_path is not None)
         print(f'{sort_val(root, args.sort_val):,} images of {root} sorted into class folders')
-    report = check(args.data_path, eval_data_path=args.eval_data_path, decode=args.decode, workers=args.workers)
+    report = check(args.data_path, eval_data_path=args.eval_data_path, decode=args.decode, leaks=args.leaks,
+                   workers=args.workers)
     if args.report:
         write_json(args.report, report)
     for split in ('train', 'val'):
@@ -147,6 +143,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f'{split}: {json.dumps(facts)}')
             for broken in report[split].get('not_decodable', ()):
                 print(f'  {broken["path"]}: {broken["reason"]}')
+    if examined := report.get('leaks'):
+        print('\n'.join(doctor.show(examined)))
     for kind in ('warnings', 'errors'):
         for line in report[kind]:
             print(f'{kind[:-1]}: {line}')
