@@ -1,4 +1,4 @@
-"""Writes what the documents say about the recipes: blocks of TRAINING.md, the results table of README.md.
+"""Writes what the documents say about recipes and model: blocks of TRAINING.md, tables of README.md.
 
     python tools/docs.py            # rewrites what is stale
     python tools/docs.py --check    # names what is stale, with exit status 1, and changes nothing
@@ -181,9 +181,48 @@ def speed() -> str:
         f'figures are in [BENCHMARKS.md](BENCHMARKS.md){gpu}.', 120)
 
 
+# What the paper calls a thing, and a piece of the one line of the model that is it
+MODEL = 'models/moganet.py'
+SOURCE = ROOT / MODEL
+SYMBOLS = (
+    ('`Y = X + SMixer(Norm(X))`', 'torch.addcmul(x, scale, self.attn(u) + u)'),
+    ('`Z = Y + CMixer(Norm(Y))`', 'torch.addcmul(x, scale, self.mlp(self.norm2(x)))'),
+    ('`Norm`, batch normalisation', 'self.norm1 = nn.BatchNorm2d(dim'),
+    ('`FD(.)`, feature decomposition: `Y + gamma_s (Y - GAP(Y))` of `Y = Conv1x1(X)`',
+     '.mean((2, 3), keepdim=True), scaled)'),
+    ('`gamma_s` and `gamma_c`, learned scales', 'self.scale = nn.Parameter('),
+    ('`Moga(.)`, multi-order gated aggregation', 'class MultiOrderGatedAggregation('),
+    ('`DW 5x5, d = 1`', 'self.DW_conv0 = nn.Conv2d('),
+    ('`DW 5x5, d = 2`', 'self.DW_conv1 = nn.Conv2d('),
+    ('`DW 7x7, d = 3`', 'self.DW_conv2 = nn.Conv2d('),
+    ('`C_l : C_m : C_h = 1 : 3 : 4`', 'mid, high = dim * 3 // 8, dim // 2'),
+    ('`Y_C = Concat(Y_l, Y_m, Y_h)`, and the 1x1 after it', 'torch.cat([low, self.DW_conv1(mid), self.DW_conv2(high)]'),
+    ('`F_phi`, gating branch; `G_psi`, context branch', 'gate, value = self.gate(y), self.value(y)'),
+    ('`SiLU(Conv1x1(X)) * SiLU(Conv1x1(Y_C))`', 'self.proj_2(F.silu(gate) * F.silu(value))'),
+    ('`DW 3x3` of the channel mixer', 'self.dwconv = nn.Conv2d('),
+    ('`CA(X) = X + gamma_c (X - GELU(X W_r))`, with the 1x1 after it', 'self.fc2.bias) + '),
+    ('`W_r`, from all channels to one', 'self.decompose = nn.Conv2d('),
+    ('`GELU(X W_r)`', 'common = F.gelu(self.decompose(x))'),
+    ('embedding stem', 'class Stem('),
+)
+
+
+def symbols() -> str:
+    """Where in the code each symbol of the paper is. Raises UserError where a piece is not in one line."""
+    lines = SOURCE.read_text().splitlines()
+    rows = ['| in the paper | in the code |', '|---|---|']
+    for symbol, piece in SYMBOLS:
+        places = [number for number, line in enumerate(lines, 1) if piece in line]
+        if len(places) != 1:
+            raise UserError(f'{MODEL} has {len(places)} lines with {piece!r}; make it one in SYMBOLS')
+        rows.append(f'| {symbol} | [`{lines[places[0] - 1].strip().rstrip(":")}`]({MODEL}#L{places[0]}) |')
+    return '\n'.join(rows)
+
+
 PARTS = {
     ('README.md', 'results'): results,
     ('README.md', 'speed'): speed,
+    ('README.md', 'symbols'): symbols,
     ('TRAINING.md', 'feeding'): feeding,
     ('TRAINING.md', 'demo'): lambda: blocks('_digits'),
     ('TRAINING.md', 'recipes'): lambda: blocks('', '_256', '_3aug_256', '_rsb_a3'),
