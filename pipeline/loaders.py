@@ -288,14 +288,14 @@ class _Keys:
 class _Workers:
     """A DataLoader of whole micro-batches whose workers persist over the epochs and end with the process."""
 
-    def __init__(self, data: Any, *, workers: int, persistent: bool, pin_memory: bool):
+    def __init__(self, data: Any, *, workers: int, pin_memory: bool):
         self._keys, self._iterator = _Keys(), None
         streaming = isinstance(data, IterableDataset)
         if workers:
             check_sockets()
         self._loader = DataLoader(
             data, batch_size=None, sampler=None if streaming else self._keys, num_workers=workers,
-            persistent_workers=persistent and workers > 0, pin_memory=pin_memory, worker_init_fn=_start_worker)
+            persistent_workers=workers > 0, pin_memory=pin_memory, worker_init_fn=_start_worker)
         # Workers ignore SIGTERM, so that Python's own end of them would wait for ever
         atexit.register(self.close)
 
@@ -377,8 +377,7 @@ class _Loader:
         else:
             self.count = len(source)
             batches = MapBatches(source, task, training=training)
-        self._workers = _Workers(batches, workers=workers, persistent=training,
-                                 pin_memory=run.pin_mem and device.type == 'cuda')
+        self._workers = _Workers(batches, workers=workers, pin_memory=run.pin_mem and device.type == 'cuda')
 
     def close(self) -> None:
         """Ends the worker processes."""

@@ -240,10 +240,12 @@ class Run:
                                   NOT_NEGATIVE)
     pin_mem: bool = doc(True, 'load into pinned memory (CUDA)')
     compile: bool = doc(False, 'torch.compile the model')
-    channels_last: bool | None = doc(None, 'memory layout; on by default on CUDA')
+    channels_last: bool | None = doc(None, 'memory layout; by default channels-last on CUDA and the CPU, and in a '
+                                           'resumed run as it was')
     grad_checkpointing: bool = doc(False, 'recompute activations in the backward pass to save memory')
     deterministic: bool = doc(False, 'deterministic CUDA kernels: two runs are bit-identical, and slower')
-    tf32: bool = doc(False, 'TensorFloat-32 in float32 matrix products and convolutions (CUDA)')
+    tf32: bool | None = doc(None, 'TensorFloat-32 in float32 matrix products and convolutions; by default where the '
+                                  'device has it (CUDA from Ampere on), and in a resumed run as it was')
     model_ema_force_cpu: bool = doc(False, 'keep the moving average on the CPU')
 
     # Starting

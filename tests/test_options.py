@@ -7,6 +7,8 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
+import platform
 import re
 import signal
 from collections.abc import Callable
@@ -23,10 +25,11 @@ import recipes
 import runs
 from builders import log_of, make_image_folder, open_loaders, smooth, state_of
 from pipeline import loaders
+from pipeline.files import cache_folder
 from recipes.command_line import parser_of
 from tasks import create_task
 from training import trainer
-from training.start import prepare_model
+from training.start import compile_model, prepare_model
 from utils import UserError
 
 MODEL = ('--model', 'moganet_xtiny', '--model_kwargs', 'dims=[8,8,16,16]', 'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]',
@@ -411,6 +414,7 @@ def test_compile_compiles_the_model_and_keeps_its_names(train, tmp_path, monkeyp
     compile_module = torch.nn.Module.compile
     # inductor takes half a minute for a kernel that the tests of the models look at; here only that it is asked for
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compile_module(self, backend=backend))
+    monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR', raising=False)
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         compiled.append(len(graph.graph.nodes))
@@ -419,6 +423,17 @@ def test_compile_compiles_the_model_and_keeps_its_names(train, tmp_path, monkeyp
     train('--compile', folder=tmp_path)
     assert max(compiled) > 100  # the whole model
     assert state_of(tmp_path)['model'].keys() == state_of(train())['model'].keys()
+    assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == str(cache_folder() / 'inductor' / platform.node())
+
+
+@pytest.mark.parametrize('device, options', [('cuda', {'options': {'force_layout_optimization': True}}), ('cpu', {})])
+def test_compiled_on_cuda_the_whole_graph_is_told_to_be_channels_last(device, options, monkeypatch):
+    asked = []
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', '/own')
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **given: asked.append(given))
+    compile_model(torch.nn.Linear(1, 1), torch.device(device))
+    assert asked == [options]
+    assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == '/own'  # the user's stays
 
 
 @proves('channels_last')

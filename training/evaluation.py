@@ -21,7 +21,14 @@ from pipeline import labels
 from recipes import Recipe, Run
 from recipes.command_line import check_data_path
 from tasks import Task, create_task
-from training.start import adapt_to_device, compile_errors, prepare_model
+from training.start import (
+    adapt_to_device,
+    compile_errors,
+    compile_model,
+    prepare_model,
+    settle_arithmetic,
+    show_precision,
+)
 from utils import UserError, log
 
 
@@ -74,6 +81,7 @@ def load_task(source: str, recipe: Recipe, run: Run, device: torch.device) -> tu
         UserError: where the file cannot be read, or is of another kind.
     """
     weights, recipe, _ = find_recipe(source, recipe, run)
+    run = settle_arithmetic(run, device)
     task = create_task(recipe, run)
     model = prepare_model(task, run, device)
     apply_weights(model, weights)
@@ -85,6 +93,7 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
                  processes: utils.Processes) -> dict[str, Any]:
     """Evaluates what `find_recipe` found. Returns what eval.json holds."""
     recipe = adapt_to_device(dataclasses.replace(recipe, sync_bn=False), run, processes.device)
+    run = settle_arithmetic(run, processes.device)
     check_data_path(recipe, run)  # of the checkpoint's own data set
     task = create_task(recipe, run)
     task.trained, task.trained_map = labels.known_names(meta.get('classes')), meta.get('class_map')
@@ -96,15 +105,16 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
     if weights is not None:
         which = weights.which
         log.info('%s: %s', weights, apply_weights(model, weights))
-    log.info('Evaluating the %s weights of %s, on %d images', which, task.show_settings(), loaders.val.count)
+    cuda = f', in {show_precision(recipe, run, processes.device)}' if processes.device.type == 'cuda' else ''
+    log.info('Evaluating the %s weights of %s, on %d images%s', which, task.show_settings(), loaders.val.count, cuda)
     if run.compile:
-        model.compile()
+        compile_model(model, processes.device)
     metric = task.metric(processes.device, names=lambda: loaders.val.names, detailed=True)
     begin = time.perf_counter()
     # No signals, which end an evaluation at once, but a limit to its waits
     with utils.StopRequest(processes, ()), compile_errors():
         result = engine.evaluate({'': model}, loaders.val, metric, count=loaders.val.count, exact=loaders.val.exact,
-                                 device=processes.device, precision=recipe.precision)['']
+                                 device=processes.device, precision=recipe.precision, compiling=run.compile)['']
     seconds = time.perf_counter() - begin
     log.info('%s  (%s weights, %d images)', task.show_result(result), which, result['count'])
     for name in recipe.expected():

@@ -38,8 +38,9 @@ CONTEXT = 2 * GIB
 # A100 are 0.41 to 0.56 of the bandwidth
 BANDWIDTH = (0.40, 0.55)
 ARITHMETIC = 0.75
-# The host's seconds for a kernel: an update of XT, in fp16, of 2,948 kernels by this count, costs it 39 ms
-LAUNCH = 13e-6
+# The host's seconds for a kernel: an update of XT, in fp16, of 3,851 kernels by this count, costs it 39 ms on a server
+# core, and real launches some 8 ms more
+LAUNCH = 12e-6
 
 
 class Card(NamedTuple):
@@ -181,11 +182,11 @@ def count_all(recipe: Recipe, run: Run) -> Costs:
     task, memory = create_task(recipe, run), _Memory()
     model = prepare_model(task, run, CPU)
     with _without_values(recipe):
-        with memory:
-            step = _build(task, run, model)
+        step = _build(task, run, model)
+        memory.track_external(step.unwrapped, step.optimizer, *([step.ema.module] if step.ema else []))
         peaks, traffic, checkpointed = [], [], None
         for size in sizes:
-            with Traffic() as counted:
+            with Traffic(as_cuda=True) as counted:
                 peaks.append(_peak(step, size, memory))
             traffic.append(counted)
         operations = count_operations(task, model, small) * (4 / 3 if run.grad_checkpointing else 1)
@@ -199,8 +200,8 @@ def count_all(recipe: Recipe, run: Run) -> Costs:
         return values and Line(sizes, tuple(value + gradients for value in values))
 
     average = _size(step.ema.module.state_dict()) if step.ema else 0
-    return Costs(line(peaks), line(checkpointed), Line(sizes, tuple(each.bytes.total() for each in traffic)),
-                 traffic[1].kernels.total(), operations,
+    return Costs(line(peaks), line(checkpointed), Line(sizes, tuple(each.total() for each in traffic)),
+                 traffic[1].kernels.total() + traffic[1].launches.total(), operations,
                  _size([model.state_dict(), step.optimizer.state_dict()]) + average, average)
 
 
@@ -219,7 +220,7 @@ def predict_seconds(costs: Costs, card: Card, recipe: Recipe, run: Run) -> tuple
     The least where bandwidth and arithmetic are used side by side, the most where one waits for the other; never less
     than the host needs to launch the kernels. The exchange between the GPUs is left out.
     """
-    rate = card.rates.get('tf32' if run.tf32 and recipe.precision == 'fp32' else recipe.precision)
+    rate = card.rates.get('tf32' if run.tf32 is not False and recipe.precision == 'fp32' else recipe.precision)
     if rate is None:
         return None
     moved, host = costs.moved(run.batch_size) / card.bandwidth, LAUNCH * costs.kernels
@@ -307,13 +308,14 @@ def plan(recipe: Recipe, run: Run) -> str:
         raise UserError(f'{data.images:,} training images are fewer than one batch of {recipe.total_batch_size:,}; '
                         'give --total_batch_size')
     updates, costs, gpus = recipe.total_updates(per_epoch), count_all(recipe, run), run.world_size
+    tf32 = ' (with TF32 where the card has it)' if recipe.precision == 'fp32' and run.tf32 is not False else ''
     columns = ['card', 'largest micro-batch', 'with --grad_checkpointing', 'images/s of a GPU', f'hours on {gpus}',
                *(['price'] if run.price is not None else []), 'cores that feed them']
     files = run.save_ckpt_num + 2  # the newest, the best, and one that is being written
     disk = (files * costs.checkpoint + costs.average) / 1e9
     lines = [
         f'{recipe.name}: {recipe.model}, {recipe.length()}, {updates:,} updates of {recipe.total_batch_size:,} images '
-        f'({gpus} x {run.batch_size} x {run.update_freq}), {recipe.precision}; {data.images:,} images of {data.name}',
+        f'({gpus} x {run.batch_size} x {run.update_freq}), {recipe.precision}{tf32}; {data.images:,} images of {data.name}',
         'Nothing of this is measured. Memory is counted as the allocator hands it out; a micro-batch fits where that, '
         f'{FRAGMENTS - 1:.0%} more and {CONTEXT / GIB:.0f} GiB do. Hours are predicted: from '
         f'{costs.moved(run.batch_size) / run.batch_size / 1e6:,.0f} MB and {costs.operations / 1e9:,.0f} GFLOP an '
