@@ -236,6 +236,7 @@ class Data(NamedTuple):
     name: str
     classes: int
     images: int
+    gigabytes: float = 0  # of what has yet to be brought to the machine
 
 
 def find_data(recipe: Recipe, run: Run) -> Data:
@@ -253,7 +254,7 @@ def find_data(recipe: Recipe, run: Run) -> Data:
     known = recipe.published_data
     if known is None or recipe.data_set != type(recipe).data_set:
         raise UserError(f'--plan does not know the images of --data_set {recipe.data_set}; give --data_path')
-    return Data(known.name, recipe.num_classes or known.classes, known.images)
+    return Data(known.name, recipe.num_classes or known.classes, known.images, known.gigabytes)
 
 
 # ---- In words -------------------------------------------------------------------------------------------------------
@@ -311,11 +312,13 @@ def plan(recipe: Recipe, run: Run) -> str:
     tf32 = ' (with TF32 where the card has it)' if recipe.precision == 'fp32' and run.tf32 is not False else ''
     columns = ['card', 'largest micro-batch', 'with --grad_checkpointing', 'images/s of a GPU', f'hours on {gpus}',
                *(['price'] if run.price is not None else []), 'cores that feed them']
+    per_core = _images_per_core(recipe)
     files = run.save_ckpt_num + 2  # the newest, the best, and one that is being written
     disk = (files * costs.checkpoint + costs.average) / 1e9
     lines = [
         f'{recipe.name}: {recipe.model}, {recipe.length()}, {updates:,} updates of {recipe.total_batch_size:,} images '
-        f'({gpus} x {run.batch_size} x {run.update_freq}), {recipe.precision}{tf32}; {data.images:,} images of {data.name}',
+        f'({gpus} x {run.batch_size} x {run.update_freq}), {recipe.precision}{tf32}; {data.images:,} images of '
+        f'{data.name}',
         'Nothing of this is measured. Memory is counted as the allocator hands it out; a micro-batch fits where that, '
         f'{FRAGMENTS - 1:.0%} more and {CONTEXT / GIB:.0f} GiB do. Hours are predicted: from '
         f'{costs.moved(run.batch_size) / run.batch_size / 1e6:,.0f} MB and {costs.operations / 1e9:,.0f} GFLOP an '
@@ -325,7 +328,9 @@ def plan(recipe: Recipe, run: Run) -> str:
         '', _memory_table(costs, run), '',
         align([columns, *(_card_row(name, costs, updates, recipe, run) for name in ([run.card] if run.card else CARDS)
                           )]), '',
-        f'A checkpoint: {costs.checkpoint / 1e6:,.0f} MB; the folder of the run: at most {disk:,.1f} GB' if
-        run.save_ckpt else 'No checkpoints',
+        f'{per_core:.0f} images/s are taken for a core, as BENCHMARKS.md has it' if per_core else
+        'What a core prepares of such images is not measured: tools/benchmark.py data is of crops',
+        (f'A checkpoint: {costs.checkpoint / 1e6:,.0f} MB; the folder of the run: at most {disk:,.1f} GB'
+         if run.save_ckpt else 'No checkpoints') + (f'; {data.name}: {data.gigabytes} GB' if data.gigabytes else ''),
     ]
     return '\n'.join(lines)
