@@ -57,6 +57,11 @@ def small() -> plan.Costs:
     return costs_of_blocks()
 
 
+def per_image(memory: plan.Line) -> float:
+    """Bytes of the activations of an image."""
+    return memory(2) - memory(1)
+
+
 @functools.cache
 def weights() -> int:
     """Bytes of the parameters of that MogaNet."""
@@ -66,8 +71,9 @@ def weights() -> int:
 
 
 def test_memory_grows_linearly_and_the_line_holds_between_and_beyond(small):
-    for size in (16, 64):  # the line is through 4 and 32; to 3 %: the peak need not be at the same operator
-        assert small.memory(size) == pytest.approx(costs_of_blocks(size).memory.values[1], rel=0.03)
+    between, beyond = costs_of_blocks(128).memory.values  # of 16 and 128, where the line is through 4 and 32
+    # To 3 %: the peak need not be at the same operator
+    assert (small.memory(16), small.memory(128)) == pytest.approx((between, beyond), rel=0.03)
 
 
 def test_what_takes_memory_is_in_it(small):
@@ -77,18 +83,14 @@ def test_what_takes_memory_is_in_it(small):
     # To 2 %: BN statistics, and blocks of 512 bytes
     assert more(opt='sgd') == pytest.approx(-weights(), rel=0.02)  # one state where AdamW has two
     assert more(model_ema=True) == pytest.approx(weights(), rel=0.02)
-    assert more(Run(update_freq=1, model_ema_force_cpu=True), model_ema=True) == 0
     assert more(Run(update_freq=2)) == weights()  # the gradients of the micro-step before
-    assert more(Run(update_freq=1, world_size=2)) == weights()  # DDP's buckets
-    half = costs_of_blocks(precision='bf16')
-    assert half.memory(32) < 0.8 * small.memory(32)
-    assert half.memory == costs_of_blocks(precision='fp16').memory
+    assert 0.5 < per_image(costs_of_blocks(precision='fp16').memory) / per_image(small.memory) < 0.85
 
 
 def test_checkpointing_takes_memory_and_costs_a_forward_pass(small):
     on = costs_of_blocks(run=Run(update_freq=1, grad_checkpointing=True))
     assert on.checkpointed is None and on.memory == small.checkpointed
-    assert on.memory(32) < 0.8 * small.memory(32)
+    assert per_image(on.memory) < 0.8 * per_image(small.memory)
     assert on.operations == pytest.approx(4 / 3 * small.operations)
     assert costs_of('default', 8, model='vgg11', input_size=32, drop_path=0.0).checkpointed is None  # it has none
 
@@ -138,12 +140,12 @@ def test_without_images_the_published_ones_are_counted(capsys):
 
 def test_any_task_is_planned_by_its_own_batch_and_loss(tmp_path, capsys):
     angle_task.register()
-    command = ['--recipe', 'angle_tiny', '--plan', '--gpus', '1', '--card', '4090']
+    command = ['--recipe', 'angle_tiny', '--plan', '--gpus', '1', '--card', '4090', '--precision', 'bf16']
     assert main.main(command) == 2
     assert '--plan does not know the images of --data_set bars; give --data_path' in capsys.readouterr().err
     assert main.main([*command, '--data_path', str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert '3 epochs, 12 updates of 12 images (1 x 12 x 1), fp32; 48 images' in printed and 'not measured' in printed
+    assert '3 epochs, 12 updates of 12 images (1 x 12 x 1), bf16; 48 images' in printed and 'not measured' in printed
 
 
 def test_a_loss_that_asks_for_values_is_refused(monkeypatch, capsys):

@@ -151,7 +151,7 @@ def draw_spatial(drawing: Drawing, x: float, y: float) -> None:
     drawing.arrow((x, rows[8] + HEIGHT / 2), (x, rows[8] + 34))
     drawing.sign(x, rows[8] + ROW, '+')
     drawing.arrow((x, rows[8] + ROW + 10), (x, rows[8] + ROW + 30))
-    drawing.arrow((x, y + 16), (x - 225, y + 16), (x - 225, rows[8] + ROW), (x - 10, rows[8] + ROW))
+    drawing.arrow((x, y + 16), (x - 212, y + 16), (x - 212, rows[8] + ROW), (x - 10, rows[8] + ROW))
 
 
 def draw_channel(drawing: Drawing, x: float, y: float) -> None:
@@ -175,7 +175,7 @@ def draw() -> bytes:
     drawing = Drawing(1000, 650)
     drawing.text(500, 20, MODEL, font_weight='bold')
     draw_stages(drawing, 58)
-    draw_block(drawing, 125, 130)
+    draw_block(drawing, 120, 130)
     draw_spatial(drawing, 500, 130)
     draw_channel(drawing, 870, 130)
     ElementTree.indent(drawing.root, ' ')

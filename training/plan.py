@@ -329,7 +329,7 @@ def plan(recipe: Recipe, run: Run) -> str:
         align([columns, *(_card_row(name, costs, updates, recipe, run) for name in ([run.card] if run.card else CARDS)
                           )]), '',
         f'{per_core:.0f} images/s are taken for a core, as BENCHMARKS.md has it' if per_core else
-        'What a core prepares of such images is not measured: tools/benchmark.py data is of crops',
+        'How many such images a core prepares was not measured',
         (f'A checkpoint: {costs.checkpoint / 1e6:,.0f} MB; the folder of the run: at most {disk:,.1f} GB'
          if run.save_ckpt else 'No checkpoints') + (f'; {data.name}: {data.gigabytes} GB' if data.gigabytes else ''),
     ]
