@@ -378,7 +378,6 @@ class TestTransform:
                                         self._cubic)
         return self._transform(Image.fromarray(pixels)).permute(1, 2, 0).numpy()
 
-
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """The size to which an image is resized: as given, or its shorter side and the longer one along with it."""
         if not isinstance(self._resize_to, int):

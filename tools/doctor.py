@@ -62,7 +62,7 @@ def each_image(files: ImageFiles, look: Callable[[ImageFiles, int], Any], *, wor
     with ProcessPoolExecutor(workers, initializer=_open, initargs=(files,)) as pool:
         results = pool.map(_look, [look] * len(files), range(len(files)), chunksize=64)
         try:
-            return list(tqdm(results, f'{what} {files.root}', len(files), unit=' images', disable=None))
+            return list(tqdm(results, f'{what} {files.shown}', len(files), unit=' images', disable=None))
         except BrokenProcessPool:
             raise UserError('a decoding process was killed, as the system does when memory runs out: give fewer '
                             '--workers, or more memory') from None
