@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes.batch import fit_batch
-from recipes.fields import UNIONS, Recipe, Run
+from recipes.fields import MADE_UP, UNIONS, Recipe, Run
 from recipes.imagenet import Classification, is_moganet
 from recipes.rows import RECIPES
 from recipes.saved import check_parts, load_recipe, to_dict
@@ -278,8 +278,7 @@ def check_start(recipe: Recipe, run: Run) -> None:
 
 def check_data_path(recipe: Recipe, run: Run) -> None:
     """Refuses a path of images beside a data set that reads none. Raises UserError."""
-    made_up = recipe.data_set in ('digits', 'fake', 'digits_coco', 'digits_ade')
-    if made_up and (run.data_path != Run.data_path or run.eval_data_path):
+    if recipe.data_set in MADE_UP and (run.data_path != Run.data_path or run.eval_data_path):
         raise UserError(f'--data_set {recipe.data_set} reads no --data_path; for a folder of images say --data_set '
                         'image_folder')
 

@@ -36,6 +36,9 @@ COUNT = Bound(lambda value: value > 0, ' {value}: give a whole number above 0')
 MICRO_BATCH = Bound(lambda value: value == 'auto' or value > 0, ' {value}: give at least 1')
 
 
+MADE_UP = ('digits', 'fake', 'digits_coco', 'digits_ade')  # data sets that read no --data_path
+
+
 class DataSet(NamedTuple):
     """The data set that a task's published rows were trained on."""
 
@@ -43,7 +46,7 @@ class DataSet(NamedTuple):
     classes: int
     images: int  # to train on
     gigabytes: float  # of all its files, 1e9 bytes
-    benchmark: str  # the subject of benchmarks/*.json that says how many images a second one core prepares
+    benchmark: str = ''  # the subject of benchmarks/*.json that says how many images a second one core prepares
 
 
 def doc(default: Any, text: str, *bounds: Bound, flag: bool = True, path: bool = False) -> Any:

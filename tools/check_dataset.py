@@ -31,6 +31,7 @@ from recipes import RECIPES, Recipe, Run
 from tools import doctor
 from utils import UserError, as_path, expand, nearest, run_cli, write_json
 
+
 def _why_bad(files: Any, index: int) -> dict[str, str] | None:
     """Path and reason of an image that cannot be decoded, or is not the one that its targets belong to."""
     try:

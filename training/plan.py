@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import engine
 from recipes import Recipe, Run
+from recipes.fields import MADE_UP
 from tasks import Task, create_task
 from training.start import build_step, prepare_model, set_grad_checkpointing
 from training.traffic import Traffic
@@ -245,11 +246,11 @@ def find_data(recipe: Recipe, run: Run) -> Data:
     Raises:
         UserError: where the data cannot be read, or there is none and none is known.
     """
-    if recipe.data_set in ('digits', 'fake') or Path(run.data_path).exists():
+    if recipe.data_set in MADE_UP or Path(run.data_path).exists():
         task = create_task(recipe, run)
         source = task.open('train')
         task.learn_classes([source])
-        return Data(recipe.data_set if recipe.data_set in ('digits', 'fake') else run.data_path,
+        return Data(recipe.data_set if recipe.data_set in MADE_UP else run.data_path,
                     task.recipe.num_classes, len(source))
     known = recipe.published_data
     if known is None or recipe.data_set != type(recipe).data_set:
