@@ -49,6 +49,13 @@ def reason_of(error: BaseException) -> str:
     return ' '.join(str(error).split()) or type(error).__name__
 
 
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)
+
+
 def to_stderr(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # a terminal that was closed
         print(text.rstrip(), file=sys.stderr, flush=True)

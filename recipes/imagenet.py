@@ -3,7 +3,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from recipes.fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, RATE, Recipe, check, doc
+from recipes.fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, RATE, DataSet, Recipe, check, doc
 
 Interpolation = Literal['bicubic', 'bilinear', 'nearest', 'lanczos', 'box', 'hamming']
 
@@ -24,6 +24,7 @@ class Classification(Recipe):
     task = 'tasks.classification:Classification'
     metrics = {'acc1': ('top-1', ' %'), 'acc5': ('top-5', ' %'), 'loss': ('loss', '')}  # noqa: RUF012
     best = 'acc1'
+    published_data = DataSet('ImageNet-1K', classes=1000, images=1_281_167, gigabytes=155, benchmark='data')
     descriptive = (*Recipe.descriptive, 'expected_acc1', 'expected_acc5')
     fixed = (*Recipe.fixed, 'linear_probe')
 

@@ -788,6 +788,21 @@ def test_what_is_printed(train, tmp_path, capsys):
     assert 'lr scale' in printed and 'patch_embed1' in printed and '0.7000' in printed and 'lr scale' not in lines['1']
 
 
+@proves('plan', 'card', 'gpus', 'price')
+def test_a_plan_is_printed_and_nothing_is_trained(data, tmp_path, capsys):
+    def planned(*flags: str, status: int = 0) -> str:
+        command = [*BASE, '--plan', '--data_path', str(data), '--output_dir', str(tmp_path / 'run'), *flags]
+        assert main.main(command) == status and not (tmp_path / 'run').exists()
+        return ''.join(capsys.readouterr())
+
+    assert 'the recipe\'s batch is 8' in planned(status=2)  # of the recipe's eight GPUs
+    one = planned('--gpus', '1')
+    assert '2 updates of 8 images (1 x 8 x 1), fp32' in one and f'18 images of {data}' in one
+    assert one.count(' GB  ') == 4 and 'hours on 1' in one and 'price' not in one
+    one = planned('--gpus', '1', '--card', 'a100', '--price', '2.5')
+    assert one.count(' GB  ') == 1 and 'A100' in one and 'price' in one
+
+
 # ---- All of them ----------------------------------------------------------------------------------------------------
 
 def test_every_option_has_a_case():

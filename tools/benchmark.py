@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipes import RECIPES
-from utils import expand, run_cli
+from utils import align, expand, run_cli
 
 Row = dict[str, Any]
 Measure = Callable[[argparse.Namespace], list[Row] | Row]
@@ -59,9 +59,7 @@ def print_table(rows: Sequence[Row]) -> None:
         return f'{value:.4g}' if isinstance(value, float) else str(value)
 
     cells = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print('  '.join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    print(align(cells))
 
 
 # ---- Subjects: each adds its flags to a parser and returns what measures with them ----------------------------------

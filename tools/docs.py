@@ -1,4 +1,4 @@
-"""Writes what the documents say about the recipes: blocks of TRAINING.md, the results table of README.md.
+"""Writes what the documents say about recipes and model: blocks of TRAINING.md, tables of README.md.
 
     python tools/docs.py            # rewrites what is stale
     python tools/docs.py --check    # names what is stale, with exit status 1, and changes nothing
@@ -38,10 +38,6 @@ def all_rows() -> list[Classification]:
     return [row for row in RECIPES.values() if isinstance(row, Classification)]
 
 
-CARDS = {'A100': 2.04e12, 'H100': 3.35e12}  # SXM, 80 GB: bytes a second of their memory, by the data sheet
-# The share of it that a training step reaches: timm's published rates, by the same count of bytes, come to 0.48 to 0.65
-# on an RTX 3090 (ResNet-50, EfficientNet-B0, ConvNeXt nano to base) and to 0.41 on an A100 (ConvNeXt-B)
-REACHED = (0.40, 0.55)
 PROCESSES = {1: '1 GPU', 2: '2 GPUs', 4: '4 GPUs', 8: '8 GPUs', 16: '2 nodes of 8'}
 
 
@@ -77,19 +73,20 @@ def load_costs() -> Costs:
 
 def predicted(row: Classification, costs: Costs, *, precision: str) -> str:
     """The images a second that a training step may take on each card, to two digits, by what its memory moves."""
+    from training.plan import BANDWIDTH, CARDS
     moved = 1e6 * costs[row.model][str(row.input_size)]['fp32_mb' if precision == 'fp32' else 'mb']
     ranges = []
-    for card, memory in CARDS.items():
-        rates = [share * memory / moved for share in REACHED]
+    for name in ('a100', 'h100'):
+        rates = [share * CARDS[name].bandwidth / moved for share in BANDWIDTH]
         digits = 10 ** (math.floor(math.log10(rates[0])) - 1)
         low, high = (round(rate / digits) * digits for rate in rates)
-        ranges.append(f'{low:,}-{high:,} on an {card}')
+        ranges.append(f'{low:,}-{high:,} on an {name.upper()}')
     return f'{precision} {", ".join(ranges)}'
 
 
 def command(row: Classification) -> str:
     """The command line that trains a row on the hardware of the row."""
-    gpus = int(row.hardware.split()[0]) if 'GPU' in row.hardware else 1
+    gpus = row.gpus()
     words = ['python' if gpus == 1 else f'torchrun --nproc_per_node={gpus}', 'main.py',
              f'--model {row.model}' if row.name == row.model else f'--recipe {row.name}']
     if row.name.endswith(('_ft384', '_transfer')):
@@ -175,9 +172,48 @@ def speed() -> str:
         f'figures are in [BENCHMARKS.md](BENCHMARKS.md){gpu}.', 120)
 
 
+# What the paper calls a thing, and a piece of the one line of the model that is it
+MODEL = 'models/moganet.py'
+SOURCE = ROOT / MODEL
+SYMBOLS = (
+    ('`Y = X + SMixer(Norm(X))`', 'torch.addcmul(x, scale, self.attn(u) + u)'),
+    ('`Z = Y + CMixer(Norm(Y))`', 'torch.addcmul(x, scale, self.mlp(self.norm2(x)))'),
+    ('`Norm`, batch normalisation', 'self.norm1 = nn.BatchNorm2d(dim'),
+    ('`FD(.)`, feature decomposition: `Y + gamma_s (Y - GAP(Y))` of `Y = Conv1x1(X)`',
+     '.mean((2, 3), keepdim=True), scaled)'),
+    ('`gamma_s` and `gamma_c`, learned scales', 'self.scale = nn.Parameter('),
+    ('`Moga(.)`, multi-order gated aggregation', 'class MultiOrderGatedAggregation('),
+    ('`DW 5x5, d = 1`', 'self.DW_conv0 = nn.Conv2d('),
+    ('`DW 5x5, d = 2`', 'self.DW_conv1 = nn.Conv2d('),
+    ('`DW 7x7, d = 3`', 'self.DW_conv2 = nn.Conv2d('),
+    ('`C_l : C_m : C_h = 1 : 3 : 4`', 'mid, high = dim * 3 // 8, dim // 2'),
+    ('`Y_C = Concat(Y_l, Y_m, Y_h)`, and the 1x1 after it', 'torch.cat([low, self.DW_conv1(mid), self.DW_conv2(high)]'),
+    ('`F_phi`, gating branch; `G_psi`, context branch', 'gate, value = self.gate(y), self.value(y)'),
+    ('`SiLU(Conv1x1(X)) * SiLU(Conv1x1(Y_C))`', 'self.proj_2(F.silu(gate) * F.silu(value))'),
+    ('`DW 3x3` of the channel mixer', 'self.dwconv = nn.Conv2d('),
+    ('`CA(X) = X + gamma_c (X - GELU(X W_r))`, with the 1x1 after it', 'self.fc2.bias) + '),
+    ('`W_r`, from all channels to one', 'self.decompose = nn.Conv2d('),
+    ('`GELU(X W_r)`', 'common = F.gelu(self.decompose(x))'),
+    ('embedding stem', 'class Stem('),
+)
+
+
+def symbols() -> str:
+    """Where in the code each symbol of the paper is. Raises UserError where a piece is not in one line."""
+    lines = SOURCE.read_text().splitlines()
+    rows = ['| in the paper | in the code |', '|---|---|']
+    for symbol, piece in SYMBOLS:
+        places = [number for number, line in enumerate(lines, 1) if piece in line]
+        if len(places) != 1:
+            raise UserError(f'{MODEL} has {len(places)} lines with {piece!r}; make it one in SYMBOLS')
+        rows.append(f'| {symbol} | [`{lines[places[0] - 1].strip().rstrip(":")}`]({MODEL}#L{places[0]}) |')
+    return '\n'.join(rows)
+
+
 PARTS = {
     ('README.md', 'results'): results,
     ('README.md', 'speed'): speed,
+    ('README.md', 'symbols'): symbols,
     ('TRAINING.md', 'feeding'): feeding,
     ('TRAINING.md', 'demo'): lambda: blocks('_digits'),
     ('TRAINING.md', 'recipes'): lambda: blocks('', '_256', '_3aug_256', '_rsb_a3'),
