@@ -472,7 +472,7 @@ def load_index(root: Path) -> tuple[np.ndarray, dict[str, Any]]:
     note = cache_folder() / f'{root.name}-{hashlib.blake2b(os.fsencode(resolved), digest_size=8).hexdigest()}.json'
     try:
         facts = json.loads(note.read_text())
-        digest = facts['records'].removesuffix('.npy')[-16:]
+        digest = str(facts['records']).removesuffix('.npy')[-16:]
         if facts['root'] == resolved and facts['rules'] == RULES and (
                 _told.get(str(root)) == digest or _unchanged(resolved, facts['stamps'])):
             records = np.load(note.with_name(facts['records']), mmap_mode='r')
