@@ -185,9 +185,9 @@ def test_torchs_sanitizer_finds_a_race_that_is_planted():
 def test_the_memory_of_a_row_is_kept_and_less_where_it_is_recomputed(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_memory, 'FIGURES', tmp_path / 'memory.json')
     (tmp_path / 'memory.json').write_text('{"moganet_tiny": {}}')
-    row, = benchmark_memory.measure(['moganet_xtiny_digits'])
+    row, = benchmark_memory.measure(['moganet_small_transfer'])
     kept = json.loads((tmp_path / 'memory.json').read_text())
-    assert kept.keys() == {'moganet_tiny', 'moganet_xtiny_digits'} and row['micro_batch'] == 64
-    figures = kept['moganet_xtiny_digits']
+    assert kept.keys() == {'moganet_tiny', 'moganet_small_transfer'} and row['micro_batch'] == 32
+    figures = kept['moganet_small_transfer']
     assert 0 < figures['bf16']['allocated'] < figures['as the row']['allocated'] <= figures['as the row']['reserved']
     assert figures['checkpointed']['allocated'] < figures['as the row']['allocated']
