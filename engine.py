@@ -419,7 +419,7 @@ def train_updates(step: TrainStep, batches: Iterable[Any], *, begin: int, end: i
 
 @torch.no_grad()
 def evaluate(models: dict[str, nn.Module], batches: Iterable[Any], metric: Any, *, count: int, device: torch.device,
-             exact: bool = True, precision: str = 'fp32') -> dict[str, dict[str, Any]]:
+             exact: bool = True, precision: str = 'fp32', compiling: bool = False) -> dict[str, dict[str, Any]]:
     """Evaluates several models in one pass over a data set that the ranks share out, each image once.
 
     Args:
@@ -428,6 +428,8 @@ def evaluate(models: dict[str, nn.Module], batches: Iterable[Any], metric: Any, 
         batches: this rank's.
         metric: a new `tasks.Metric`.
         count: images of the whole data set.
+        compiling: whether the first batch may compile the models, which are made for it alone; else what was compiled
+            for training stays the one graph, since another would cost minutes an evaluation takes seconds.
         exact: whether `count` is sure; a stream only says how many images it has, and another number is a warning.
 
     Returns:
@@ -440,8 +442,10 @@ def evaluate(models: dict[str, nn.Module], batches: Iterable[Any], metric: Any, 
     training = [model for model in models.values() if model.training]
     for model in models.values():
         model.eval()
-    for batch in batches:
-        with autocast(device, precision):
+    for number, batch in enumerate(batches):
+        # The last batch has a size of its own, for which torch would compile a second, dynamic graph
+        stance = 'default' if compiling and number == 0 else 'eager_on_recompile'
+        with torch.compiler.set_stance(stance), autocast(device, precision):
             metric.update(models, batch)
     for model in training:
         train_mode(model)

@@ -331,6 +331,9 @@ def _wait_for_rank(store: Any, key: str, rank: int = 0) -> None:
                         'again, and see what its node does') from None
 
 
+_turns: collections.Counter[str] = collections.Counter()  # of `rank_zero_first` by name, the same on all ranks
+
+
 @contextlib.contextmanager
 def rank_zero_first(name: str, tell: Callable[[], str] = str) -> Iterator[str]:
     """Lets rank 0 through the body first, then the first rank of each other node, then all others.
@@ -349,7 +352,9 @@ def rank_zero_first(name: str, tell: Callable[[], str] = str) -> Iterator[str]:
     if not dist.is_initialized():
         yield ''
         return
-    store, key, rank = dist.distributed_c10d._get_default_store(), f'moganet/{name}', dist.get_rank()
+    _turns[name] += 1  # each turn waits for itself: of several data sets, each is indexed by rank 0 first
+    store, key = dist.distributed_c10d._get_default_store(), f'moganet/{name}{_turns[name] if _turns[name] > 1 else ""}'
+    rank = dist.get_rank()
     # Ranks are counted node by node, so that this one's node begins so many before it; each says when it is done
     before = {0, max(rank - number_of('LOCAL_RANK', 0), 0)} - {rank} if rank else ()
     for other in sorted(before):

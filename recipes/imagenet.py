@@ -40,7 +40,8 @@ class Classification(Recipe):
 
     # Data and augmentation
     input_size: int = doc(224, 'side of the training crop, pixels', POSITIVE)
-    test_size: int = doc(224, 'side of the test crop, pixels; follows --input_size unless given', POSITIVE)
+    test_size: int = doc(224, 'side of the test crop, pixels; follows --input_size unless given. '
+                              'Several, with --eval, make a table', POSITIVE)
     crop_pct: float = doc(0.9, 'test crop: the shorter side is resized to test_size / crop_pct', POSITIVE)
     crop_mode: Literal['center', 'squash', 'border'] = doc('center', 'how the test image is made square')
     interpolation: Interpolation = doc('bicubic', 'interpolation of the test resize')

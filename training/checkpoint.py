@@ -3,6 +3,8 @@
 A checkpoint is a zip of tensors and primitives that `torch.load(weights_only=True)` opens. It is written beside its
 target, flushed and renamed; the zip's own CRC-32 of every record tells a damaged one when it is read.
 """
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -38,7 +40,8 @@ class TrainState:
 
     def __init__(self, *, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                  ema: ModelEma | None, sums: torch.Tensor, skips: torch.Tensor, recipe: Recipe, classes: list[str],
-                 class_map: dict[str, int] | None, updates_per_epoch: int, micro_batch_size: int):
+                 class_map: dict[str, int] | None, updates_per_epoch: int, micro_batch_size: int,
+                 arithmetic: dict[str, Any]):
         """
         Args:
             model: unwrapped.
@@ -47,7 +50,9 @@ class TrainState:
             classes: the names of the classes, kept with the weights.
             class_map: the labels by class name, where the user gave a map.
             micro_batch_size: of a process; another one is another function where there is BN.
+            arithmetic: how sums are formed: 'channels_last' and 'tf32', and the form of the 'convolutions'.
         """
+        self.arithmetic = arithmetic
         self.micro_batch_size = micro_batch_size
         self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
         self.sums, self.skips = sums, skips
@@ -83,6 +88,7 @@ class TrainState:
             'attempt': self.attempt,
             'updates_per_epoch': self.updates_per_epoch,
             'micro_batch_size': self.micro_batch_size,
+            'arithmetic': dict(self.arithmetic),
             'skips': self.skips,
             'local': {'buffers': _gather(self.buffers.own()), 'sums': _gather(self.sums)},
         }
@@ -192,6 +198,21 @@ def load(path: Path) -> dict[str, Any]:
     if state['version'] > VERSION:
         raise CheckpointError(f'{path} was written by a newer version of this project; update it')
     return state
+
+
+def earlier_arithmetic(path: Path, device: torch.device) -> dict[str, Any]:
+    """What a checkpoint was trained with that does not say it: the defaults of its time, or the flags of its run.
+
+    Then the layout was channels-last on CUDA and contiguous elsewhere, and fp32 strict. environment.json beside the
+    file has the flags and the device of each start; without it, `device` is taken for the earlier one.
+    """
+    flags, kind = {}, device.type
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or a damaged one
+        last = json.loads((path.parent / 'environment.json').read_text())[-1]
+        flags, kind = dict(last['run']), last['device'].split(':')[0]
+    channels_last = flags.get('channels_last')
+    return {'channels_last': kind == 'cuda' if channels_last is None else bool(channels_last),
+            'tf32': bool(flags.get('tf32')), 'convolutions': 'conv2d'}
 
 
 def check_recipe(state: dict[str, Any], recipe: Recipe, *, path: Path, anyway: bool) -> None:

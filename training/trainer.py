@@ -63,6 +63,7 @@ def _train(recipe: Recipe, run: Run, processes: utils.Processes, observer: Obser
         log.info('%s is complete: %s. Nothing to do; train anew in another --output_dir.', run.output_dir,
                  recipe.length())
         return 0
+    run = starting.settle_arithmetic(run, processes.device, start)
     recipe, initial = starting.find_initial(recipe, run, start)
     if initial is not None and 'gate' in recipe.arguments():
         log.info('Training with the %s gate.', recipe.gate)
@@ -116,10 +117,14 @@ def announce(task: Task, run: Run, state: TrainState, processes: utils.Processes
     parameters = f'{size:.2f} M parameters' if size == whole else f'{size:.2f} of {whole:.2f} M parameters'
     length = f'{recipe.length()} of {updates} updates' if recipe.updates is None else (
         f'{recipe.length()}, {updates} an epoch,')
+    arithmetic = (f'{starting.show_precision(recipe, run, processes.device)}, '
+                  f'{"channels-last" if run.channels_last else "contiguous"}')
     log.info('%s: %s, %s, %d classes; %s of %d images (%d process%s x %d x %d micro-step%s), %s, on %s', recipe.name,
              recipe.model, parameters, recipe.num_classes, length, recipe.total_batch_size, run.world_size,
              'es' if run.world_size > 1 else '', run.batch_size, run.update_freq, 's' if run.update_freq > 1 else '',
-             recipe.precision, processes.device)
+             arithmetic, processes.device)
+    for remark in task.remarks():
+        log.info('%s', remark)
     if (run.finetune or run.pretrained) and total < MIN_FINETUNE_UPDATES:
         log.warning('Only %d updates: fine-tuning wants %d or more. Raise --%s or lower --total_batch_size.', total,
                     MIN_FINETUNE_UPDATES, 'epochs' if recipe.updates is None else 'updates')
