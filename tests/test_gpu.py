@@ -21,7 +21,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two G
 # epsilon Adam would make a whole step of any gradient, also of one that is round-off, as of a bias in front of a norm
 WORDS = (*TINY, '--total_batch_size', '12', '--batch_size', '6', '--epochs', '2', '--warmup_epochs', '0', '--lr',
          '1e-2', '--opt_eps', '1e-2', '--drop_path', '0', '--reprob', '0', '--num_workers', '0',
-         '--layer_scale_init_value', '0.1', '--deterministic')
+         '--layer_scale_init_value', '0.1', '--deterministic', '--tf32', 'false')
 
 
 @pytest.fixture(scope='module')
@@ -163,7 +163,7 @@ def test_an_evaluation_on_cuda_gives_what_the_cpu_gives(checkpoint, data, tmp_pa
     results = {}
     for device in ('cpu', 'cuda'):
         assert main.main(['--eval', '--checkpoint', checkpoint, '--data_path', str(data), '--device', device,
-                          '--output_dir', str(tmp_path / device), '--num_workers', '0']) == 0
+                          '--output_dir', str(tmp_path / device), '--num_workers', '0', '--tf32', 'false']) == 0
         results[device] = json.loads((tmp_path / device / 'eval.json').read_text())
     assert results['cuda']['acc1'] == results['cpu']['acc1'] and results['cuda']['count'] == 9
     assert results['cuda']['loss'] == pytest.approx(results['cpu']['loss'], rel=1e-5)  # float32, in another order
