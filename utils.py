@@ -292,7 +292,8 @@ def init_processes(device: str) -> Processes:
     world_size = number_of('WORLD_SIZE', 1)
     if world_size == 1:
         return Processes(device=chosen)
-    # A rank that dies closes its connections, or its launcher stops the others, long before
+    # A rank that dies closes its connections, or its launcher stops the others, long before. NCCL has the same
+    # patience, though a device that hangs costs it: rank 0 may wait as long for its disk, and the others for rank 0
     patience = datetime.timedelta(seconds=RANK_PATIENCE)
     try:
         if chosen.type != 'cuda':

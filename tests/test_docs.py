@@ -383,6 +383,9 @@ def test_a_page_without_its_markers_and_a_model_without_counts_are_refused(copy,
     (copy / 'README.md').write_text('# MogaNet\n')
     with pytest.raises(UserError, match=r'there are 0 parts `<!-- results: '):
         docs.main([])
+    monkeypatch.setitem(RECIPES, 'moganet_base', dataclasses.replace(RECIPES['moganet_base'], micro_batch_size=64))
+    with pytest.raises(UserError, match=r'memory.json is of another micro-batch or precision of moganet_base;'):
+        docs.memory()
     monkeypatch.setitem(RECIPES, 'moganet_small', dataclasses.replace(RECIPES['moganet_small'], input_size=192))
     with pytest.raises(UserError, match=r'no counts of moganet_small at 192 pixels; run tools/docs\.py --count'):
         docs.load_costs()

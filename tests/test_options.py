@@ -407,6 +407,29 @@ def test_batch_size_auto_finds_one_that_divides_the_batch(train, tmp_path, capsy
     assert '--batch_size auto: 16' in capsys.readouterr().out
 
 
+def test_small_batches_under_batch_norm_are_told_with_the_cures_that_help(monkeypatch):
+    recipe, _ = recipes.resolve([*MODEL])
+    model, told = torch.nn.Sequential(torch.nn.BatchNorm2d(3)), []
+    monkeypatch.setattr(trainer.log, 'warning', lambda text, *values: told.append(text % values))
+
+    def said(batch_size: int, world_size: int = 1, model: torch.nn.Module = model, **changes: Any) -> str:
+        told.clear()
+        run = dataclasses.replace(recipes.Run(), batch_size=batch_size, world_size=world_size, update_freq=2)
+        trainer.warn_of_small_batches(dataclasses.replace(recipe, **changes), run, model)
+        return ''.join(told)
+
+    assert said(16, 4) == (
+        'Batch norm takes its statistics over 16 images at a time: fewer than 32 make a worse model. Give --batch_size '
+        '32, with fewer micro-steps, or --sync_bn, which takes them over all GPUs, or fewer processes, or a larger '
+        '--total_batch_size.')
+    assert 'processes' not in said(31) and 'over 31 images' in said(31) and 'over 1 image at' in said(1)
+    assert said(8, 4, sync_bn=True) == said(32) == '' and '--sync_bn' not in said(8, 2, sync_bn=True)
+    assert said(16, micro_batch_size=16) == ''  # a row that is for so few
+    assert said(4, model=torch.nn.LayerNorm(3)) == ''
+    model[0].requires_grad_(False)  # keeps the statistics that it has
+    assert said(4) == ''
+
+
 @proves('compile')
 def test_compile_compiles_the_model_and_keeps_its_names(train, tmp_path, monkeypatch):
     torch._dynamo.reset()
@@ -477,9 +500,11 @@ def test_backend_switches_are_set_before_training(train, monkeypatch):
     try:
         train('--deterministic')
         assert switches() == (False, False, True, True)
+        assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @proves('model_ema_force_cpu')

@@ -18,6 +18,8 @@ from recipes import RECIPES
 from utils import align, expand, run_cli
 
 Row = dict[str, Any]
+PRECISIONS = ('fp32', 'bf16', 'fp16')
+SUBJECTS = ('depthwise', 'model', 'data', 'engine', 'checkpoint', 'traffic')  # of the report, in its order
 Measure = Callable[[argparse.Namespace], list[Row] | Row]
 
 
@@ -70,7 +72,7 @@ def model(parser: argparse.ArgumentParser) -> Measure:
     parser.add_argument('--batch_size', type=int, default=16)
     parser.add_argument('--input_size', type=int, default=224)
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps')
-    parser.add_argument('--precisions', nargs='+', default=['fp32'], choices=['fp32', 'bf16', 'fp16'])
+    parser.add_argument('--precisions', nargs='+', default=['fp32'], choices=PRECISIONS)
     parser.add_argument('--inference', nargs='*', metavar='FORM',
                         default=['eager', 'channels_last', 'fused', 'compiled', 'fused+compiled'],
                         help='eager, or a sum of fused, compiled, channels_last')
@@ -131,6 +133,23 @@ def checkpoint(parser: argparse.ArgumentParser) -> Measure:
     return measure
 
 
+def depthwise(parser: argparse.ArgumentParser) -> Measure:
+    """GB/s of each depthwise convolution of a model by precision and layout, beside a copy: two minutes on a GPU."""
+    parser.add_argument('name', nargs='?', default='moganet_small', metavar='NAME', help='timm model')
+    parser.add_argument('--batch_size', type=int, default=128)
+    parser.add_argument('--input_size', type=int, default=224)
+    parser.add_argument('--device', default='auto')
+    parser.add_argument('--precisions', nargs='+', default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument('--rounds', type=int, default=3)
+
+    def measure(args: argparse.Namespace) -> list[Row]:
+        from tools import benchmark_depthwise
+        return benchmark_depthwise.measure(
+            args.name, batch_size=args.batch_size, input_size=args.input_size, device=args.device,
+            precisions=args.precisions, rounds=args.rounds)
+    return measure
+
+
 def memory(parser: argparse.ArgumentParser) -> Measure:
     """The GiB that a training step of each recipe takes on a GPU, allocated (reserved), into benchmarks/memory.json."""
     parser.add_argument('names', nargs='*', metavar='NAME', help='recipes (default: all of GPUs)')
@@ -167,10 +186,14 @@ def report(parser: argparse.ArgumentParser) -> Measure:
     """All of it on one device, into benchmarks/<device>.json and, with what other devices gave, BENCHMARKS.md."""
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda')
     parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--subjects', nargs='+', choices=SUBJECTS, help='what to measure (default: all)')
+    parser.add_argument('--models', nargs='+', metavar='NAME', help='timm models (default: those for the device)')
+    parser.add_argument('--precisions', nargs='+', choices=PRECISIONS, help='of the models, likewise')
 
     def measure(args: argparse.Namespace) -> Row:
         from tools import benchmark_report
-        return benchmark_report.measure(args.device, rounds=args.rounds)
+        return benchmark_report.measure(args.device, rounds=args.rounds, subjects=args.subjects, models=args.models,
+                                        precisions=args.precisions)
     return measure
 
 
@@ -178,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures one subject and prints its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar='SUBJECT')
-    for subject in (model, traffic, engine, checkpoint, memory, data, report):
+    for subject in (model, traffic, engine, checkpoint, depthwise, memory, data, report):
         command = commands.add_parser(subject.__name__, description=subject.__doc__, help=subject.__doc__)
         command.set_defaults(measure=subject(command))
         command.add_argument('--json', action='store_true', help='JSON in place of a table')

@@ -210,11 +210,30 @@ def symbols() -> str:
     return '\n'.join(rows)
 
 
+def memory() -> str:
+    """The allocator's peak by recipe, precision and checkpointing, as benchmarks/memory.json has it."""
+    from tools.benchmark_memory import FIGURES, FORMS
+    from tools.benchmark_report import table
+    kept, rows = json.loads(FIGURES.read_text()), []
+    for name, row in RECIPES.items():
+        if name not in kept:
+            continue
+        figures = kept[name]
+        if (figures['micro_batch'], figures['precision']) != (row.micro_batch_size, row.precision):
+            raise UserError(f'{FIGURES.name} is of another micro-batch or precision of {name}; on a GPU run '
+                            f'tools/benchmark.py memory {name}')
+        rows.append([f'`{name}`, {row.precision}', str(row.micro_batch_size), *(
+            f'{found["allocated"]:.1f} ({found["reserved"]:.1f})' if found else 'too much'
+            for found in map(figures.get, FORMS))])
+    return table(('row', 'micro-batch', *FORMS), rows)
+
+
 PARTS = {
     ('README.md', 'results'): results,
     ('README.md', 'speed'): speed,
     ('README.md', 'symbols'): symbols,
     ('TRAINING.md', 'feeding'): feeding,
+    ('TRAINING.md', 'memory'): memory,
     ('TRAINING.md', 'demo'): lambda: blocks('_digits'),
     ('TRAINING.md', 'recipes'): lambda: blocks('', '_256', '_3aug_256', '_rsb_a3'),
     ('TRAINING.md', 'fine-tuning'): lambda: blocks('_ft384', '_transfer'),
