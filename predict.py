@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.augmentation import BadImage, decode, refusing_bad_images
+from pipeline.augmentation import BadImage, refusing_bad_images
 from pipeline.files import find_images as images_below
 from recipes import RECIPES, Run
 from recipes import Classification as ClassificationRecipe
@@ -151,17 +151,18 @@ def main(argv: list[str] | None = None) -> int:
     """Predicts as the flags say. Returns the exit status; raises UserError where the checkpoint is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', nargs='+', metavar='IMAGE', type=expand, help='files, folders, or http(s) URLs')
-    parser.add_argument('--topk', type=int, default=5, help='classes to show of each image')
+    parser.add_argument('--topk', type=int, help='of each image, the classes to show (5 by default), or the most boxes')
     parser.add_argument('--json', action='store_true', help='print a JSON list instead of lines')
     parser.add_argument('--draw', type=as_path, metavar='FOLDER',
                         help='write a picture of each prediction into a folder')
     parser.add_argument('--batch_size', type=int, default=32, help='images at a time')
     add_flags(parser)
     args = parser.parse_args(argv)
-    if min(args.topk, args.batch_size) < 1:
+    if min(args.topk or 1, args.batch_size) < 1:
         raise UserError('--topk and --batch_size: give at least 1')
     predictor = from_flags(args)
     to_stderr(predictor.about)
+    count = {} if args.topk is None else {'count': args.topk}
     task, predicted, bad, pending = predictor.task, [], 0, iter([*find_images(args.images)])
     while some := list(itertools.islice(pending, args.batch_size)):
         names, files, samples = [], [], []
@@ -179,11 +180,11 @@ def main(argv: list[str] | None = None) -> int:
         results = task.predict(predictor.model, samples) if samples else ()
         for name, file, result in zip(names, files, results, strict=True):
             if args.draw:
-                draw(args.draw, name, task.draw(Image.fromarray(decode(file)), result, count=args.topk))
+                draw(args.draw, name, task.draw(task.picture(file), result, **count))
             if args.json:
-                predicted.append({'image': name, 'predictions': task.to_json(result, count=args.topk)})
+                predicted.append({'image': name, 'predictions': task.to_json(result, **count)})
             else:
-                print(name, *task.to_text(result, count=args.topk), sep='\n')
+                print(name, *task.to_text(result, **count), sep='\n')
     if args.json:
         print(json.dumps(predicted, indent=1))
     return 2 if bad else 0

@@ -84,6 +84,12 @@ def decode(
     return boxes if size is None else clip_boxes_to_image(boxes, size)
 
 
+def scale(boxes: Tensor, size: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """The boxes [..., 4] in an image of one size (h, w), for the same image of another size."""
+    x, y = (to[i] / size[i] for i in (1, 0))
+    return torch.stack((boxes[..., 0] * x, boxes[..., 1] * y, boxes[..., 2] * x, boxes[..., 3] * y), dim=-1)
+
+
 def assign(
     boxes: Tensor, candidates: Tensor, *, positive: float, negative: float, low_quality: float | None,
     valid: Tensor | None = None,
@@ -119,6 +125,27 @@ def assign(
             taken = ((overlaps == best) & (best >= low_quality)).mul(number).amax(dim=0)
             index = torch.where(taken > 0, taken, index)
     return index if valid is None else index.masked_fill(~valid, -1)
+
+
+def sample(index: Tensor, *, count: int, positive: float) -> tuple[Tensor, Tensor]:
+    """Candidates to train on, drawn by `torch.randperm` on the CPU; waits for the device to know how many there are.
+
+    Args:
+        index: of each candidate [A], as `assign` gives it.
+        count: the most candidates.
+        positive: the largest part of them that is positive. Negative ones fill up the rest.
+
+    Returns:
+        the positions of the positive and those of the negative ones, both rising.
+    """
+    chosen, wanted = [], int(count * positive)
+    for mask in (index > 0, index == 0):
+        found = mask.nonzero().squeeze(1)
+        if len(found) > wanted:
+            found = found[torch.randperm(len(found))[:wanted].to(found.device)].sort().values
+        chosen.append(found)
+        wanted = count - len(found)
+    return chosen[0], chosen[1]
 
 
 def choose(

@@ -1,5 +1,5 @@
 """RetinaNet (https://arxiv.org/abs/1708.02002) over a feature pyramid (https://arxiv.org/abs/1612.03144), for any timm
-backbone with maps at strides 4 to 32.
+backbone with maps at strides 4 to 32, and what it shares with the other detectors.
 
 The function and the state-dict names are those of mmdet 2.26, with which the authors trained the released detectors
 (`backbone.`, `neck.`, `bbox_head.`), so that their files need no converter.
@@ -12,34 +12,18 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import sigmoid_focal_loss
 
 from models import boxes as box
 from models.build import create_model
 from models.moganet import Blocks
-from utils import UserError, nearest
+from utils import UserError
 
 EPSILON = torch.finfo(torch.float32).eps
 STRIDES = [4, 8, 16, 32]
-# The backbone of each row. A row's drop path and its other values of training are its recipe's
-ROWS = {f'retinanet_moganet_{size}_1x': f'moganet_{size}' for size in ('xtiny', 'tiny', 'small', 'base', 'large')}
-Target = dict[str, Any]  # boxes [n, 4], labels [n] from 0, size (h, w) of the image inside the padding
-
-
-def create_dense(row: str, num_classes: int = 80, **kwargs: Any) -> 'RetinaNet':
-    """A detector by the name of its row, with fresh weights.
-
-    Args:
-        row: such as `retinanet_moganet_xtiny_1x`.
-        num_classes: classes, the background not counted.
-        kwargs: as `RetinaNet` takes them; what it does not know is the backbone's, such as `drop_path_rate`.
-
-    Raises:
-        UserError: for an unknown row, or arguments with which the backbone cannot be.
-    """
-    if row not in ROWS:
-        raise UserError(f'unknown detector {row}{nearest(row, ROWS)}')
-    return RetinaNet(ROWS[row], num_classes=num_classes, **kwargs)
+# boxes [n, 4], labels [n] from 0, size (h, w) of the image inside the padding; for mask heads, masks bool [n, h, w]
+Target = dict[str, Any]
 
 
 def create_backbone(name: str, **kwargs: Any) -> nn.Module:
@@ -47,14 +31,49 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
     backbone = create_model(name, features_only=True, out_indices=(-4, -3, -2, -1), **kwargs)
     strides = backbone.feature_info.reduction()
     if strides != STRIDES:
-        raise UserError(f'a detector needs maps at strides 4, 8, 16 and 32, and the last four of {name} are at '
+        raise UserError(f'a dense model needs maps at strides 4, 8, 16 and 32, and the last four of {name} are at '
                         f'{", ".join(map(str, strides))}; choose a model with four stages')
     return backbone
 
 
-def _conv(in_channels: int, channels: int, kernel: int, *, stride: int = 1, relu: bool = False) -> nn.Sequential:
-    """A convolution that keeps the size, up to its stride; the released files call it `conv`."""
-    layers = OrderedDict(conv=nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2))
+def freeze_backbone(backbone: nn.Module, *, stages: int = 0, norms: bool = False) -> None:
+    """Takes the gradient from a backbone's stem and first stages, and from its batch norms.
+
+    `engine.train_mode` keeps what is frozen in evaluation mode, so that the statistics stay too.
+
+    Raises:
+        UserError: where the backbone does not tell its stages apart, or nothing of it would be left to train.
+    """
+    ends = list(getattr(backbone, 'return_layers', ()))  # the last part of each stage
+    if stages and not ends:
+        raise UserError(f'--freeze_stages: {type(backbone).__name__} does not name its stages; give 0')
+    if stages >= len(ends) > 0:
+        raise UserError(f'--freeze_stages {stages}: the backbone has {len(ends)} stages; give at most {len(ends) - 1}')
+    parts = list(backbone.named_children())
+    count = [name for name, _ in parts].index(ends[stages - 1]) + 1 if stages else 0
+    frozen = [part for _, part in parts[:count]]
+    if norms:
+        frozen += [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
+    for module in frozen:
+        module.requires_grad_(False)
+
+
+class SyncedNorm(nn.SyncBatchNorm):
+    """A head's batch norm, by the statistics of all ranks on CUDA; elsewhere, where there is no such, by the rank's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [B, C, H, W] -> the same, normalised."""
+        return super().forward(x) if x.is_cuda else _BatchNorm.forward(self, x)
+
+
+def convolution(
+    in_channels: int, channels: int, kernel: int, *, stride: int = 1, norm: bool = False, relu: bool = False
+) -> nn.Sequential:
+    """A convolution that keeps the size, up to its stride; the released files call it `conv`, and its norm `bn`."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv=nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2, bias=not norm))
+    if norm:
+        layers['bn'] = SyncedNorm(channels)
     if relu:
         layers['relu'] = nn.ReLU(inplace=True)
     return nn.Sequential(layers)
@@ -72,10 +91,10 @@ class FPN(nn.Module):
 
     def __init__(self, in_channels: Sequence[int], channels: int = 256, *, extra: int) -> None:
         super().__init__()
-        self.lateral_convs = nn.ModuleList(_conv(count, channels, 1) for count in in_channels)
-        self.fpn_convs = nn.ModuleList(_conv(channels, channels, 3) for _ in in_channels)
+        self.lateral_convs = nn.ModuleList(convolution(count, channels, 1) for count in in_channels)
+        self.fpn_convs = nn.ModuleList(convolution(channels, channels, 3) for _ in in_channels)
         self.fpn_convs.extend(
-            _conv(channels if i else in_channels[-1], channels, 3, stride=2) for i in range(extra))
+            convolution(channels if i else in_channels[-1], channels, 3, stride=2) for i in range(extra))
         for conv in self.modules():
             if isinstance(conv, nn.Conv2d):
                 nn.init.xavier_uniform_(conv.weight)
@@ -107,8 +126,8 @@ class RetinaHead(nn.Module):
 
     def __init__(self, channels: int = 256, *, num_classes: int, anchors: int, depth: int = 4) -> None:
         super().__init__()
-        self.cls_convs = nn.ModuleList(_conv(channels, channels, 3, relu=True) for _ in range(depth))
-        self.reg_convs = nn.ModuleList(_conv(channels, channels, 3, relu=True) for _ in range(depth))
+        self.cls_convs = nn.ModuleList(convolution(channels, channels, 3, relu=True) for _ in range(depth))
+        self.reg_convs = nn.ModuleList(convolution(channels, channels, 3, relu=True) for _ in range(depth))
         self.retina_cls = nn.Conv2d(channels, anchors * num_classes, 3, padding=1)
         self.retina_reg = nn.Conv2d(channels, anchors * 4, 3, padding=1)
         for conv in self.modules():
@@ -158,33 +177,22 @@ def l1_loss(deltas: Tensor, wanted: Tensor, positive: Tensor, count: Tensor | fl
     return torch.where(positive[..., None], (deltas - wanted).abs(), 0.0).sum() / (count + EPSILON)
 
 
-class RetinaNet(nn.Module):
-    """RetinaNet: a score for each class at each anchor, all anchors trained by the focal loss.
+class Dense(nn.Module):
+    """What detectors and segmentors have: a backbone, whose maps their heads take.
 
     Args:
         backbone: a timm model's name.
-        num_classes: classes, the background not counted.
-        channels: of the pyramid and of the head.
-        depth: convolutions of each of the head's towers.
+        num_classes: classes; of a detector, the background not counted.
         kwargs: the backbone's, such as `drop_path_rate`, `gate` or `pretrained`.
 
     Raises:
         UserError: the backbone cannot be built so, or has no maps at strides 4 to 32.
     """
 
-    ANCHORS: ClassVar = {'strides': (8, 16, 32, 64, 128), 'scales': tuple(4 * 2 ** (i / 3) for i in range(3))}
-    SIZE_DIVISOR = 32  # an image is padded to a multiple, in which its anchors lie
-    BEFORE_NMS = 1000  # candidates of a level
-
-    def __init__(
-        self, backbone: str, *, num_classes: int = 80, channels: int = 256, depth: int = 4, **kwargs: Any
-    ) -> None:
+    def __init__(self, backbone: str, *, num_classes: int, **kwargs: Any) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.anchors = box.Anchors(**self.ANCHORS)
         self.backbone = create_backbone(backbone, **kwargs)
-        self.neck = FPN(self.backbone.feature_info.channels()[1:], channels, extra=2)
-        self.bbox_head = RetinaHead(channels, num_classes=num_classes, anchors=self.anchors.per_cell, depth=depth)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade a second forward pass of the backbone for the memory of its activations."""
@@ -194,12 +202,64 @@ class RetinaNet(nn.Module):
         if not stages:
             getattr(self.backbone, 'model', self.backbone).set_grad_checkpointing(enable)  # timm wraps some
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] -> the pyramid's five levels [B, channels, H / 8, W / 8] ... [.., H / 128, W / 128]."""
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] -> the backbone's maps [B, C_i, H / s, W / s] at the strides 4, 8, 16 and 32."""
         maps = self.backbone(images)
         if getattr(self.backbone, 'output_fmt', 'NCHW') == 'NHWC':  # a Swin's
             maps = [x.permute(0, 3, 1, 2) for x in maps]
-        return self.neck(maps[1:])
+        return maps
+
+
+class Detector(Dense):
+    """What all detectors have beside a backbone: anchors that lie in an image's padding."""
+
+    SIZE_DIVISOR = 32  # an image is padded to a multiple, in which its anchors lie
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size (h, w) of an image with its own padding, which in a batch may be smaller than the batch's."""
+        height, width = (-(-int(side) // self.SIZE_DIVISOR) * self.SIZE_DIVISOR for side in size)
+        return height, width
+
+
+class RetinaNet(Detector):
+    """RetinaNet: a score for each class at each anchor, all anchors trained by the focal loss.
+
+    Args:
+        backbone: a timm model's name.
+        num_classes: classes, the background not counted.
+        channels: of the pyramid and of the head.
+        depth: convolutions of each of the head's towers.
+        anchor_scale: side of a level's smallest square anchor, in its strides.
+        kwargs: the backbone's, such as `drop_path_rate`, `gate` or `pretrained`.
+
+    Raises:
+        UserError: the backbone cannot be built so, or has no maps at strides 4 to 32.
+    """
+
+    ANCHORS: ClassVar = {'strides': (8, 16, 32, 64, 128), 'scales': tuple(4 * 2 ** (i / 3) for i in range(3))}
+    LOSSES = ('loss_cls', 'loss_bbox')
+    # The layers that know the classes. Of the first, channels for each class, and further ones
+    LAST: ClassVar = {'bbox_head.retina_cls': (9, 0)}
+    BEFORE_NMS = 1000  # candidates of a level
+
+    def __init__(
+        self, backbone: str, *, num_classes: int = 80, channels: int = 256, depth: int = 4, anchor_scale: float = 4.0,
+        **kwargs: Any
+    ) -> None:
+        super().__init__(backbone, num_classes=num_classes, **kwargs)
+        self.anchors = box.Anchors(
+            self.ANCHORS['strides'], scales=[anchor_scale / 4 * scale for scale in self.ANCHORS['scales']])
+        self.neck = FPN(self.backbone.feature_info.channels()[1:], channels, extra=2)
+        self.bbox_head = RetinaHead(channels, num_classes=num_classes, anchors=self.anchors.per_cell, depth=depth)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] -> the pyramid's five levels [B, channels, H / 8, W / 8] ... [.., H / 128, W / 128]."""
+        return self.neck(self.maps(images)[1:])
+
+    def outputs(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The head's logits and deltas of each level, of images [B, 3, H, W]: all that is computed before detections
+        are chosen."""
+        return self.bbox_head(self.features(images))
 
     def forward(self, images: Tensor, targets: Sequence[Target], proposals: None = None) -> dict[str, Tensor]:
         """The losses, whose sum is to be minimised, in training and in evaluation mode alike; no wait for the device.
@@ -214,7 +274,7 @@ class RetinaNet(nn.Module):
         """
         if proposals is not None:
             raise ValueError('RetinaNet has no proposals')
-        return self.losses(*self.bbox_head(self.features(images)), targets)
+        return self.losses(*self.outputs(images), targets)
 
     def losses(self, logits: list[Tensor], deltas: list[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """The losses of the head's maps, divided by the sum over images of max(1, positive anchors); see `forward`."""
@@ -233,8 +293,7 @@ class RetinaNet(nn.Module):
 
     def _match(self, target: Target, sizes: list[tuple[int, int]], anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each of an image's anchors [A, 4]: what `assign` gives [A], the class [A], the deltas wanted [A, 4]."""
-        height, width = (-(-int(side) // self.SIZE_DIVISOR) * self.SIZE_DIVISOR for side in target['size'])
-        inside = torch.cat(self.anchors.inside(sizes, (height, width)))
+        inside = torch.cat(self.anchors.inside(sizes, self.padded(target['size'])))
         boxes, labels = target['boxes'].float().reshape(-1, 4), target['labels']
         index = box.assign(boxes, anchors, positive=0.5, negative=0.4, low_quality=0.0, valid=inside)
         if not len(boxes):
@@ -257,7 +316,7 @@ class RetinaNet(nn.Module):
         Returns:
             Of each image `boxes` [n, 4] and `scores` [n], float32, and `labels` [n], int64 from 0.
         """
-        logits, deltas = self.bbox_head(self.features(images))
+        logits, deltas = self.outputs(images)
         anchors = self.anchors([tuple(level.shape[-2:]) for level in logits])
         detections = []
         for i, (size, original) in enumerate(zip(sizes, original_sizes, strict=True)):
@@ -265,8 +324,7 @@ class RetinaNet(nn.Module):
                 self._candidates(by_anchor(x[i], self.num_classes), by_anchor(y[i], 4), level, size)
                 for x, y, level in zip(logits, deltas, anchors, strict=True)]
             boxes, scores, labels = (torch.cat(values) for values in zip(*candidates, strict=True))
-            boxes = torch.stack((boxes[:, 0::2] / (size[1] / original[1]), boxes[:, 1::2] / (size[0] / original[0])),
-                                dim=2).flatten(1)
+            boxes = box.scale(boxes, size, original)
             kept = box.choose(boxes, scores, labels, score=0.05, iou=0.5, count=100)
             detections.append({'boxes': boxes[kept], 'scores': scores[kept], 'labels': labels[kept]})
         return detections

@@ -74,7 +74,35 @@ RELEASED: dict[str, Released] = {
     'moganet_large_rsb_a3': _mmcv(
         'moganet_large', 'moga_large_rsb_a3_sz160_8xb128_accu2_ep100', 'raw', 224, 83.2, crop_pct=0.95),
 }
-RELEASED_BY_FILE = {row.url.rsplit('/', 1)[1]: name for name, row in RELEASED.items()}
+
+
+@dataclass(frozen=True)
+class ReleasedDense:
+    """A released file of the authors' detectors, named as its recipe. The recipe says what it is and what it reaches.
+
+    Sizes and hashes are not published, so none are given; a download's own are shown and remembered.
+    """
+    url: str
+
+
+_D = 'https://github.com/Westlake-AI/MogaNet/releases/download/moganet-det-weights/'
+_SIZES = ('xtiny', 'tiny', 'small', 'base', 'large')
+
+# The authors' names: sizes in full for 12 epochs, by their letters for 36
+_DETECTORS = {
+    **{f'retinanet_moganet_{size}_1x': f'retinanet_moganet_{size}_fpn_1x_coco' for size in _SIZES},
+    **{f'mask_rcnn_moganet_{size}_1x': f'mask_rcnn_moganet_{size}_fpn_1x_coco' for size in _SIZES},
+    **{f'mask_rcnn_moganet_{size}_3x': f'mask_rcnn_moganet_{size[0]}_fpn_mstrain_480-800_3x_coco'
+       for size in _SIZES[1:]},
+    'cascade_mask_rcnn_moganet_small_3x': 'cascade_mask_rcnn_moganet_s_fpn_ms_3x_coco',
+    **{f'cascade_mask_rcnn_moganet_{size}_giou_3x': f'cascade_mask_rcnn_moganet_{size[0]}_fpn_giou_4conv1f_ms_3x_coco'
+       for size in ('small', 'base')},
+}
+RELEASED_DENSE = {name: ReleasedDense(f'{_D}{file}.pth') for name, file in _DETECTORS.items()}
+# Beside the files of mmcv's programs lie their logs, by the same stem. Those of the authors' own repository are timm's
+# summary.csv, under names that are not known here
+LOGS = {name: row.url.removesuffix('.pth') + '.log.json' for name, row in RELEASED.items() if row.format == 'mmcv'}
+RELEASED_BY_FILE = {row.url.rsplit('/', 1)[1]: name for name, row in (*RELEASED.items(), *RELEASED_DENSE.items())}
 
 
 def pretrained_cfgs() -> dict[str, dict[str, Any]]:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from models.build import create_model, name_of
 from models.download import download, forget, remembered
 from models.moganet import Gate
-from models.released import RELEASED, RELEASED_BY_FILE, Which
+from models.released import RELEASED, RELEASED_BY_FILE, RELEASED_DENSE, Which
+from recipes import RECIPES, to_dict
 from utils import UserError, expand, nearest, reason_of
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
@@ -36,7 +37,8 @@ class Weights:
     """What a checkpoint holds for a model.
 
     `meta` carries what is known of `model, test_size, crop_pct, crop_mode, interpolation, mean, std, classes, acc1,
-    acc5` (published, %), `epoch, metric, recipe, args, released` (its name in `RELEASED`), `url, sha256, bytes`.
+    acc5` (published, %), `epoch, metric, recipe, args, released` (its name in `RELEASED`), `url, sha256, bytes`, and
+    `config`: what a dense model's file says of its training where that is not the recipe's.
     """
     state_dict: dict[str, Tensor]  # our names
     gate: Gate | None  # None: neither the file nor the table says
@@ -47,10 +49,18 @@ class Weights:
 
     def __str__(self) -> str:
         gate = f', {self.gate} gate' if self.gate else ''
-        return f'{self.source}: {self.which} weights, {self.format} format{gate}'
+        config = ', '.join(f'{name}={value}' for name, value in self.meta.get('config', {}).items())
+        unlike = f'; unlike the recipe, it was trained with {config}' if config else ''
+        return f'{self.source}: {self.which} weights, {self.format} format{gate}{unlike}'
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is of a network over a backbone, such as a detector."""
+        return _is_dense(self.state_dict)
 
 
-def load_weights(source: str | Path, which: Literal['auto', 'raw', 'ema'] = 'auto') -> Weights:
+def load_weights(source: str | Path, which: Literal['auto', 'raw', 'ema'] = 'auto', *,
+                 of_backbone: Which | None = None) -> Weights:
     """Reads a checkpoint of any known format.
 
     Args:
@@ -58,6 +68,7 @@ def load_weights(source: str | Path, which: Literal['auto', 'raw', 'ema'] = 'aut
             downloaded once, into torch's hub cache. A file with a released file's name is taken for that file.
         which: the averaged weights, the plain ones, or (auto) those that reach a released file's accuracy, else the
             averaged where the file has them.
+        of_backbone: which of them auto takes of a file without neck and heads.
 
     Raises:
         UserError: not found, damaged, not a checkpoint, without the weights asked for, or in need of code to be read.
@@ -66,13 +77,15 @@ def load_weights(source: str | Path, which: Literal['auto', 'raw', 'ema'] = 'aut
     name, url = None, None
     if source.startswith('released:'):
         name = source.removeprefix('released:')
-        if name not in RELEASED:
-            raise UserError(f'no released checkpoint {name!r}{nearest(name, RELEASED)} (known: {", ".join(RELEASED)})')
-        url = RELEASED[name].url
+        known = RELEASED | RELEASED_DENSE
+        if name not in known:
+            raise UserError(f'no released checkpoint {name!r}{nearest(name, known)} (known: {", ".join(known)})')
+        url = known[name].url
     elif re.match(r'https?://', source):
         url = source
     path = download(url) if url else Path(expand(source))
-    row = RELEASED.get(name or RELEASED_BY_FILE.get(path.name, ''))
+    name = name or RELEASED_BY_FILE.get(path.name, '')
+    row = RELEASED.get(name)
     try:
         payload, told = _read_file(path)
         sets, gate, kind, meta = _interpreted(payload, told)
@@ -83,14 +96,20 @@ def load_weights(source: str | Path, which: Literal['auto', 'raw', 'ema'] = 'aut
         raise UserError(f'{source}: {error} (removed from the cache)') from None
     if row and row.weights == 'ema' and kind == 'mmcv' and list(sets) == ['raw']:
         sets = {'ema': sets['raw']}  # even without their `ema_` twins, the plain names hold the average
+    if which == 'auto' and of_backbone in sets and not any(map(_is_dense, sets.values())):
+        which = of_backbone
     if which == 'auto':
         which = row.weights if row and row.weights in sets else next(iter(sets))
     if which not in sets:
         raise UserError(f'{source}: has no {which} weights, only {" and ".join(sets)}: leave the choice to auto')
     if row:
-        meta = {'released': name or RELEASED_BY_FILE[path.name], 'interpolation': 'bicubic'} | {
+        meta = {'released': name, 'interpolation': 'bicubic'} | {
             key: getattr(row, key) for key in ('model', 'test_size', 'crop_pct', 'acc1', 'acc5')} | {
             key: value for key, value in meta.items() if key in ('classes', 'epoch', 'metric', 'args')}
+    if name in RELEASED_DENSE and (recipe := RECIPES.get(name)):
+        meta |= {'released': name, 'model': recipe.model, 'recipe': to_dict(recipe)} | {
+            key: value for key, value in recipe.expected().items() if value is not None}
+        gate = gate or 'single'
     if url:
         meta |= remembered(path)
     return Weights(sets[which], gate or (row.gate if row else None), which, kind, meta, source)
@@ -277,9 +296,10 @@ def _interpret(payload: Any, told: dict[str, str] | None) -> Interpreted:
     if plain:
         sets['ema' if payload.get('which') == 'ema' else 'raw'] = _clean(payload[plain[0]])
     raw = next(reversed(sets.values()))
-    if any(name.startswith('backbone.') for name in raw):
+    recipe = _mapping(payload.get('recipe'))
+    if not recipe and any(name.startswith('backbone.') for name in raw):
         return _interpret_mmcv(raw, _mapping(payload.get('meta')))
-    if recipe := _mapping(payload.get('recipe')):
+    if recipe:
         meta = {key: recipe.get(key) for key in _EVALUATION} | {
             key: payload.get(key) for key in ('epoch', 'classes', 'class_map', 'recipe')}
         gate = recipe.get('gate') if str(recipe.get('model')).startswith('moganet') else None  # others have none
@@ -318,9 +338,30 @@ def _interpret_mmcv(entries: Mapping[str, Tensor], told: dict[str, Any]) -> Inte
         # the hook averages parameters, and a BN buffer without a twin is shared
         sets = {'ema': plain, 'raw': {key: entries.get(twin, plain[key]) for key, twin in twins.items()}}
     meta = {'epoch': told.get('epoch'), 'classes': told.get('CLASSES')}
+    config = str(told.get('config'))
+    if _is_dense(plain):
+        return sets, _gate_in(config), 'mmcv', _known(meta | {'config': _unlike_the_recipes(config)})
     ours = {which: {key.removeprefix('backbone.').replace('head.fc.', 'head.'): value for key, value in tensors.items()}
             for which, tensors in sets.items()}
-    return ours, _gate_in(str(told.get('config'))), 'mmcv', _known(meta)
+    return ours, _gate_in(config), 'mmcv', _known(meta)
+
+
+# The parts of mmdet's and mmseg's networks beside the backbone
+_DENSE = ('neck.', 'bbox_head.', 'rpn_head.', 'roi_head.', 'decode_head.', 'auxiliary_head.')
+
+
+def _is_dense(names: Iterable[str]) -> bool:
+    """Whether a state dict's names are those of a network over a backbone."""
+    names = list(names)
+    return any(name.startswith('backbone.') for name in names) and any(name.startswith(_DENSE) for name in names)
+
+
+def _unlike_the_recipes(config: str) -> dict[str, str] | None:
+    """What the text of a dense model's config says that no recipe of ours has: frozen stages and the like."""
+    ours = {'frozen_stages': '-1', 'norm_eval': 'False', 'attn_force_fp32': 'False'}
+    found = {name: set(re.findall(rf'\b{name}[\'"]?\s*[=:]\s*(-?\w+)', config)) - {value}
+             for name, value in ours.items()}
+    return {name: ' or '.join(sorted(values)) for name, values in found.items() if values} or None
 
 
 def _is_buffer(name: str) -> bool:
@@ -359,10 +400,14 @@ class Report:
     unexpected: list[str]  # in the file, not in the model
     wrong_shape: list[str]
     dropped: list[str]  # the classifier's, of another size, when fine-tuning
+    fresh: list[str]  # neck and heads, of which a backbone's file has nothing
     resampled: list[str]  # of another size, as timm's own filter made them fit
 
     def __str__(self) -> str:
         parts = [f'{len(self.matched)} tensors loaded']
+        if self.fresh:
+            tops = dict.fromkeys(name.split('.')[0] for name in self.fresh)
+            parts.append(f'{", ".join(tops)} start afresh: the file has a backbone alone')
         if self.dropped:
             parts.append(f'classifier of another size dropped ({", ".join(self.dropped)}): the new one starts afresh')
         for what, names in (('resampled to the size of the model', self.resampled), ('missing', self.missing),
@@ -402,6 +447,12 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
             which is then a deeper model's. The model is then untouched.
     """
     ours, given = model.state_dict(), weights.state_dict
+    given = _places(given, ours)
+    lone = _is_dense(ours) and not weights.dense
+    if lone and not drop_classifier:
+        raise UserError(f'{weights.source}: holds a backbone alone, and no {name_of(model)}; give a file of such a '
+                        'model, or train one from this by --finetune')
+    fresh = [name for name in ours if name.startswith(_DENSE)] if lone else []
     classifier = tuple(f'{name}.' for name in classifier_names(model))
     of_head = {name for name in [*ours, *given] if name.startswith(classifier)} if classifier else set()
     # Counters, and tables that a model makes from its own sizes
@@ -414,7 +465,7 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
     resampled = {name: value for name, value in _resampled(model, given, unfit).items() if fits(name, value)}
     given = given | resampled
     matched = [name for name in ours if name in given and fits(name, given[name])]
-    missing = [name for name in ours if name not in given]
+    missing = [name for name in ours if name not in given and name not in fresh]
     unexpected = [name for name in given if name not in ours]
     wrong_shape = [name for name in unfit if name not in resampled]
 
@@ -442,7 +493,19 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
     except Exception as error:  # tensors of a kind that cannot be copied, such as sparse ones
         raise UserError(f'{weights.source}: cannot be loaded ({reason_of(error)[:200]}): save it anew') from None
     return Report(matched, missing, unexpected, [name for name in wrong_shape if name not in of_head], dropped,
-                  list(resampled))
+                  fresh, list(resampled))
+
+
+def _places(given: dict[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names by which the model has its backbone, which in a dense model lies inside it."""
+    inside = any(name.startswith('backbone.') for name in given)
+    if inside == any(name.startswith('backbone.') for name in ours):
+        return given
+    if inside:
+        return {name.removeprefix('backbone.'): value for name, value in given.items()}
+    # timm's `features_only` joins the first two parts of some names: stages.0 is stages_0
+    flat = {name: f'backbone.{name.replace(".", "_", 1)}' for name in given}
+    return {flat[name] if flat[name] in ours else f'backbone.{name}': value for name, value in given.items()}
 
 
 def _resampled(model: nn.Module, given: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:

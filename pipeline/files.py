@@ -6,9 +6,10 @@ import json
 import os
 import posixpath
 import re
+import socket
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils import UserError, expand, log, write_atomically, write_json
+from utils import UserError, expand, log, rank_zero_first, write_atomically, write_json
 
 Split = Literal['train', 'val']
 # The endings of what Pillow reads, but for documents, drawings, films and scientific data
@@ -430,38 +431,111 @@ def _unchanged(root: str, stamps: dict[str, int]) -> bool:
         return False
 
 
+_found: dict[str, str] = {}  # by identity, the digest of the index that this process has read or built
+_told: dict[str, str] = {}  # within `indexing`, the same of rank 0
+
+
+@contextlib.contextmanager
+def indexing() -> Iterator[None]:
+    """Within it, rank 0 looks through the data first; a rank that finds rank 0's index in its cache takes it as it is.
+
+    So the folders are looked at once, and not by hundreds of ranks. Where the home folder is not shared, the first rank
+    of each node builds the index anew.
+    """
+    with rank_zero_first('index', lambda: json.dumps(_found)) as told:
+        _told.update(json.loads(told or '{}'))
+        try:
+            yield
+        finally:
+            _told.clear()
+
+
+def _note_index(identity: str, digest: str) -> None:
+    """Notes which index this process takes. Raises UserError where rank 0 has another: they would mix up the images."""
+    _found[identity] = digest
+    if _told.get(identity, digest) != digest:
+        raise UserError(f'{identity} holds other images here, on {socket.gethostname()}, than where rank 0 is; copy '
+                        'the data anew, or give a --data_path that all nodes share')
+
+
+def keep_index(identity: str, stem: str, *, rules: str, unchanged: Callable[[dict[str, Any]], bool],
+               build: Callable[[], tuple[dict[str, np.ndarray], dict[str, Any], bool]]
+               ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """An index: read from the user's cache where nothing has changed, else built and kept.
+
+    Args:
+        identity: what it is an index of, whole paths.
+        stem: beginning of the names of its files.
+        rules: by which it is built; one that was built by others is built again.
+        unchanged: whether what the index holds is still true, by its facts.
+        build: returns arrays by name, facts, and whether they may be kept.
+
+    Returns:
+        the arrays, mapped into memory where they are kept, and the facts.
+
+    Raises:
+        UserError: for another index than rank 0 has.
+    """
+    note = cache_folder() / f'{stem}-{hashlib.blake2b(os.fsencode(identity), digest_size=8).hexdigest()}.json'
+    try:
+        facts = json.loads(note.read_text())
+        digest = ' '.join(file.removesuffix('.npy')[-16:] for file in facts['arrays'].values())
+        if facts['root'] == identity and facts['rules'] == rules and (
+                _told.get(identity) == digest or unchanged(facts)):
+            arrays = {name: np.load(note.with_name(file), mmap_mode='r') for name, file in facts['arrays'].items()}
+            _note_index(identity, digest)
+            return arrays, facts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):  # none yet, or a damaged one
+        pass
+    arrays, facts, lasting = build()
+    digests = {name: hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest() for name, array in arrays.items()}
+    _note_index(identity, ' '.join(digests.values()))
+    if not lasting:
+        return arrays, facts
+    files = {name: f'{note.stem}-{name}-{digest}.npy' for name, digest in digests.items()}
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        for name, file in files.items():
+            write_atomically(note.with_name(file), lambda target, name=name: np.save(target, arrays[name]))
+        write_json(note, {'root': identity, 'rules': rules, 'arrays': files, **facts})
+        for old in note.parent.glob(f'{note.stem}-*.npy'):
+            if old.name not in files.values():
+                old.unlink()
+        return {name: np.load(note.with_name(file), mmap_mode='r') for name, file in files.items()}, facts
+    except OSError as error:
+        log.warning('the index of %s cannot be kept (%s); it will be built again next time', stem, error)
+        return arrays, facts
+
+
+def to_file(array: np.ndarray) -> np.ndarray | str:
+    """An array for a spawned worker: the file that it is mapped from, which costs the worker no copy."""
+    base = array if isinstance(array, np.memmap) else array.base
+    return str(base.filename) if isinstance(base, np.memmap) else array
+
+
+def from_file(array: np.ndarray | str) -> np.ndarray:
+    """What `to_file` gave, as a plain array: numpy takes ten times as long over an item of a memmap."""
+    return (np.load(array, mmap_mode='r') if isinstance(array, str) else array).view(np.ndarray)
+
+
 def load_index(root: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """The index of a folder or tar file: read from the user's cache where nothing has changed, else built and kept.
+    """The index of a folder or tar file, kept in the user's cache.
 
     Returns:
         records with the fields path, label, offset, size, mapped into memory; and `classes` (folder names), `loose`
         (images outside of any class), `others` (how many files were left out, by their endings).
 
     Raises:
-        UserError: for what cannot be read.
+        UserError: for what cannot be read, and for other images than rank 0 has.
     """
     resolved = str(root.resolve())
-    note = cache_folder() / f'{root.name}-{hashlib.blake2b(os.fsencode(resolved), digest_size=8).hexdigest()}.json'
-    try:
-        facts = json.loads(note.read_text())
-        if facts['root'] == resolved and facts['rules'] == RULES and _unchanged(resolved, facts['stamps']):
-            return np.load(note.with_name(facts['records']), mmap_mode='r'), facts
-    except (OSError, ValueError, KeyError, TypeError, EOFError):  # none yet, or a damaged one
-        pass
-    log.info('indexing the images of %s, once', root)
-    records, facts = (_scan_tar if root.is_file() else _scan_folder)(resolved)
-    # About to be refused, or a disk is not mounted: the cure may not show in the folders
-    if not len(records) or 'broken links' in facts['others']:
-        return records, facts
-    name = f'{note.stem}-{hashlib.blake2b(records.tobytes(), digest_size=8).hexdigest()}.npy'
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(note.with_name(name), lambda file: np.save(file, records))
-        write_json(note, {'root': resolved, 'rules': RULES, 'records': name, **facts})
-        for old in note.parent.glob(f'{note.stem}-*.npy'):
-            if old.name != name:
-                old.unlink()
-        return np.load(note.with_name(name), mmap_mode='r'), facts
-    except OSError as error:
-        log.warning('the index of %s cannot be kept (%s); it will be built again next time', root, error)
-        return records, facts
+
+    def build() -> tuple[dict[str, np.ndarray], dict[str, Any], bool]:
+        log.info('indexing the images of %s, once', root)
+        records, facts = (_scan_tar if root.is_file() else _scan_folder)(resolved)
+        # About to be refused, or a disk is not mounted: the cure may not show in the folders
+        return {'records': records}, facts, len(records) > 0 and 'broken links' not in facts['others']
+
+    arrays, facts = keep_index(resolved, root.name, rules=RULES, build=build,
+                               unchanged=lambda facts: _unchanged(resolved, facts['stamps']))
+    return arrays['records'], facts

@@ -18,7 +18,7 @@ MAX_LABEL = 1_000_000  # above it a class map's number is no label
 
 
 class BadLabel(Exception):
-    """A label that the model has no class for: on a GPU it would become an assertion that names nothing."""
+    """A target that fits no class of the model, where a GPU would name nothing in an assertion, or not its image."""
 
 
 def normal(name: str) -> str:

@@ -228,6 +228,28 @@ def check_sockets() -> None:
                         'TMPDIR to a shorter path that is writable, as TMPDIR=/tmp, or say --num_workers 0') from None
 
 
+SHARED_MEMORY = '/dev/shm'
+MORE_SHARED_MEMORY = ('enlarge it (docker run --shm-size=16g; in Kubernetes an emptyDir of medium Memory there), or '
+                      'give fewer --num_workers, or a smaller --batch_size')
+
+
+def check_shared_memory(size: int) -> None:
+    """Refuses a /dev/shm that cannot hold the batches which the workers of this machine prepare ahead.
+
+    A container has 64 MB unless told otherwise, of which two workers with 128 images of 224 pixels take 77.
+
+    Args:
+        size: bytes of the batches that this process's workers hold, two each.
+    """
+    size *= max(number_of('LOCAL_WORLD_SIZE', 1), 1)
+    if size and os.path.isdir(SHARED_MEMORY):
+        found = os.statvfs(SHARED_MEMORY)
+        room = found.f_blocks * found.f_frsize
+        if room < size:
+            raise UserError(f'the data workers of this machine share up to {size / 1e6:,.0f} MB of batches, and '
+                            f'{SHARED_MEMORY} has {room / 1e6:,.0f}: {MORE_SHARED_MEMORY}')
+
+
 def abandon_loader(error: BaseException) -> None:
     """Ends the workers of a DataLoader that failed as it started; its own end would fail too, and print that."""
     trace = error.__traceback__
@@ -255,8 +277,7 @@ def why_lost(error: BaseException, workers: Iterable[Any]) -> WorkersLost | None
         return WorkersLost('the data workers have too few file descriptors: raise the limit by ulimit -n 65536, or '
                            'give fewer --num_workers')
     if found(r'shared memory|/torch_\d+_\d+_\d+|Bus error', errno.ENOSPC, -signal.SIGBUS):
-        return WorkersLost('the data workers have no room left in the shared memory /dev/shm: enlarge it (docker run '
-                           '--shm-size=16g), or give fewer --num_workers, or a smaller --batch_size')
+        return WorkersLost(f'the data workers have no room left in the shared memory /dev/shm: {MORE_SHARED_MEMORY}')
     if isinstance(error, MemoryError) or found(r'Cannot allocate memory', errno.ENOMEM):
         return WorkersLost('there is no memory left for the data workers: give fewer --num_workers, or more memory')
     if found(r"Resource temporarily unavailable|can't start new thread", errno.EAGAIN):
@@ -361,6 +382,24 @@ def epoch_order(count: int, *, seed: int, epoch: int, attempt: int = 0, repeats:
     return np.stack([order[slots // repeats], slots % repeats], axis=1)
 
 
+def group_order(order: np.ndarray, groups: np.ndarray, size: int, *, seed: int, epoch: int,
+                attempt: int = 0) -> np.ndarray:
+    """An epoch's order in micro-batches of one group each, the micro-batches in random order.
+
+    Args:
+        order: int64 [count, 2], as `epoch_order` gives it.
+        groups: of each image.
+        size: images of a micro-batch; what is left of a group after whole ones is dropped.
+
+    Returns:
+        int64 [at most count, 2], of which `size` rows after one another are a micro-batch.
+    """
+    group_of = groups[order[:, 0]]
+    parts = [order[group_of == group] for group in np.unique(groups)]
+    chunks = np.concatenate([part[:len(part) // size * size].reshape(-1, size, 2) for part in parts])
+    return np.random.default_rng(derive_seed(seed, 'groups', epoch, attempt)).permutation(chunks).reshape(-1, 2)
+
+
 class _Loader:
     """What training and evaluation share: the source, its workers and the device's part."""
 
@@ -368,7 +407,8 @@ class _Loader:
                  batch_size: int):
         self._task, self._recipe, self._run, self._rank, self._device = task, task.recipe, run, rank, device
         workers = count_workers(run, source)
-        self._stream = None
+        check_shared_memory(2 * workers * batch_size * task.sample_bytes(training=training))  # of DataLoader, two each
+        self._stream, self._groups = None, getattr(source, 'groups', None)
         if isinstance(source, IterableDataset):
             self.count = int(getattr(source.reader, 'num_samples', 0) or len(source))
             source.set_loader_cfg(num_workers=workers)
@@ -389,7 +429,8 @@ class TrainLoader(_Loader):
 
     Attributes:
         count: images in the whole set.
-        updates_per_epoch: whole batches in the data; what is left of an epoch is dropped.
+        updates_per_epoch: whole batches in the data, where it has groups of whole micro-batches of one group; what is
+            left of an epoch is dropped.
         total_updates: length of the run.
         bad_images: unreadable images replaced so far (`--on_bad_image skip`), on this rank.
     """
@@ -397,11 +438,19 @@ class TrainLoader(_Loader):
     def __init__(self, source: Any, task: Any, run: Run, **others: Any):
         super().__init__(source, task, run, training=True, batch_size=run.batch_size, **others)
         recipe, self.bad_images = self._recipe, 0
-        self.updates_per_epoch = self.count // recipe.total_batch_size
+        whole, grouped = self.count, ''
+        if self._groups is not None:
+            whole = int(sum(np.unique(self._groups, return_counts=True)[1] // run.batch_size * run.batch_size))
+            grouped = ' in whole micro-batches of one shape'
+        self.updates_per_epoch = whole // recipe.total_batch_size
         if not self.updates_per_epoch:
-            fitting = 2 ** (max(self.count, 1).bit_length() - 1)
-            raise UserError(f'{self.count:,} training images are fewer than one batch of {recipe.total_batch_size:,}; '
-                            f'give --total_batch_size {fitting} or less, and think of --scale_lr')
+            fitting = 2 ** (max(whole, 1).bit_length() - 1)
+            raise UserError(f'{whole:,} training images{grouped} are fewer than one batch of '
+                            f'{recipe.total_batch_size:,}; give --total_batch_size {fitting} or less, and think of '
+                            '--scale_lr')
+        if self._groups is not None and recipe.repeated_aug > 1:
+            raise UserError('--repeated_aug spreads the copies of an image over micro-batches, and this data set has '
+                            'micro-batches of images of one shape; leave it out')
         if self._stream and recipe.repeated_aug > 1:
             raise UserError('--repeated_aug needs images in any order, which a stream does not give; use a folder')
         self.total_updates = recipe.total_updates(self.updates_per_epoch)
@@ -469,6 +518,8 @@ class TrainLoader(_Loader):
         """The keys of this rank's micro-batches: of update k, chunk a * world size + rank in micro-step a."""
         recipe, run = self._recipe, self._run
         order = epoch_order(self.count, seed=recipe.seed, epoch=epoch, attempt=attempt, repeats=recipe.repeated_aug)
+        if self._groups is not None:
+            order = group_order(order, self._groups, run.batch_size, seed=recipe.seed, epoch=epoch, attempt=attempt)
         for update in range(start, end):
             batch = order[update * recipe.total_batch_size:(update + 1) * recipe.total_batch_size]
             # Copies of an image go to different micro-batches where there are several, as in DeiT
@@ -480,7 +531,7 @@ class TrainLoader(_Loader):
 
 
 class ValLoader(_Loader):
-    """Batches of this rank's share of the test images: every world-size-th, none twice.
+    """Batches of this rank's share of the test images: every world-size-th, none twice, each batch of one group.
 
     Attributes:
         count: images in the whole set; of a stream, what it says of itself.
@@ -491,7 +542,11 @@ class ValLoader(_Loader):
         self._source, self.exact = source, not isinstance(source, IterableDataset)
         self._batch_size = run.val_batch_size or int(1.5 * (run.batch_size or task.recipe.micro_batch_size))
         super().__init__(source, task, run, training=False, batch_size=self._batch_size, rank=rank, **others)
-        self._share = np.arange(rank, self.count, run.world_size)
+        share = np.arange(rank, self.count, run.world_size)
+        groups = np.zeros(len(share)) if self._groups is None else self._groups[share]
+        parts = [share[groups == group] for group in np.unique(groups)]
+        self._chunks = [part[start:start + self._batch_size] for part in parts
+                        for start in range(0, len(part), self._batch_size)]
 
     @property
     def names(self) -> list[str]:
@@ -499,18 +554,17 @@ class ValLoader(_Loader):
         if not self.exact:
             raise UserError(f'--data_set {self._recipe.data_set} is a stream, which does not tell the names of its '
                             'images; use a folder')
-        return [self._source.name(int(index)) for index in self._share]
+        return [self._source.name(int(index)) for chunk in self._chunks for index in chunk]
 
     def __len__(self) -> int:
         """Number of batches; of a stream, about."""
-        return -(-len(self._share) // self._batch_size)
+        return len(self._chunks)
 
     def __iter__(self) -> Iterator[Any]:
         """Yields what `task.finish` returns, on the device."""
         def keys() -> Iterator[np.ndarray]:
-            for start in range(0, len(self._share), self._batch_size):
-                share = self._share[start:start + self._batch_size]
-                yield np.stack([np.zeros_like(share), share, np.zeros_like(share)], axis=1)
+            for chunk in self._chunks:
+                yield np.stack([np.zeros_like(chunk), chunk, np.zeros_like(chunk)], axis=1)
 
         batches = self._workers.batches() if self._stream else self._workers.batches(keys())
         return ahead((self._task.finish(batch, self._device, None) for batch, _ in batches if len(batch)),

@@ -15,7 +15,8 @@ import torch
 from timm.data import create_dataset
 
 from pipeline import labels
-from pipeline.files import EXTENSIONS, GROUND_TRUTHS, Split, find_files, load_index, show_others
+from pipeline.augmentation import decode
+from pipeline.files import EXTENSIONS, GROUND_TRUTHS, Split, find_files, from_file, load_index, show_others, to_file
 from pipeline.labels import BadLabel
 from recipes import Recipe, Run
 from utils import UserError, derive_seed, nearest
@@ -185,8 +186,8 @@ class ImageFiles:
             UserError: where no image lies in a class.
         """
         self.root, self._folder = root, os.fsencode(root) + b'/'
-        self._records, facts = load_index(root)
-        self._records = self._records.view(np.ndarray)  # numpy takes ten times as long over an item of a memmap
+        records, facts = load_index(root)
+        self._records = from_file(records)
         names: list[str] = facts['classes']
         if not len(self._records) and facts['loose']:
             cure = (f'put {" (with meta.mat) or ".join(GROUND_TRUTHS)} beside it' if root.is_file() else
@@ -222,13 +223,10 @@ class ImageFiles:
 
     def __getstate__(self) -> dict[str, Any]:
         """Spawned workers map the index again instead of receiving a copy of it."""
-        mapped = self._records.base
-        return self.__dict__ | {'_records': mapped.filename if isinstance(mapped, np.memmap) else self._records}
+        return self.__dict__ | {'_records': to_file(self._records)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if not isinstance(self._records, np.ndarray):
-            self._records = np.load(self._records, mmap_mode='r').view(np.ndarray)
+        self.__dict__.update(state | {'_records': from_file(state['_records'])})
 
     def __len__(self) -> int:
         return len(self._records) if self._chosen is None else len(self._chosen)
@@ -250,6 +248,22 @@ class ImageFiles:
         """Path of an image for messages; inside a tar file after a colon."""
         record = self._record(index)
         return f'{self.root}{"/" if record["size"] < 0 else ":"}{os.fsdecode(record["path"])}'
+
+
+    @property
+    def shown(self) -> str:
+        """The source in messages."""
+        return str(self.root)
+
+    def facts(self) -> dict[str, Any]:
+        """What there is, for a report."""
+        return {'path': str(self.root), 'images': len(self), 'classes': len(self.classes),
+                'smallest_class': int(self.counts.min()), 'largest_class': int(self.counts.max()),
+                'other_files': sum(self.others.values()), 'other_endings': self.others}
+
+    def check(self, index: int) -> None:
+        """Decodes an image. Raises anything for one that cannot be."""
+        decode(self.read(index)[0])
 
 
 def check_files(train: ImageFiles | None, val: ImageFiles | None) -> tuple[list[str], list[str]]:

@@ -14,6 +14,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# ImageNet-C's 15 (arXiv 1903.12261), in its order; its authors' extra four count nowhere
+Corruption = Literal[
+    'gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur', 'zoom_blur', 'snow',
+    'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate', 'jpeg_compression']
 UNIONS = (types.UnionType, typing.Union)  # int | None, and what typing makes of int | Literal['auto'] | None
 
 
@@ -75,6 +79,10 @@ class Recipe:
     # What a checkpoint's state depends on, so that a run cannot be resumed with other values
     fixed: ClassVar[tuple[str, ...]] = ('model', 'model_kwargs', 'num_classes', 'opt', 'layer_decay', 'param_groups',
                                         'freeze_stages', 'total_batch_size')
+    # Whether a row asks for synchronised batch norms that may be plain ones off CUDA, where there are no others
+    plain_bn_without_cuda: ClassVar[bool] = False
+    # Which weights of a classifier's file a model with the classifier as its backbone starts from
+    backbone_weights: ClassVar[Literal['raw', 'ema'] | None] = None
 
     # Where the row comes from
     name: str = doc('', 'name of the row', flag=False)
@@ -161,6 +169,12 @@ class Recipe:
         check(list(self.milestones) == sorted(self.milestones) and all(self.milestones),
               f'--milestones {self.milestones}: give rising numbers above 0')
 
+    def check_run(self, run: 'Run') -> None:
+        """Refuses a way to run that this task cannot take. Raises UserError that names the flag."""
+        for name in ('train_json', 'val_json', 'image_dir', 'save_predictions'):
+            check(getattr(run, name) is None, f'--{name} is for detectors, and {self.name or self.model} is none; '
+                                              'leave it out')
+
     def expected(self) -> dict[str, float | None]:
         """The published values of the row by metric, None where none was published."""
         return {}
@@ -210,6 +224,11 @@ class Run:
     data_path: str = doc('data/ImageNet', 'folder with train/ and val/, or the root the data set needs', path=True)
     eval_data_path: str | None = doc(None, 'folder of the test images, where it is not under --data_path',
                                      path=True)
+    train_json: str | None = doc(None, "COCO JSON of the training images, where it is not COCO's in --data_path",
+                                 path=True)
+    val_json: str | None = doc(None, "COCO JSON of the test images, where it is not COCO's in --data_path", path=True)
+    image_dir: str | None = doc(None, "folder of the images that --train_json and --val_json name; the JSON's own by "
+                                      'default', path=True)
     class_map: str | None = doc(None, "file that maps class names to indices (timm's class map)", path=True)
     output_dir: str = doc('', "the run's folder; runs/<recipe> by default", path=True)
     log_dir: str | None = doc(None, "TensorBoard's folder; <output_dir>/tensorboard by default", path=True)
@@ -260,8 +279,17 @@ class Run:
     valid_labels: str | None = doc(None, "file of the model's classes that the test set has, one index a line, in the "
                                          'order of its labels', path=True)
     real_labels: str | None = doc(None, 'JSON of the reassessed labels of the ImageNet test images (ReaL)', path=True)
+    suite: str | None = doc(None, 'folder of ImageNet sets to evaluate on, each by its usual name: val, V2, A, R, '
+                                  'Sketch, C', path=True)
+    corruptions: tuple[Literal[Corruption, 'all'], ...] = doc(
+        (), 'with --suite: evaluate val under these corruptions too, made on the fly')
+    corruption: tuple[str, int] | None = doc(None, 'corruption of the test crops, and its severity', flag=False)
+    test_sizes: tuple[int, ...] = doc((), 'the test sizes, where --test_size gives several', flag=False)
+    tta: Literal['hflip'] | None = doc(None, 'evaluate the mean of the logits of an image and of its mirror image')
     throughput: bool = doc(False, 'measure the images/s of the model alone too')
     results_file: str | None = doc(None, 'CSV file to which the results are appended', path=True)
+    save_predictions: str | None = doc(None, "JSON file for what a detector finds in the test images, in COCO's form",
+                                       path=True)
     val_batch_size: int | None = doc(None, 'images per process when evaluating; 1.5 micro-batches by default', COUNT)
     val_interval: int = doc(1, 'epochs between evaluations', COUNT)
     val_steps: int | None = doc(None, 'updates between evaluations, instead of --val_interval', COUNT)
@@ -278,8 +306,14 @@ class Run:
     def check(self) -> None:
         """Refuses values that cannot be meant. Raises UserError that names the flag."""
         check_bounds(self)
-        for name in ('valid_labels', 'real_labels', 'throughput', 'results_file'):
+        for name in ('valid_labels', 'real_labels', 'suite', 'tta', 'throughput', 'results_file'):
             check(self.eval or not getattr(self, name), f'--{name} goes with --eval')
+        for name in ('data_path', 'eval_data_path', 'class_map'):
+            check(not self.suite or getattr(self, name) == getattr(Run, name),
+                  f'--suite knows its sets; leave --{name} out')
+        check(all(size > 0 for size in self.test_sizes), f'--test_size {self.test_sizes}: give values above 0')
+        check(self.suite is not None or not self.corruptions, '--corruptions go with --suite FOLDER')
+        check('all' not in self.corruptions or len(self.corruptions) == 1, '--corruptions all has all of them')
         check(not (self.eval and not self.checkpoint and not self.pretrained), 'evaluate what? say --checkpoint FILE')
         check(not (self.checkpoint and self.pretrained),
               '--checkpoint and --pretrained both name the weights; give one')

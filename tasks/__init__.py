@@ -19,10 +19,12 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from timm.layers import convert_sync_batchnorm  # torch's drops the activation of timm's BatchNormAct2d
 from torch import Tensor, nn
 
 import optim_factory
 from pipeline import labels
+from pipeline.augmentation import decode
 from recipes import Recipe, Run
 from tasks import pictures
 from utils import UserError, log
@@ -73,6 +75,8 @@ class Metric(Protocol):
     def result(self, models: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The values of all ranks together by model: 'count' of images, the recipe's `metrics`, and what else there is.
 
+        Where the metric is detailed, 'right' may say which images are right, bool [images] in the order of the source,
+        by which two models are compared, and 'classes' may be rows of a table, a dict each; they go to files.
         Every rank calls it, also one that had no batch.
         """
 
@@ -192,6 +196,10 @@ class Task:
         """The batch of some samples, on the CPU."""
         raise NotImplementedError
 
+    def sample_bytes(self, *, training: bool) -> int:
+        """What a sample takes of the memory that workers share with their process, about; 0 where that is not known."""
+        return 0
+
     def finish(self, batch: Batch, device: torch.device, position: Any) -> Batch:
         """A worker's batch as the model's input on the device.
 
@@ -213,6 +221,10 @@ class Task:
     def freeze(self, model: nn.Module) -> None:
         """Takes the gradient from the parameters that the recipe keeps as they are. Raises UserError."""
         optim_factory.freeze(model, stages=self.recipe.freeze_stages)
+
+    def synchronise(self, model: nn.Module) -> nn.Module:
+        """The model with batch norms that take the statistics of all ranks (`--sync_bn`). Raises UserError."""
+        return convert_sync_batchnorm(model)
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """The model's pass over a batch, without a loss."""
@@ -242,6 +254,10 @@ class Task:
         """An evaluation's result in a line."""
         return '  '.join(f'{label} {result[name]:.4g}{unit}' for name, (label, unit) in self.recipe.metrics.items())
 
+    def show_details(self, result: dict[str, Any]) -> list[str]:
+        """Further lines on the result of a detailed evaluation."""
+        return []
+
     def show_batch(self, batch: Batch) -> Image.Image:
         """What the network sees, drawn."""
         return pictures.draw_images(batch.images, self.recipe.mean, self.recipe.std)
@@ -250,9 +266,21 @@ class Task:
         """Pictures of an evaluation's result, by name."""
         return {}
 
+    def files(self, result: dict[str, Any]) -> dict[str, str]:
+        """The files, by name, that an evaluation writes beside eval.json: tables of its result."""
+        return {}
+
+    def remarks(self) -> list[str]:
+        """Lines for the log about what differs from the row's own hardware in this run."""
+        return []
+
     def name_classes(self, model: nn.Module, classes: Sequence[str]) -> None:
         """Fills in the names of the model's classes: a checkpoint's own, or where it has none those that are known."""
         self.classes = list(classes)
+
+    def picture(self, image: Any) -> Image.Image:
+        """An undecoded image as predictions are drawn onto it. Raises what the decoder raises."""
+        return Image.fromarray(decode(image))
 
     def prepare(self, image: Any) -> Any:
         """An undecoded image as `predict` takes it. Raises BadImage."""
@@ -265,6 +293,10 @@ class Task:
     def draw(self, image: Image.Image, result: Any, *, count: int = 5) -> Image.Image:
         """An image with what was found in it. Raises UserError where the task cannot show that."""
         raise UserError(f'{self.recipe.name}: its task draws no predictions; leave --draw out')
+
+    def label_picture(self, result: Any) -> Image.Image:
+        """The class of each pixel as a picture of numbers. Raises UserError where the task tells none."""
+        raise UserError(f'{self.recipe.name}: its task tells no class of each pixel; leave --labels out')
 
     def to_json(self, result: Any, *, count: int = 5) -> Any:
         """A prediction as JSON; where it is a ranking, its first `count` entries."""

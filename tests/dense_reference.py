@@ -1,9 +1,10 @@
-"""Figures recorded from the authors' detectors under mmdet 2.26 (tests/data/dense), and their weights and images.
+"""Figures recorded from the authors' detectors under mmdet 2.26 and segmentors under mmseg 0.29 (tests/data/dense), and
+their weights and images.
 
-The files are those of the recording, whole: `retinanet.*` is one model with seed 0 (maps, detections, losses, norms of
-gradients), `units.*` the parts of all detectors (anchors, coder, assigners, NMS, losses), `init.json.gz` fresh weights
-and `state_dict_shapes.json.gz` the names and shapes of the released files. They were recorded on the CPU in float32,
-with torch 1.13.
+The files are those of the recording, whole: `retinanet.*`, `mask_rcnn.*`, `upernet.*` and so on are a model each with
+seed 0 (maps, predictions, losses, norms of gradients), `units.*` the parts of all detectors (anchors, coder, assigners,
+NMS, losses), `init.json.gz` fresh weights and `state_dict_shapes.json.gz` the names and shapes of the released files.
+They were recorded on the CPU in float32, with torch 1.13.
 """
 import gzip
 import json
@@ -15,8 +16,9 @@ import torch
 import reference
 
 DATA = reference.DATA / 'dense'
-# Gain of the output layers' weights, shift of their biases
-OUTPUTS = {'retina_cls': (0.6, -4.5), 'retina_reg': (0.2, 0.0)}
+# Gain of the output layers' weights, shift of their biases; of `fc_cls`, of the last one alone, the background's
+OUTPUTS = {'retina_cls': (0.6, -4.5), 'retina_reg': (0.2, 0.0), 'rpn_cls': (0.5, 0.0), 'rpn_reg': (0.2, 0.0),
+           'fc_cls': (0.8, 2.0), 'fc_reg': (0.7, 0.0), 'conv_logits': (1.5, 0.0), 'conv_seg': (0.6, 0.0)}
 
 
 def load(name: str) -> dict[str, object]:
@@ -35,7 +37,10 @@ def seeded_state_dict(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
         value = reference.seeded_entries({name.removeprefix('backbone.'): shape}).popitem()[1]
         if not name.startswith('backbone.'):
             gain, shift = OUTPUTS.get(name.split('.')[-2], (1.0, 0.0))
-            value = value * float(np.float32(math.sqrt(2) * gain)) if name.endswith('weight') else value + shift
+            if name.endswith('weight'):
+                value = value * float(np.float32(math.sqrt(2) * gain))
+            elif name.endswith('bias'):
+                value[-1 if name.endswith('fc_cls.bias') else slice(None)] += shift
         state[name] = value
     return state
 
@@ -58,3 +63,22 @@ def sample(values: torch.Tensor, count: int) -> torch.Tensor:
     """`count` evenly spaced entries of the flattened tensor."""
     count = min(count, values.numel())
     return values.flatten()[torch.arange(count) * values.numel() // count]
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """||actual - expected|| / ||expected||, or the first norm where the second is 0."""
+    difference, norm = (actual.double() - expected.double()).norm(), expected.double().norm()
+    return (difference / norm if norm else difference).item()
+
+
+def compare_gradients(recorded: dict[str, float], model: torch.nn.Module, tolerance: float) -> None:
+    """Norms above 1e-4 of the largest within the relative tolerance, the others within 1e-6 of the largest.
+
+    The small ones are round-off: a bias in front of a BN in training mode has a gradient of 0.
+    """
+    largest, parameters = max(recorded.values()), dict(model.named_parameters())
+    assert parameters.keys() == recorded.keys()
+    for name, parameter in parameters.items():
+        norm = 0.0 if parameter.grad is None else parameter.grad.double().norm().item()
+        allowed = tolerance * recorded[name] if recorded[name] > 1e-4 * largest else 1e-6 * largest
+        assert abs(norm - recorded[name]) <= allowed, (name, norm, recorded[name])

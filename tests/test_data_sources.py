@@ -419,7 +419,7 @@ def test_check_knows_imagenets_counts(tmp_path):
             (root / split / f'n{label:08d}').mkdir(parents=True)
     write(root / 'train' / 'n00000000' / '1.jpg')
     write(root / 'val' / 'n00000000' / '1.jpg')
-    found = check_dataset.check(str(root))
+    found = check_dataset.check(RECIPES['moganet_small'], Run(data_path=str(root)))
     assert any("1 images, but ImageNet's are 1,281,167" in line for line in found['warnings'])
     assert any("1 images, but ImageNet's are 50,000" in line for line in found['warnings'])
     assert any('999 class folders hold no image' in line for line in found['warnings'])

@@ -19,6 +19,7 @@ import utils
 from pipeline import sources
 from pipeline.files import cache_folder, find_files
 from pipeline.sources import ImageFiles
+from recipes import RECIPES, Run
 from tools import check_dataset
 from utils import UserError
 
@@ -141,7 +142,7 @@ def test_pipes_sockets_and_broken_links_are_left_out_unopened_and_told(tmp_path)
     write(folder / 'notes.TXT')
     write(folder / 'README')
     for _ in range(2):
-        report = check_dataset.check(str(data))
+        report = check_dataset.check(RECIPES['moganet_small'], Run(data_path=str(data)))
         assert report['train']['images'] == 1 and not report['errors']
         assert report['train']['other_endings'] == {
             'special files': 3, 'broken links': 2, '.txt': 1, 'without an ending': 1}

@@ -703,6 +703,24 @@ def test_eval_among_some_classes_by_other_labels_and_with_its_speed(trained, dat
     assert 'below the 3 classes' in capsys.readouterr().err
 
 
+@proves('suite', 'tta', 'corruptions')
+def test_eval_on_a_suite_with_mirror_images_and_corruptions(trained, data, tmp_path):
+    pytest.importorskip('imagecorruptions')
+
+    def evaluate(*flags: str) -> Any:
+        assert main.main(['--eval', '--checkpoint', str(trained / 'checkpoint-last.pth'), '--output_dir', str(tmp_path),
+                          '--num_workers', '0', '--device', 'cpu', *flags]) == 0
+        return json.loads((tmp_path / 'eval.json').read_text())
+
+    plain = evaluate('--data_path', str(data))
+    mirrored = evaluate('--data_path', str(data), '--tta', 'hflip')
+    assert mirrored['loss'] != plain['loss'] and mirrored['tta'] == 'hflip' and 'tta' not in plain
+    (alone,) = evaluate('--suite', str(data))
+    assert (alone['set'], alone['loss']) == ('val', plain['loss'])
+    _, corrupted = evaluate('--suite', str(data), '--corruptions', 'contrast')
+    assert corrupted['count'] == 5 * 9 and len(corrupted['errors']['contrast']) == 5
+
+
 @proves('freeze_stages', 'linear_probe')
 def test_what_is_frozen_stays_as_it_was_statistics_included(train):
     start = train()

@@ -1,7 +1,9 @@
-"""Checks an image folder before it costs GPU hours, and sorts ImageNet's flat test folder into classes.
+"""Checks a data set before it costs GPU hours, and sorts ImageNet's flat test folder into classes.
 
     python tools/check_dataset.py --data_path /path/to/imagenet                 # class folders and counts, in seconds
     python tools/check_dataset.py --data_path /path/to/imagenet --decode        # and every file, on all cores
+    python tools/check_dataset.py --recipe retinanet_moganet_tiny_1x --data_path /path/to/coco   # boxes
+    python tools/check_dataset.py --recipe upernet_moganet_tiny_160k --data_path /path/to/ade    # labels of pixels
     python tools/check_dataset.py --data_path /path/to/imagenet --sort_val ILSVRC2012_validation_ground_truth.txt
 
 --sort_val takes the ground truth of ImageNet's development kit (with its meta.mat beside it), Kaggle's
@@ -21,34 +23,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from pipeline import augmentation
-from pipeline.files import find_files, kind_of, read_ground_truth
+from pipeline.ade20k import open_ade20k
+from pipeline.coco import check_coco, open_coco
+from pipeline.files import Split, find_files, kind_of, read_ground_truth
+from pipeline.labels import BadLabel
 from pipeline.sources import ImageFiles, check_files
-from utils import UserError, as_path, expand, run_cli, write_json
+from recipes import RECIPES, Recipe, Run
+from utils import UserError, as_path, expand, nearest, run_cli, write_json
 
-_files: ImageFiles  # of a worker process
+_files: Any  # of a worker process
 
 
-def _open(files: ImageFiles) -> None:
+def _open(files: Any) -> None:
     global _files
     _files = files
 
 
 def _decode(index: int) -> tuple[str, str] | None:
-    """Name and reason of an image that cannot be decoded."""
+    """Name and reason of an image that cannot be decoded, or is not the one that its targets belong to."""
     try:
         with augmentation.refusing_bad_images():
-            augmentation.decode(_files.read(index)[0])
-    except augmentation.BadImage as error:
+            _files.check(index)
+    except (augmentation.BadImage, BadLabel) as error:
         return _files.name(index), str(error)
     return None
 
 
-def decode_all(files: ImageFiles, *, workers: int | None = None) -> list[dict[str, str]]:
+def decode_all(files: Any, *, workers: int | None = None) -> list[dict[str, str]]:
     """Decodes every image; returns path and reason of those that fail."""
     # Not multiprocessing's own pool, which waits for ever for what a killed process had begun
     with ProcessPoolExecutor(workers, initializer=_open, initargs=(files,)) as pool:
         results = pool.map(_decode, range(len(files)), chunksize=64)
-        bar = tqdm(results, f'decoding {files.root}', len(files), unit=' images', disable=None)
+        bar = tqdm(results, f'decoding {files.shown}', len(files), unit=' images', disable=None)
         try:
             return [{'path': found[0], 'reason': found[1]} for found in sorted(filter(None, bar))]
         except BrokenProcessPool:
@@ -90,45 +96,58 @@ def sort_val(folder: Path, truth: Path) -> int:
     return moved
 
 
-def check(data_path: str, *, eval_data_path: str | None = None, decode: bool = False,
-          workers: int | None = None) -> dict[str, Any]:
+def _open_folder(recipe: Recipe, run: Run, split: Split) -> ImageFiles:
+    root = Path(run.eval_data_path) if split == 'val' and run.eval_data_path else Path(run.data_path)
+    return ImageFiles(find_files(root, split, given=split == 'val' and run.eval_data_path is not None))
+
+
+# Of a recipe's task: what opens a half of its data, and what is seen of both
+KINDS = {'tasks.classification:Classification': (_open_folder, check_files),
+         'tasks.detection:Detection': (open_coco, check_coco),
+         'tasks.segmentation:Segmentation': (open_ade20k, lambda train, val: ([], []))}
+
+
+def check(recipe: Recipe, run: Run, *, decode: bool = False, workers: int | None = None) -> dict[str, Any]:
     """Examines both halves of a data set.
 
     Returns:
-        `errors`, `warnings`, and for `train` and `val` their path, images, classes, the smallest and largest class, the
-        files that are no images and, with `decode`, those that cannot be decoded.
+        `errors`, `warnings`, and for `train` and `val` what the source tells of itself (`facts`) and, with `decode`,
+        the images that cannot be decoded.
     """
     report: dict[str, Any] = {'errors': [], 'warnings': []}
-    found: dict[str, ImageFiles | None] = {'train': None, 'val': None}
+    open_half, check_halves = KINDS[recipe.task]
+    found: dict[str, Any] = {'train': None, 'val': None}
     for split in found:
         try:
-            root = Path(eval_data_path) if split == 'val' and eval_data_path else Path(data_path)
-            found[split] = ImageFiles(find_files(root, split, given=split == 'val' and eval_data_path is not None))
+            found[split] = open_half(recipe, run, split)
         except UserError as error:
             report['errors'].append(str(error))
-    errors, cautions = check_files(found['train'], found['val'])
+    errors, cautions = check_halves(found['train'], found['val'])
     report['errors'] += errors
     report['warnings'] += cautions
     for split, files in found.items():
         if files is None:
             continue
-        report[split] = {'path': str(files.root), 'images': len(files), 'classes': len(files.classes),
-                         'smallest_class': int(files.counts.min()), 'largest_class': int(files.counts.max()),
-                         'other_files': sum(files.others.values()), 'other_endings': files.others}
+        report[split] = files.facts()
         if decode:
             broken = decode_all(files, workers=workers)
             report[split]['not_decodable'] = broken
             if broken:
-                report['errors'].append(f'{files.root}: {len(broken)} images cannot be decoded, such as '
-                                        f'{broken[0]["path"]}; replace or remove them')
+                report['errors'].append(f'{files.shown}: {len(broken)} images cannot be used, such as '
+                                        f'{broken[0]["path"]} ({broken[0]["reason"]}); replace or remove them')
     return report
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data_path', default='data/ImageNet', type=expand, help='folder with train/ and val/')
+    parser.add_argument('--data_path', default='data/ImageNet', type=expand, help='folder of the data, as for main.py')
     parser.add_argument('--eval_data_path', type=expand,
                         help='folder of the test images, where it is not under --data_path')
+    parser.add_argument('--recipe', default='moganet_small', help='whose task reads the data: the row of a classifier, '
+                                                                  'a detector or a segmentor')
+    for name, text in (('train_json', 'COCO JSON of the training images'), ('val_json', 'of the test images'),
+                       ('image_dir', 'folder of the images that they name')):
+        parser.add_argument(f'--{name}', type=expand, help=text)
     parser.add_argument('--decode', action='store_true', help='decode every image')
     parser.add_argument('--workers', type=int, help='processes to decode with; all cores by default')
     parser.add_argument('--sort_val', type=as_path, metavar='FILE',
@@ -138,7 +157,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.sort_val:
         root = find_files(Path(args.eval_data_path or args.data_path), 'val', given=args.eval_data_path is not None)
         print(f'{sort_val(root, args.sort_val):,} images of {root} sorted into class folders')
-    report = check(args.data_path, eval_data_path=args.eval_data_path, decode=args.decode, workers=args.workers)
+    if args.recipe not in RECIPES:
+        raise UserError(f'--recipe {args.recipe} is unknown{nearest(args.recipe, RECIPES)}')
+    run = Run(**{name: getattr(args, name) for name in ('data_path', 'eval_data_path', 'train_json', 'val_json',
+                                                        'image_dir')})
+    RECIPES[args.recipe].check_run(run)
+    report = check(RECIPES[args.recipe], run, decode=args.decode, workers=args.workers)
     if args.report:
         write_json(args.report, report)
     for split in ('train', 'val'):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import convert_sync_batchnorm  # torch's drops the activation of timm's BatchNormAct2d
 from torch import nn
 
 import engine
@@ -80,9 +79,15 @@ def adapt_to_device(recipe: Recipe, run: Run, device: torch.device) -> Recipe:
     if run.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # what cuBLAS asks for in order to be so
         torch.use_deterministic_algorithms(True)
+        # Nothing here reads what it has not written, and the fills are 1,000 of 3,500 launches a step
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if recipe.precision == 'fp16' and device.type != 'cuda':
         log.info('fp16 needs a CUDA device: running in fp32 on this %s.', device.type)
         recipe = dataclasses.replace(recipe, precision='fp32')
+    if recipe.sync_bn and recipe.plain_bn_without_cuda and (device.type != 'cuda' or run.world_size == 1):
+        log.info('--sync_bn: %s, the batch norms are plain ones.',
+                 'on one process' if device.type == 'cuda' else f'off CUDA, on this {device.type}')
+        recipe = dataclasses.replace(recipe, sync_bn=False)
     if recipe.sync_bn and device.type != 'cuda':
         raise UserError(f'--sync_bn needs CUDA devices, and this is a {device.type}; leave it out')
     return recipe
@@ -168,7 +173,7 @@ def find_initial(recipe: Recipe, run: Run, start: dict[str, Any] | None) -> tupl
     if start is not None:
         return follow_gate(recipe, run, start['recipe'].get('gate')), None
     with utils.rank_zero_first('finetune'):  # it may be a download
-        initial = load_weights(source, run.weights)
+        initial = load_weights(source, run.weights, of_backbone=recipe.backbone_weights)
     return follow_gate(recipe, run, initial.gate), initial
 
 
@@ -197,7 +202,7 @@ def prepare_model(task: Task, run: Run, device: torch.device, *, initial: Weight
         except (AttributeError, AssertionError):
             raise UserError(f'{recipe.model} has no gradient checkpointing; leave --grad_checkpointing out') from None
     if recipe.sync_bn:
-        model = convert_sync_batchnorm(model)
+        model = task.synchronise(model)
     layout = torch.channels_last if settle_arithmetic(run, device).channels_last else torch.contiguous_format
     return model.to(device, memory_format=layout)
 
@@ -259,6 +264,8 @@ def build_step(task: Task, run: Run, processes: utils.Processes, model: nn.Modul
         log.info(optim_factory.describe_param_groups(optimizer.param_groups))
     if run.compile:
         compile_model(model, processes.device)
+        if run.grad_checkpointing:  # torch before 2.14 cannot split a graph with recomputation in it for DDP
+            torch._dynamo.config.optimize_ddp = False
     return engine.TrainStep(
         engine.wrap_distributed(model, processes.device), task, optimizer, device=processes.device,
         precision=recipe.precision, scaler=engine.create_scaler(processes.device, recipe.precision), ema=ema,

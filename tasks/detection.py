@@ -1,0 +1,313 @@
+"""Object detection: images with boxes, the detector's own losses, COCO's average precision."""
+import csv
+import io
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
+from tqdm import tqdm
+
+from models.dense import NETWORKS, build_dense
+from models.detection import freeze_backbone
+from pipeline import coco
+from pipeline.augmentation import refusing_bad_images
+from pipeline.dense import decode_upright, normalise_padded, padded, stack
+from pipeline.loaders import Position
+from recipes import Run
+from recipes.coco import Detection as Recipe
+from tasks import Batch, Task, pictures
+from tasks.average_precision import COLUMNS, average_precision
+from utils import UserError, from_rank_zero, seed_everything, write_atomically
+
+SHOWN = 0.3  # the least score of a box that is drawn or written as text; JSON has them all
+EXAMPLES = 4  # test images that are drawn at the end of a training
+
+
+@dataclass
+class DetectionBatch(Batch):
+    """uint8 [B, H, W, 3] from a worker, float32 [B, 3, H, W] for the model; every image in the upper left corner."""
+
+    targets: list[dict[str, Any]]  # of each image boxes [n, 4], labels [n] from 0, size (h, w)
+    sizes: list[tuple[int, int]]  # (h, w) without the padding
+    original_sizes: list[tuple[int, int]]  # (h, w) before resizing
+    image_ids: list[int]
+
+
+def coco_classes() -> list[str]:
+    """The names of COCO's 80 classes."""
+    return [name for name in RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta['categories']
+            if name not in ('__background__', 'N/A')]
+
+
+def shorten(loss: str) -> str:
+    """A loss's name in the log: loss_cls is cls."""
+    return loss.replace('loss_', '')
+
+
+class Detection(Task):
+    """Boxes with a class each, from COCO's folder, from a JSON of that form, or made up."""
+
+    recipe: Recipe
+
+    def __init__(self, recipe: Recipe, run: Run):
+        super().__init__(recipe, run)
+        self.losses = tuple(map(shorten, NETWORKS[recipe.network].LOSSES))
+        self._transform = coco.Transform(recipe.image_scale, hflip=recipe.hflip,
+                                         multi_scale=recipe.resize == 'multi_scale')
+        self._val: Any = None  # the source of the test images, which the metric asks for the ground truth
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers receive their source by themselves."""
+        return self.__dict__ | {'_val': None}
+
+    # ---- Data
+
+    def open(self, split: str) -> Any:
+        source = coco.open_coco(self.recipe, self.run, split)
+        if split == 'val':
+            self._val = source
+        return source
+
+    def learn_classes(self, sources: Sequence[Any]) -> None:
+        if self.run.eval and not self.trained and self.recipe.num_classes == Recipe.known_classes:
+            self.trained = coco_classes()  # a released file does not name them
+        super().learn_classes(sources)
+
+    def sample(self, item: tuple[Any, coco.Annotations], seed: int | None) -> dict[str, Any]:
+        with refusing_bad_images():
+            return self._transform(item, seed)
+
+    def collate(self, samples: Sequence[dict[str, Any]]) -> DetectionBatch:
+        sizes, originals, ids = ([sample[name] for sample in samples] for name in ('size', 'original_size', 'image_id'))
+        targets = [{'boxes': torch.from_numpy(sample['boxes']), 'labels': torch.from_numpy(sample['labels']),
+                    'size': sample['size']} for sample in samples]
+        images = stack([sample['pixels'] for sample in samples], padded(sizes))
+        return DetectionBatch(images, targets, sizes, originals, ids)
+
+    def finish(self, batch: DetectionBatch, device: torch.device, position: Position | None) -> DetectionBatch:
+        batch = batch.to(device)
+        return replace(batch, images=normalise_padded(batch.images, batch.sizes, mean=self.recipe.mean,
+                                                      std=self.recipe.std))
+
+    def _decide_classes(self, ours: list[str]) -> tuple[list[str], str]:
+        names, order = super()._decide_classes(ours)
+        return names, "their categories' ids" if names == ours and order.startswith('their') else order
+
+    # ---- Model
+
+    def build_model(self, *, pretrained: bool = False) -> nn.Module:
+        seed_everything(self.recipe.seed, 'model')
+        return build_dense(self.recipe, num_classes=self.recipe.num_classes, pretrained=pretrained,
+                           **self.recipe.arguments())
+
+    def loss(self, model: nn.Module, batch: DetectionBatch) -> dict[str, Tensor]:
+        return {shorten(name): loss for name, loss in model(batch.images, batch.targets).items()}
+
+    def freeze(self, model: nn.Module) -> None:
+        freeze_backbone(model.backbone, stages=self.recipe.freeze_stages, norms=self.recipe.freeze_bn)
+
+    def forward(self, model: nn.Module, batch: DetectionBatch) -> Any:
+        return model.outputs(batch.images)
+
+    def example_batch(self, size: int, device: torch.device) -> DetectionBatch:
+        """As large as images get, with two boxes in each."""
+        height, width = sorted(self.recipe.image_scale)
+        boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.3, 0.2, 0.9, 0.9]], device=device)
+        target = {'boxes': boxes * torch.tensor([width, height] * 2, device=device), 'size': (height, width),
+                  'labels': torch.arange(2, device=device) % self.recipe.num_classes}
+        images = torch.zeros(size, 3, *padded([(height, width)]), device=device)
+        sizes = [(height, width)] * size
+        return DetectionBatch(images, [target] * size, sizes, sizes, list(range(size)))
+
+    def metric(self, device: torch.device, *, names: Callable[[], Sequence[str]] | None = None,
+               detailed: bool = False) -> 'BoxAP':
+        return BoxAP(self._val, device, self.run, detailed=detailed)
+
+    # ---- For people
+
+    def remarks(self) -> list[str]:
+        recipe, run, said = self.recipe, self.run, []
+        if run.batch_size != recipe.micro_batch_size:
+            said.append(f'Micro-batches of {run.batch_size} images where the recipe has {recipe.micro_batch_size}: the '
+                        'batch norms see as many, and the losses are divided by the positive anchors of as many, so '
+                        'that this trains another function.')
+        elif run.update_freq > 1:
+            said.append(f'{run.update_freq} micro-batches of {run.batch_size} are accumulated for an update, each with '
+                        'its own batch statistics and normaliser, as on so many more processes; the running statistics '
+                        'of the batch norms move with each.')
+        return said
+
+    def show_settings(self) -> str:
+        recipe, gate = self.recipe, self.recipe.settings()['gate']
+        within = f'{max(recipe.image_scale)} x {min(recipe.image_scale)}'
+        return f'{recipe.name} ({recipe.model}{f", {gate} gate" if gate else ""}), images within {within}'
+
+    def show_batch(self, batch: DetectionBatch) -> Image.Image:
+        return pictures.draw_batch_of_boxes(batch.images, batch.targets, mean=self.recipe.mean, std=self.recipe.std,
+                                            names=self.classes)
+
+    def draw_result(self, result: dict[str, Any]) -> dict[str, Image.Image]:
+        drawn = {}
+        for place, rows in enumerate(result.get('examples', ())):
+            image, truth = self._val.read(place)
+            drawn[f'detections {place}'] = self.draw(pictures.draw_boxes(self.picture(image), truth.boxes),
+                                                     from_rows(rows))
+        return drawn
+
+    def files(self, result: dict[str, Any]) -> dict[str, str]:
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator='\n')
+        writer.writerow(('class', 'box_ap', 'box_ap50', 'box_ap75', 'boxes'))
+        writer.writerows((name, *values.values()) for name, values in result['by_class'].items())
+        return {'ap_by_class.csv': table.getvalue()}
+
+    def name_classes(self, model: nn.Module, classes: Sequence[str]) -> None:
+        known = coco_classes()
+        names = list(classes) or (known if model.num_classes == len(known) else [])
+        self.classes = names + [str(number) for number in range(len(names), model.num_classes)]
+
+    def picture(self, image: Any) -> Image.Image:
+        return Image.fromarray(decode_upright(image))
+
+    def prepare(self, image: Any) -> dict[str, Any]:
+        with refusing_bad_images():
+            pixels = decode_upright(image)
+        return self.sample((pixels, coco.Annotations.none(pixels.shape[:2])), None)
+
+    @torch.inference_mode()
+    def predict(self, model: nn.Module, samples: Sequence[Any]) -> list[dict[str, Tensor]]:
+        """Boxes [n, 4] in pixels of the image, scores [n] and labels [n] on the CPU, by falling score.
+
+        One image at a time: beside a larger one, the padding would change the features.
+        """
+        results = []
+        for sample in samples:
+            batch = self.finish(self.collate([sample]), next(model.parameters()).device, None)
+            result, = model.predict(batch.images, batch.sizes, batch.original_sizes)
+            results.append({name: value.cpu() for name, value in result.items()})
+        return results
+
+    def to_json(self, result: dict[str, Tensor], *, count: int = 100) -> list[dict[str, Any]]:
+        return [{'class': label, 'name': self.classes[label], 'score': score, 'box': box} for label, score, box in zip(
+            *(result[name][:count].tolist() for name in ('labels', 'scores', 'boxes')), strict=True)]
+
+    def to_text(self, result: dict[str, Tensor], *, count: int = 100) -> list[str]:
+        return [f'{100 * entry["score"]:8.2f} %  {entry["name"]}  at {" ".join(f"{x:.0f}" for x in entry["box"])}'
+                for entry in self.to_json(result, count=count) if entry['score'] >= SHOWN] or ['    nothing']
+
+    def draw(self, image: Image.Image, result: dict[str, Tensor], *, count: int = 100) -> Image.Image:
+        shown = [entry for entry in self.to_json(result, count=count) if entry['score'] >= SHOWN]
+        return pictures.draw_boxes(image, [entry['box'] for entry in shown],
+                                   [f'{entry["name"]} {100 * entry["score"]:.0f} %' for entry in shown])
+
+
+class BoxAP:
+    """COCO's average precision of the boxes over a data set that the ranks share out, each image once.
+
+    `result` gives, by model, the metrics of the recipe in hundredths (-1 where no object of the kind is in the set, as
+    COCO has it), 'count', and where it is detailed 'by_class' and, in a training, 'examples': what was found in the
+    first images.
+    """
+
+    def __init__(self, source: Any, device: torch.device, run: Run, *, detailed: bool = False):
+        """
+        Args:
+            source: of the test images.
+        """
+        self._source, self._device, self._run, self._detailed = source, device, run, detailed
+        self._rows: dict[str, list[np.ndarray]] = {}  # by model, of an image each
+        self._seen = 0
+        self._order = np.argsort(source.ids)
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        # On a terminal alone, and of one rank
+        self._bar = tqdm(total=-(-len(source) // run.world_size), desc='evaluating', unit=' images', leave=False,
+                         disable=None if first else True)
+
+    def update(self, models: dict[str, nn.Module], batch: DetectionBatch) -> None:
+        places = self._order[np.searchsorted(self._source.ids, batch.image_ids, sorter=self._order)]
+        for name, model in models.items():
+            found = model.predict(batch.images, batch.sizes, batch.original_sizes)
+            self._rows.setdefault(name, []).extend(
+                to_rows(int(place), result) for place, result in zip(places, found, strict=True))
+        self._seen += len(batch)
+        self._bar.update(len(batch))
+
+    def result(self, models: Sequence[str]) -> dict[str, dict[str, Any]]:
+        self._bar.close()
+        count = int(gather(np.full((1, 1), self._seen), self._device).sum())
+        results = {}
+        for model in models:
+            rows = gather(np.concatenate([np.empty((0, len(COLUMNS))), *self._rows.get(model, ())]), self._device)
+            # One rank computes; others would take the same seconds from the same cores
+            text = from_rank_zero(f'average precision {next(_numbers)}', lambda rows=rows: json.dumps(self._of(rows)))
+            results[model] = json.loads(text) | {'count': count}
+        return results
+
+    def _of(self, rows: np.ndarray) -> dict[str, Any]:
+        """The values of the rows of all ranks."""
+        rows = rows[np.argsort(rows[:, 0], kind='stable')]  # the same order on any number of ranks
+        result, by_class = average_precision(self._source, rows)
+        if self._run.save_predictions:
+            save_predictions(Path(self._run.save_predictions), self._source, rows)
+        if self._detailed:
+            result['by_class'] = by_class
+            if not self._run.eval:
+                result['examples'] = [rows[rows[:, 0] == i].tolist() for i in range(min(EXAMPLES, len(self._source)))]
+        return result
+
+
+_numbers = itertools.count()  # of the results of this process, which are the same on all ranks
+
+
+def to_rows(place: int, result: dict[str, Tensor]) -> np.ndarray:
+    """What was found in an image as rows of COLUMNS, float64 [n, 7].
+
+    Args:
+        place: the image's position in its source.
+    """
+    found = torch.cat([result['boxes'], result['scores'][:, None], result['labels'][:, None]], dim=1).double().cpu()
+    rows = np.concatenate([np.full((len(found), 1), place), found], axis=1)
+    rows[:, 3:5] -= rows[:, 1:3]
+    return rows
+
+
+def from_rows(rows: Sequence[Sequence[float]]) -> dict[str, Tensor]:
+    """Boxes, scores and labels of an image's rows."""
+    values = torch.tensor(rows).reshape(-1, len(COLUMNS))
+    boxes = torch.cat([values[:, 1:3], values[:, 1:3] + values[:, 3:5]], dim=1)
+    return {'boxes': boxes, 'scores': values[:, 5], 'labels': values[:, 6].long()}
+
+
+def gather(rows: np.ndarray, device: torch.device) -> np.ndarray:
+    """The rows, float64 [n, columns], of all ranks, one rank after the other. Every rank calls it."""
+    if not dist.is_initialized():
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=device))
+    longest = int(max(counts))
+    mine = torch.zeros(longest, rows.shape[1], dtype=torch.float64, device=device)
+    mine[:len(rows)] = torch.from_numpy(rows).to(device)
+    parts = [torch.empty_like(mine) for _ in counts]
+    dist.all_gather(parts, mine)
+    return np.concatenate([part[:int(count)].cpu().numpy() for part, count in zip(parts, counts, strict=True)])
+
+
+def save_predictions(path: Path, source: Any, rows: np.ndarray) -> None:
+    """Writes COCO's result JSON, with the ids of the data. Raises UserError where it cannot."""
+    records = [{'image_id': int(source.ids[int(place)]), 'category_id': int(source.category_ids[int(label)]),
+                'bbox': box, 'score': score} for place, *box, score, label in rows.tolist()
+               if source.category_ids[int(label)] is not None]  # else a class of the model alone
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(json.dumps(records).encode()))
+    except OSError as error:
+        raise UserError(f'--save_predictions {path} cannot be written ({error.strerror}); give a file') from None
