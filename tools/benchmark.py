@@ -74,9 +74,10 @@ def model(parser: argparse.ArgumentParser) -> Measure:
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps')
     parser.add_argument('--precisions', nargs='+', default=['fp32'], choices=PRECISIONS)
     parser.add_argument('--inference', nargs='*', metavar='FORM',
-                        default=['eager', 'channels_last', 'fused', 'compiled', 'fused+compiled'],
-                        help='eager, or a sum of fused, compiled, channels_last')
-    parser.add_argument('--training', nargs='*', metavar='FORM', default=['authors', 'eager', 'compiled'],
+                        default=['authors', 'channels_last', 'fused+channels_last', 'fused+channels_last+compiled'],
+                        help='eager, or a sum of authors (their formulation), fused, compiled, channels_last')
+    parser.add_argument('--training', nargs='*', metavar='FORM',
+                        default=['authors', 'channels_last', 'channels_last+compiled'],
                         help='eager, or a sum of authors (their formulation), compiled, channels_last')
     parser.add_argument('--rounds', type=int, default=7)
 
@@ -89,7 +90,7 @@ def model(parser: argparse.ArgumentParser) -> Measure:
 
 
 def traffic(parser: argparse.ArgumentParser) -> Measure:
-    """Bytes moved and kernels launched by a training step in bf16, ours beside the authors', on meta tensors."""
+    """Bytes moved and kernels launched by a training step on CUDA, ours beside the authors', on meta tensors."""
     parser.add_argument('names', nargs='*', metavar='NAME', help='MogaNets (default: all)')
     parser.add_argument('--batch_size', type=int, default=64)
     parser.add_argument('--input_size', type=int, default=224)

@@ -216,9 +216,10 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
     """Has torch compile a model in place, so that its state dict keeps its names.
 
     On CUDA the whole graph is told to be channels-last: torch 2.13 and 2.14 take the layout of a backward graph from
-    the depthwise weights [C, 1, k, k], whose strides fit both layouts, and rewrite each of their gradients and inputs
-    (XT: 170 copies a step). What is compiled is kept in the user's cache, in a folder of this node: the folder for
-    temporary files, where torch keeps it, is often a job's own, which a preempted job would lose.
+    the depthwise weights [C, 1, k, k], whose strides fit both layouts, and rewrite each of their gradients and inputs.
+    A step of XT with one block a stage has 482 compiled kernels that move 148 MB an image, and 443 and 131 when told.
+    What is compiled is kept in the user's cache, in a folder of this node: the folder for temporary files, where torch
+    keeps it, is often a job's own, which a preempted job would lose.
     """
     from torch._inductor import config
     os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache_folder() / 'inductor' / platform.node()))
