@@ -248,6 +248,11 @@ class RetinaNet(Detector):
         """Images [B, 3, H, W] -> the pyramid's five levels [B, channels, H / 8, W / 8] ... [.., H / 128, W / 128]."""
         return self.neck(self.maps(images)[1:])
 
+    def outputs(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The head's logits and deltas of each level, of images [B, 3, H, W]: all that is computed before detections
+        are chosen."""
+        return self.bbox_head(self.features(images))
+
     def forward(self, images: Tensor, targets: Sequence[Target], proposals: None = None) -> dict[str, Tensor]:
         """The losses, whose sum is to be minimised, in training and in evaluation mode alike; no wait for the device.
 
@@ -261,7 +266,7 @@ class RetinaNet(Detector):
         """
         if proposals is not None:
             raise ValueError('RetinaNet has no proposals')
-        return self.losses(*self.bbox_head(self.features(images)), targets)
+        return self.losses(*self.outputs(images), targets)
 
     def losses(self, logits: list[Tensor], deltas: list[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """The losses of the head's maps, divided by the sum over images of max(1, positive anchors); see `forward`."""
@@ -303,7 +308,7 @@ class RetinaNet(Detector):
         Returns:
             Of each image `boxes` [n, 4] and `scores` [n], float32, and `labels` [n], int64 from 0.
         """
-        logits, deltas = self.bbox_head(self.features(images))
+        logits, deltas = self.outputs(images)
         anchors = self.anchors([tuple(level.shape[-2:]) for level in logits])
         detections = []
         for i, (size, original) in enumerate(zip(sizes, original_sizes, strict=True)):

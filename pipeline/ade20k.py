@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline import dense, labels
+from pipeline import ade20k_classes, dense, labels
 from pipeline.augmentation import TINY
 from pipeline.files import FOLDERS, Split, find_images
 from pipeline.labels import BadLabel
@@ -245,10 +245,12 @@ def open_ade20k(recipe: Recipe, run: Run, split: Split) -> LabelledImages:
         raise UserError(f'{max(len(names), recipe.num_classes or 0)} classes are more than the {MAX_CLASSES} that this '
                         'program tells apart; merge some')
     images, label_files = find_folders(root, split)
-    reduce = recipe.reduce_zero_label
+    of_ade20k, reduce = label_files.parent.name == LABEL_FOLDERS[0], recipe.reduce_zero_label
+    if of_ade20k and not names and recipe.num_classes in (None, len(ade20k_classes.NAMES)):
+        names = ade20k_classes.NAMES  # ADE20K's folder has no list that we read
     source = LabelledImages(
         images, label_files, classes=names, num_classes=recipe.num_classes, training=split == 'train',
-        reduce_zero_label=label_files.parent.name == LABEL_FOLDERS[0] if reduce is None else reduce,
+        reduce_zero_label=of_ade20k if reduce is None else reduce,
         ignore_label=recipe.ignore_label)
     look(source)
     return source
@@ -304,13 +306,13 @@ def distort(pixels: np.ndarray, rng: np.random.Generator, rate: float = 0.5) -> 
 class Transform:
     """An image and its labels as the network takes them.
 
-    A sample is a dict of `pixels` uint8 [h, w, 3], unpadded; `labels` uint8, of them in training [h, w], in a test of
-    the whole image [H, W]; `size` (h, w) and `original_size` (H, W).
+    A sample is a dict: in training `pixels` uint8 [h, w, 3], unpadded, `labels` uint8 [h, w] and `size` (h, w); in a
+    test `views`, the pixels at each scale, and `labels` uint8 [H, W] of the whole image; `original_size` (H, W).
     """
 
     def __init__(self, scale: tuple[int, int], *, crop: int, ratios: tuple[float, float] = (0.5, 2.0),
-                 max_class: float = 0.75, hflip: float = 0.5, photometric: float = 0.5,
-                 aligned: bool = True):
+                 max_class: float = 0.75, hflip: float = 0.5, photometric: float = 0.5, aligned: bool = True,
+                 test_ratios: Sequence[float] = (1.0,)):
         """
         Args:
             scale: longest and shortest side within which an image is resized.
@@ -320,9 +322,10 @@ class Transform:
             hflip: training: probability of mirroring.
             photometric: training: probability of each part of `distort`.
             aligned: test: resized a second time, up to whole strides, as the authors do.
+            test_ratios: test: by which the scale is multiplied, for a view each.
         """
         self.scale, self.crop, self.ratios, self.max_class = scale, crop, ratios, max_class
-        self.hflip, self.photometric, self.aligned = hflip, photometric, aligned
+        self.hflip, self.photometric, self.aligned, self.test_ratios = hflip, photometric, aligned, test_ratios
         distort(TINY, np.random.default_rng(0), 1.0)  # compiles it and `mirror`, before the workers start
         dense.mirror(TINY)
 
@@ -342,10 +345,13 @@ class Transform:
         original = pixels.shape[:2]
         found = file.decode(num_classes, original)
         if seed is None:
-            pixels = self.prepare(pixels)
-        else:
-            pixels, found = self._augment(pixels, found, np.random.default_rng(seed))
+            return {'views': self.views(pixels), 'labels': found, 'original_size': original}
+        pixels, found = self._augment(pixels, found, np.random.default_rng(seed))
         return {'pixels': pixels, 'labels': found, 'size': pixels.shape[:2], 'original_size': original}
+
+    def views(self, pixels: np.ndarray) -> list[np.ndarray]:
+        """A test image at each of the scales."""
+        return [self.prepare(pixels, ratio) for ratio in self.test_ratios]
 
     def prepare(self, pixels: np.ndarray, ratio: float = 1.0) -> np.ndarray:
         """A test image, uint8 [h, w, 3], at the scale times a ratio."""

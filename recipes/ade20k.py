@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from recipes.dense import Dense
-from recipes.fields import COUNT, NOT_NEGATIVE, POSITIVE, RATE, Run, check, doc
+from recipes.fields import COUNT, NOT_NEGATIVE, POSITIVE, RATE, Bound, Run, check, doc
 
 DATA_SETS = ('ade20k', 'digits_ade')
 
@@ -22,11 +22,15 @@ class Segmentation(Dense):
     expected_miou: float | None = doc(None, 'published mean IoU, %', flag=False)
     expected_macc: float | None = doc(None, 'published mean accuracy of the classes, %', flag=False)
 
+    # Batch norm
+    sync_bn_backbone: bool = doc(False, "with --sync_bn: of the backbone too, and not of the heads' alone")
+
     # Data and augmentation
     data_set: str = doc('ade20k', "ade20k: ADE20K's folder, or one's own with images/ and labels/; digits_ade: digits "
                                   'on photographs, made up')
-    ignore_label: int = doc(255, 'number in the label pictures that has no class', NOT_NEGATIVE)
-    reduce_zero_label: bool | None = doc(None, 'labels: 0 has no class either and the others count from 1; so by '
+    ignore_label: int | None = doc(None, 'number in the label pictures that counts for nothing, beside 255',
+                                   NOT_NEGATIVE, Bound(lambda value: value < 2**16, ' {value}: give at most 65535'))
+    reduce_zero_label: bool | None = doc(None, 'labels: 0 counts for nothing and the classes count from 1; so by '
                                                "default in ADE20K's annotations/, not in labels/")
     image_scale: tuple[int, int] = doc((2048, 512), 'longest and shortest side within which an image is resized, '
                                                     'pixels')
@@ -35,7 +39,8 @@ class Segmentation(Dense):
     max_class_share: float = doc(0.75, 'training: a crop with more of one class than this share is drawn anew, up to '
                                        '10 times', RATE, POSITIVE)
     hflip: float = doc(0.5, 'probability of a horizontal flip', RATE)
-    photometric: bool = doc(True, 'training: random brightness, contrast, saturation and hue')
+    photometric: float = doc(0.5, 'training: probability of each part of the distortion of colours: brightness, '
+                                  'contrast, saturation and hue', RATE)
 
     # Test
     align_resize: bool = doc(True, "test: resize once more, up to multiples of 32 (the authors' AlignResize)")
@@ -49,6 +54,7 @@ class Segmentation(Dense):
         super().check()
         check(self.data_set in DATA_SETS, f'--data_set {self.data_set} has no label pictures; say ade20k (any folder '
                                           'with images and labels) or digits_ade')
+        check(self.sync_bn or not self.sync_bn_backbone, '--sync_bn_backbone goes with --sync_bn')
         check(min(self.image_scale) > 0, f'--image_scale {self.image_scale}: give two sides above 0')
         check(len(self.scale_range) == 2 and 0 < self.scale_range[0] <= self.scale_range[1],
               f'--scale_range {self.scale_range}: give the smallest and the largest factor, above 0')
@@ -60,8 +66,6 @@ class Segmentation(Dense):
         super().check_run(run)
         for name in ('train_json', 'val_json', 'image_dir', 'save_predictions'):
             check(getattr(run, name) is None, f'--{name} is for detectors, and {self.name} is none; leave it out')
-        check(run.eval_data_path is None, '--eval_data_path is for classification; give --data_path the folder that '
-                                          'has the validation half')
 
     def check_micro_batch(self, size: int) -> None:
         """Refuses a micro-batch for which the model is not defined. Raises UserError."""
@@ -108,4 +112,14 @@ ROWS = (
     replace(_upernet, name='upernet_moganet_xlarge_160k', model='moganet_xlarge', drop_path=0.4, expected_miou=54.0,
             source=f"authors' repository, segmentation, which has a configuration alone: no file and no log are "
                    f"released; the mIoU is the paper's, from weights of ImageNet-21K; {_NORMS}"),
+    # Digits of 12 to 64 pixels on images of 128 to 160, which must not be mirrored; nine tenths are background, which
+    # no crop has less of than three quarters
+    replace(_semantic_fpn, name='semantic_fpn_moganet_digits', source='this project (make demo-segmentation)',
+            hardware='2 CPU cores', model='moganet_xtiny', data_set='digits_ade', image_scale=(160, 160),
+            scale_range=(0.8, 1.25), crop_size=128, max_class_share=1.0, hflip=0.0,
+            model_kwargs={'dims': [16, 32, 64, 128], 'depths': [1, 1, 3, 1], 'ffn_ratios': [4, 4, 4, 4],
+                          'layer_scale_init_value': 0.1},
+            network_kwargs={'channels': 64, 'head_channels': 64}, micro_batch_size=8, total_batch_size=8, epochs=24,
+            updates=None, drop_path=0.0, lr=2e-3, weight_decay=0.05, param_groups='ours', warmup_steps=100,
+            sync_bn=False, clip_grad=1.0, model_ema=True, model_ema_decay=0.995),
 )

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from timm.layers import convert_sync_batchnorm  # torch's drops the activation of timm's BatchNormAct2d
 from torch import Tensor, nn
 
 import optim_factory
@@ -215,6 +216,10 @@ class Task:
         """Takes the gradient from the parameters that the recipe keeps as they are. Raises UserError."""
         optim_factory.freeze(model, stages=self.recipe.freeze_stages)
 
+    def synchronise(self, model: nn.Module) -> nn.Module:
+        """The model with batch norms that take the statistics of all ranks (`--sync_bn`). Raises UserError."""
+        return convert_sync_batchnorm(model)
+
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """The model's pass over a batch, without a loss."""
         return model(batch.images)
@@ -278,6 +283,10 @@ class Task:
     def draw(self, image: Image.Image, result: Any, *, count: int = 5) -> Image.Image:
         """An image with what was found in it. Raises UserError where the task cannot show that."""
         raise UserError(f'{self.recipe.name}: its task draws no predictions; leave --draw out')
+
+    def label_picture(self, result: Any) -> Image.Image:
+        """The class of each pixel as a picture of numbers. Raises UserError where the task tells none."""
+        raise UserError(f'{self.recipe.name}: its task tells no class of each pixel; leave --labels out')
 
     def to_json(self, result: Any, *, count: int = 5) -> Any:
         """A prediction as JSON; where it is a ranking, its first `count` entries."""

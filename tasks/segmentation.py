@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from models.dense import NETWORKS, build_dense, synchronise_norms
 from models.detection import freeze_backbone
@@ -65,24 +64,21 @@ class Segmentation(Task):
     def open(self, split: str) -> Any:
         return ade20k.open_ade20k(self.recipe, self.run, split)
 
-    def learn_classes(self, sources: Sequence[Any]) -> None:
-        if self.run.eval and not self.trained and self.recipe.num_classes == Recipe.known_classes:
-            self.trained = ade20k_classes.NAMES  # a released file does not name them
-        super().learn_classes(sources)
-
     def sample(self, item: tuple[Any, Any], seed: int | None) -> dict[str, Any]:
         with refusing_bad_images():
             return self._transform(item, seed, num_classes=self.recipe.num_classes)
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> SegmentationBatch:
-        views = [view for sample in samples for view in sample['views']]
-        sizes, originals = [view.shape[:2] for view in views], [sample['original_size'] for sample in samples]
-        if 'truth' in samples[0]:
-            labels = [torch.from_numpy(sample['truth']) for sample in samples]
+        originals = [sample['original_size'] for sample in samples]
+        if 'views' in samples[0]:
+            views = [view for sample in samples for view in sample['views']]
+            sizes = [view.shape[:2] for view in views]
+            labels = [torch.from_numpy(sample['labels']) for sample in samples]
             return SegmentationBatch(stack(views, padded(sizes)), labels, sizes, originals)
         crop = (self.recipe.crop_size, self.recipe.crop_size)
-        labels = stack([sample['labels'] for sample in samples], crop, fill=IGNORED)
-        return SegmentationBatch(stack(views, crop), labels, sizes, originals)
+        images, labels = (stack([sample[name] for sample in samples], crop, fill)
+                          for name, fill in (('pixels', 0), ('labels', IGNORED)))
+        return SegmentationBatch(images, labels, [sample['size'] for sample in samples], originals)
 
     def finish(self, batch: SegmentationBatch, device: torch.device, position: Position | None) -> SegmentationBatch:
         batch = batch.to(device)
@@ -160,7 +156,7 @@ class Segmentation(Task):
     def prepare(self, image: Any) -> dict[str, Any]:
         with refusing_bad_images():
             pixels = decode_upright(image)
-        return {'views': self._transform.views(pixels), 'truth': np.empty((0, 0), np.uint8),
+        return {'views': self._transform.views(pixels), 'labels': np.empty((0, 0), np.uint8),
                 'original_size': pixels.shape[:2]}
 
     @torch.inference_mode()
