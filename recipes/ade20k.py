@@ -67,6 +67,10 @@ class Segmentation(Dense):
         for name in ('train_json', 'val_json', 'image_dir', 'save_predictions'):
             check(getattr(run, name) is None, f'--{name} is for detectors, and {self.name} is none; leave it out')
 
+    def count_size(self) -> tuple[int, int]:
+        """Height and width of the image for which multiply-accumulates are told: as published, 2048 x 512."""
+        return min(self.image_scale), max(self.image_scale)
+
     def check_micro_batch(self, size: int) -> None:
         """Refuses a micro-batch for which the model is not defined. Raises UserError."""
         check(size > 1 or self.network != 'upernet', '--batch_size 1 leaves the batch norm of the pyramid pooling one '
