@@ -272,7 +272,7 @@ def test_labels_go_where_the_pixels_go_and_all_comes_from_the_seed():
         seen[found.shape] += 1
     assert len(seen) > 1  # smaller than the crop at small ratios: to be padded
     test = transform(item, None, num_classes=4)
-    assert test['labels'].shape == (480, 640) == test['original_size'] and test['size'] == (384, 512)
+    assert test['labels'].shape == (480, 640) == test['original_size'] and test['views'][0].shape == (384, 512, 3)
 
 
 @pytest.mark.parametrize('option', [{'hflip': 1.0}, {'ratios': (1.0, 1.0)}, {'max_class': 0.4}, {'crop': 64},
