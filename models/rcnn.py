@@ -305,6 +305,17 @@ class RCNN(Detector):
         levels = self.neck(self.maps(images))
         return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
 
+    def outputs(self, images: Tensor) -> list[Any]:
+        """What the RPN gives, then what the heads give of 1,000 empty boxes and 100 empty masks for each stage.
+
+        For measurements: the same operations whatever the weights are, and on the device meta too.
+        """
+        levels = self.features(images)
+        given = {'bbox_head': (1000, BOX), 'mask_head': (100, MASK)}
+        return [self.rpn_head(levels), *(
+            head(levels[0].new_zeros(given[name][0], levels[0].shape[1], *[given[name][1]] * 2))
+            for name in self.roi_head for head in self.heads(name))]
+
     def forward(
         self, images: Tensor, targets: Sequence[Target], proposals: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ def count_all() -> Costs:
         sizes.setdefault(row.model, set()).update((row.input_size, row.test_size))
     counted = {model: {str(size): count(model, size) for size in sorted(chosen)} for model, chosen in sizes.items()}
     for row in RECIPES.values():
-        if isinstance(row, Dense):
+        if isinstance(row, Detection):
             counts = complexity(row.name, row.count_size())
             counted[row.name] = {size_of(row): {'parameters': counts['parameters'],
                                                 'gmacs': round(counts['macs'] / 1e9, 1)}}
@@ -94,7 +94,7 @@ def load_costs() -> Costs:
                 raise UserError(f'{COSTS.name} has no counts of {row.model} at {size} pixels; run tools/docs.py '
                                 '--count')
     for row in RECIPES.values():
-        if isinstance(row, Dense) and size_of(row) not in costs.get(row.name, {}):
+        if isinstance(row, Detection) and size_of(row) not in costs.get(row.name, {}):
             raise UserError(f'{COSTS.name} has no counts of {row.name}; run tools/docs.py --count')
     return costs
 
