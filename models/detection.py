@@ -22,7 +22,7 @@ from utils import UserError
 
 EPSILON = torch.finfo(torch.float32).eps
 STRIDES = [4, 8, 16, 32]
-# boxes [n, 4], labels [n] from 0, size (h, w) of the image inside the padding; masks bool [n, h, w] where they are asked
+# boxes [n, 4], labels [n] from 0, size (h, w) of the image inside the padding; for mask heads, masks bool [n, h, w]
 Target = dict[str, Any]
 
 
@@ -58,6 +58,14 @@ def freeze_backbone(backbone: nn.Module, *, stages: int = 0, norms: bool = False
         module.requires_grad_(False)
 
 
+class SyncedNorm(nn.SyncBatchNorm):
+    """A head's batch norm, by the statistics of all ranks on CUDA; elsewhere, where there is no such, by the rank's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [B, C, H, W] -> the same, normalised."""
+        return super().forward(x) if x.is_cuda else _BatchNorm.forward(self, x)
+
+
 def convolution(
     in_channels: int, channels: int, kernel: int, *, stride: int = 1, norm: bool = False, relu: bool = False
 ) -> nn.Sequential:
@@ -65,7 +73,7 @@ def convolution(
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         conv=nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2, bias=not norm))
     if norm:
-        layers['bn'] = nn.BatchNorm2d(channels)
+        layers['bn'] = SyncedNorm(channels)
     if relu:
         layers['relu'] = nn.ReLU(inplace=True)
     return nn.Sequential(layers)

@@ -1,9 +1,9 @@
-"""Mask R-CNN (https://arxiv.org/abs/1703.06870) and Cascade Mask R-CNN (https://arxiv.org/abs/1906.09756) over a feature
-pyramid, for any timm backbone with maps at strides 4 to 32; both without masks too.
+"""Mask R-CNN (https://arxiv.org/abs/1703.06870) and Cascade Mask R-CNN (https://arxiv.org/abs/1906.09756) over a
+feature pyramid, for any timm backbone with maps at strides 4 to 32; both without masks too.
 
-A first stage, the RPN, proposes boxes without a class; the features in each are pooled to one size, from which the heads
-of the following stages tell its class, a better box, and its mask. The function and the state-dict names are those of
-mmdet 2.26, as in `detection.py`: the background is the last class, RoIAlign is aligned and adaptive.
+A first stage, the RPN, proposes boxes without a class; the features in each are pooled to one size, from which the
+heads of the following stages tell its class, a better box, and its mask. The function and the state-dict names are
+those of mmdet 2.26, as in `detection.py`: the background is the last class, RoIAlign is aligned and adaptive.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -305,6 +305,17 @@ class RCNN(Detector):
         levels = self.neck(self.maps(images))
         return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
 
+    def outputs(self, images: Tensor) -> list[Any]:
+        """What the RPN gives, then what the heads give of 1,000 empty boxes and 100 empty masks for each stage.
+
+        For measurements: the same operations whatever the weights are, and on the device meta too.
+        """
+        levels = self.features(images)
+        given = {'bbox_head': (1000, BOX), 'mask_head': (100, MASK)}
+        return [self.rpn_head(levels), *(
+            head(levels[0].new_zeros(given[name][0], levels[0].shape[1], *[given[name][1]] * 2))
+            for name in self.roi_head for head in self.heads(name))]
+
     def forward(
         self, images: Tensor, targets: Sequence[Target], proposals: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:
@@ -351,7 +362,7 @@ class RCNN(Detector):
         moves = torch.cat([by_anchor(x, 4) for x in deltas], dim=1)
         classification, regression, count = [], [], EPSILON
         for x, move, target in zip(every, moves, targets, strict=True):
-            boxes, inside = target['boxes'].float().reshape(-1, 4), self._inside(sizes, anchors, target['size'])
+            boxes, inside = target['boxes'].float().reshape(-1, 4), self.inside(sizes, anchors, target['size'])
             index = box.assign(boxes, anchors, positive=0.7, negative=0.3, low_quality=0.3, valid=inside)
             positive, negative = box.sample(index, count=256, positive=0.5)
             # -log(p) of the positive, -log(1 - p) of the negative
@@ -362,7 +373,7 @@ class RCNN(Detector):
         return {'loss_rpn_cls': torch.stack(classification).sum() / count,
                 'loss_rpn_bbox': torch.stack(regression).sum() / count}
 
-    def _inside(self, sizes: list[tuple[int, int]], anchors: Tensor, size: tuple[int, int]) -> Tensor:
+    def inside(self, sizes: list[tuple[int, int]], anchors: Tensor, size: tuple[int, int]) -> Tensor:
         """The anchors [A, 4] that take part in an image of a size (h, w)."""
         inside = torch.cat(self.anchors.inside(sizes, self.padded(size)))
         if self.ANCHORS_INSIDE:
@@ -386,7 +397,9 @@ class RCNN(Detector):
         for i, size in enumerate(sizes):
             boxes, scores, numbers = [], [], []
             for number, (x, y, level) in enumerate(zip(logits, deltas, anchors, strict=True)):
-                score, index = by_anchor(x[i], 1)[:, 0].sigmoid().topk(min(before, len(level)))
+                # Which of two equal scores comes first decides what is drawn later; `topk` does not say
+                score, index = (values[:before] for values in by_anchor(x[i], 1)[:, 0].sigmoid().sort(
+                    descending=True, stable=True))
                 boxes.append(box.decode(level[index], by_anchor(y[i], 4)[index], size=size))
                 scores.append(score)
                 numbers.append(torch.full_like(index, number))
@@ -510,6 +523,9 @@ class MaskRCNN(RCNN):
     RPN_BETA = 0.0
     ANCHORS_INSIDE = False
     PROPOSALS = (1000, 1000)
+    LOSSES = ('loss_rpn_cls', 'loss_rpn_bbox', 'loss_cls', 'loss_bbox', 'loss_mask')
+    LAST: ClassVar = {'roi_head.bbox_head.fc_cls': (1, 1), 'roi_head.bbox_head.fc_reg': (4, 0),
+                      'roi_head.mask_head.conv_logits': (1, 0)}
 
     def box_head(self, channels: int, hidden: int) -> BoxHead:
         """Two linear layers, deltas for each class."""
@@ -529,6 +545,10 @@ class CascadeMaskRCNN(RCNN):
     RPN_BETA = 1 / 9
     ANCHORS_INSIDE = True
     PROPOSALS = (2000, 1000)
+    LOSSES = ('loss_rpn_cls', 'loss_rpn_bbox',
+              *(f's{i}.loss_{name}' for i in range(3) for name in ('cls', 'bbox', 'mask')))
+    LAST: ClassVar = {f'roi_head.{name}': channels for i in range(3) for name, channels in (
+        (f'bbox_head.{i}.fc_cls', (1, 1)), (f'mask_head.{i}.conv_logits', (1, 0)))}
 
     def box_head(self, channels: int, hidden: int) -> BoxHead:
         """Two linear layers, deltas for all classes in common."""
@@ -541,6 +561,8 @@ class CascadeMaskRCNN(RCNN):
 
 class CascadeMaskRCNNGIoU(CascadeMaskRCNN):
     """Cascade Mask R-CNN whose box heads have four convolutions with batch norms and are trained by the GIoU."""
+
+    LAST: ClassVar = CascadeMaskRCNN.LAST | {f'roi_head.bbox_head.{i}.fc_reg': (4, 0) for i in range(3)}
 
     def box_head(self, channels: int, hidden: int) -> BoxHead:
         """Four convolutions and a linear layer, deltas for each class."""

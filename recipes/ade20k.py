@@ -67,6 +67,10 @@ class Segmentation(Dense):
         for name in ('train_json', 'val_json', 'image_dir', 'save_predictions'):
             check(getattr(run, name) is None, f'--{name} is for detectors, and {self.name} is none; leave it out')
 
+    def count_size(self) -> tuple[int, int]:
+        """Height and width of the image for which multiply-accumulates are told: as published, 2048 x 512."""
+        return min(self.image_scale), max(self.image_scale)
+
     def check_micro_batch(self, size: int) -> None:
         """Refuses a micro-batch for which the model is not defined. Raises UserError."""
         check(size > 1 or self.network != 'upernet', '--batch_size 1 leaves the batch norm of the pyramid pooling one '
@@ -87,11 +91,11 @@ class Segmentation(Dense):
 
 # The configurations ask for synchronised batch norms everywhere. The heads have them; the authors' backbone does not
 # take the setting and has plain ones, over the 2 or 4 images of a GPU
-_NORMS = 'plain batch norms in the backbone, synchronised ones in the heads'
+_NORMS = 'plain batch norms in the backbone, those over all GPUs in the heads'
 _semantic_fpn = Segmentation(
     source=f"authors' repository, segmentation; {_NORMS}", network='semantic_fpn', hardware='8 GPUs',
     micro_batch_size=4, total_batch_size=32, epochs=None, updates=80_000, lr=2e-4, min_lr=0.0, sched='poly', power=0.9,
-    warmup_epochs=0, weight_decay=1e-4, param_groups='all', sync_bn=True, model_ema=False)
+    warmup_epochs=0, weight_decay=1e-4, param_groups='all', model_ema=False)
 _upernet = replace(_semantic_fpn, network='upernet', micro_batch_size=2, total_batch_size=16, updates=160_000, lr=1e-4,
                    power=1.0, warmup_steps=1500, warmup_ratio=1e-6, weight_decay=0.01, param_groups='authors')
 
@@ -121,5 +125,5 @@ ROWS = (
                           'layer_scale_init_value': 0.1},
             network_kwargs={'channels': 64, 'head_channels': 64}, micro_batch_size=8, total_batch_size=8, epochs=24,
             updates=None, drop_path=0.0, lr=2e-3, weight_decay=0.05, param_groups='ours', warmup_steps=100,
-            sync_bn=False, clip_grad=1.0, model_ema=True, model_ema_decay=0.995),
+            clip_grad=1.0, model_ema=True, model_ema_decay=0.995),
 )

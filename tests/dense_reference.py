@@ -1,10 +1,10 @@
 """Figures recorded from the authors' detectors under mmdet 2.26 and segmentors under mmseg 0.29 (tests/data/dense), and
 their weights and images.
 
-The files are those of the recording, whole: `retinanet.*` and so on is one model with seed 0 (maps, predictions,
-losses, norms of gradients), `units.*` the parts of all detectors (anchors, coder, assigners, NMS, losses),
-`init.json.gz` fresh weights and `state_dict_shapes.json.gz` the names and shapes of the released files. They were
-recorded on the CPU in float32, with torch 1.13.
+The files are those of the recording, whole: `retinanet.*`, `mask_rcnn.*`, `upernet.*` and so on are a model each with
+seed 0 (maps, predictions, losses, norms of gradients), `units.*` the parts of all detectors (anchors, coder, assigners,
+NMS, losses), `init.json.gz` fresh weights and `state_dict_shapes.json.gz` the names and shapes of the released files.
+They were recorded on the CPU in float32, with torch 1.13.
 """
 import gzip
 import json
@@ -16,8 +16,9 @@ import torch
 import reference
 
 DATA = reference.DATA / 'dense'
-# Gain of the output layers' weights, shift of their biases
-OUTPUTS = {'retina_cls': (0.6, -4.5), 'retina_reg': (0.2, 0.0), 'conv_seg': (0.6, 0.0)}
+# Gain of the output layers' weights, shift of their biases; of `fc_cls`, of the last one alone, the background's
+OUTPUTS = {'retina_cls': (0.6, -4.5), 'retina_reg': (0.2, 0.0), 'rpn_cls': (0.5, 0.0), 'rpn_reg': (0.2, 0.0),
+           'fc_cls': (0.8, 2.0), 'fc_reg': (0.7, 0.0), 'conv_logits': (1.5, 0.0), 'conv_seg': (0.6, 0.0)}
 
 
 def load(name: str) -> dict[str, object]:
@@ -36,7 +37,10 @@ def seeded_state_dict(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
         value = reference.seeded_entries({name.removeprefix('backbone.'): shape}).popitem()[1]
         if not name.startswith('backbone.'):
             gain, shift = OUTPUTS.get(name.split('.')[-2], (1.0, 0.0))
-            value = value * float(np.float32(math.sqrt(2) * gain)) if name.endswith('weight') else value + shift
+            if name.endswith('weight'):
+                value = value * float(np.float32(math.sqrt(2) * gain))
+            elif name.endswith('bias'):
+                value[-1 if name.endswith('fc_cls.bias') else slice(None)] += shift
         state[name] = value
     return state
 

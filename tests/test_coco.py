@@ -75,6 +75,13 @@ def test_a_spawned_worker_maps_the_arrays_again(tmp_path):
     assert b'.npy' in state and pickle.loads(state).read(2)[1].boxes.tolist() == made.read(2)[1].boxes.tolist()
 
 
+def test_an_evaluation_needs_no_box(tmp_path):
+    data = coco_data()
+    data['annotations'] = []
+    val = source(tmp_path, data, split='val')
+    assert len(val) == 9 and val.read(4)[1].boxes.shape == (0, 4) and val.read(4)[1].segments() == []
+
+
 def test_the_labels_follow_another_order_of_the_names(tmp_path):
     made = source(tmp_path)
     made.relabel(['none yet', 'dog', 'bird', 'cat'])

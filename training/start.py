@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm  # torch's drops the activation of timm's BatchNormAct2d
 from torch import nn
 
 import engine
@@ -155,7 +156,7 @@ def prepare_model(task: Task, run: Run, device: torch.device, *, initial: Weight
         except (AttributeError, AssertionError):
             raise UserError(f'{recipe.model} has no gradient checkpointing; leave --grad_checkpointing out') from None
     if recipe.sync_bn:
-        model = task.synchronise(model)
+        model = convert_sync_batchnorm(model)
     channels_last = device.type == 'cuda' if run.channels_last is None else run.channels_last
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
