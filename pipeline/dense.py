@@ -59,7 +59,7 @@ def fit(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:
         scale: bounds of the longer and of the shorter side, in any order.
     """
     factor = min(max(scale) / max(size), min(scale) / min(size))
-    height, width = (int(side * factor + 0.5) for side in size)
+    height, width = (max(int(side * factor + 0.5), 1) for side in size)
     return height, width
 
 

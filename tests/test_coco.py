@@ -155,12 +155,12 @@ def set_note(**values: Any) -> Any:
 
 
 def as_corners(data: dict[str, Any]) -> None:
+    """Boxes all over the images, as x1, y1, x2, y2: three of four would overflow as x, y, width, height."""
     rng = np.random.default_rng(0)
     for note in data['annotations']:
-        width, height = next((image['width'], image['height']) for image in data['images']
-                             if image['id'] == note['image_id'])
-        x, y = rng.uniform(0, width / 2), rng.uniform(0, height / 2)
-        note['bbox'] = [x, y, rng.uniform(x + 5, width), rng.uniform(y + 5, height)]
+        size = next((image['width'], image['height']) for image in data['images'] if image['id'] == note['image_id'])
+        corner = rng.uniform(0, 0.8, 2) * size
+        note['bbox'] = [*corner, *(corner + rng.uniform(0.1, 0.2, 2) * size)]
 
 
 REFUSED = {
@@ -185,6 +185,9 @@ REFUSED = {
     'no box': (lambda: changed(lambda data: data['annotations'][1].pop('bbox')),
                'annotation 1003 of image 110 has the bbox None'),
     'five numbers': (lambda: changed(set_note(bbox=[1, 2, 3, 4, 5])), 'annotation 1003 .*bbox .1, 2, 3, 4, 5.'),
+    'no end': (lambda: changed(set_note(image_id=float('inf'))), 'annotation 1003 has the image_id inf'),
+    'huge': (lambda: changed(set_note(bbox=[1, 2, 10**400, 4])), 'annotation 1003 of image 110 has the bbox'),
+    'no file can': (lambda: changed(lambda data: data['images'][2].update(file_name='a\0/\ud800.jpg')), 'are not in'),
     'no number': (lambda: changed(set_note(bbox=[1, 2, 'NaN', 4])), 'annotation 1003 of image 110 has the bbox'),
     'corners': (lambda: changed(as_corners), '% of the boxes leave their image as x, y, width, height, .*annotation 1'),
     'shares': (lambda: changed(lambda data: [note.update(bbox=[0.1, 0.2, 0.3, 0.4]) for note in data['annotations']]),
@@ -234,6 +237,23 @@ def test_boxes_that_teach_nothing_are_dropped_from_the_training_and_kept_for_the
     _, warnings = coco.check_coco(made, val)
     assert any('leaves out 1 crowds, 7 boxes outside' in line for line in warnings)
     assert any("1 of its 3 classes have no box (none yet)" in line for line in warnings)
+
+
+def test_a_box_over_the_edge_does_not_make_corners_of_a_file(tmp_path):
+    data = coco_data()
+    for note in data['annotations'][:5]:  # five of eleven, and all of them could be corners
+        note['bbox'] = [10, 10, 39, 39]
+    for note in data['annotations'][5:]:
+        note['bbox'] = [2, 2, 20, 20]
+    assert len(source(tmp_path, data)) == 6
+
+
+def test_a_name_may_be_a_whole_path(tmp_path):
+    data = coco_data()
+    for image in data['images']:
+        image['file_name'] = str(tmp_path / 'train2017' / image['file_name'])
+    made = source(tmp_path, data)
+    assert made.name(0) == data['images'][1]['file_name'] and made.read(0)[0]
 
 
 def test_two_halves_that_do_not_fit_are_told(tmp_path):
