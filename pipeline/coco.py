@@ -1,8 +1,8 @@
 """COCO: any JSON of its form read once into flat arrays, its images, and the transforms that take boxes with them.
 
-A JSON is walked element by element and never stands in memory as a whole; what workers share are two arrays, mapped
-from the user's cache: a row an image, and a row an annotation, those of an image one after the other. Outlines and run
-lengths (`segmentation`) stay in the JSON, of which a row knows the place.
+A JSON is walked element by element, so that its objects never stand in memory together. What workers share are two
+arrays, mapped from the user's cache: a row an image, and a row an annotation, those of an image one after the other.
+Outlines and run lengths (`segmentation`) stay in the JSON, of which a row knows the place.
 
 What is wrong in a file is either dropped by the rules of the authors' code, which `CocoSource` counts, or refused with
 the file and the annotation, since a wrong box trains silently.
@@ -228,9 +228,8 @@ def _refuse_twice(scan: _Scan, ids: np.ndarray, what: str) -> None:
 def _positions(wanted: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """The place of each wanted id among the ids, -1 where it is none."""
     order = np.argsort(ids, kind='stable')
-    places = np.searchsorted(ids, wanted, sorter=order).clip(max=max(len(ids) - 1, 0))
-    found = order[places] if len(ids) else np.zeros_like(wanted)
-    return np.where(ids[found] == wanted, found, -1) if len(ids) else np.full_like(wanted, -1)
+    found = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
+    return np.where(ids[found] == wanted, found, -1)
 
 
 def _check_files(scan: _Scan, folder: Path) -> None:
