@@ -1,5 +1,6 @@
 """MogaNet for timm: importing this package registers the six variants with `timm.create_model`, and the released files
-as their pretrained weights. `create_model` makes every classifier of this project, and `create_dense` every detector.
+as their pretrained weights. `create_model` makes every classifier of this project, `create_dense` every detector and
+segmentor.
 """
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Detectors by the names of their rows, and by recipes. A row is in `recipes`, alone."""
+"""Detectors and segmentors by the names of their rows, and by recipes. A row is in `recipes`, alone."""
 from collections.abc import Mapping
 from typing import Any
 
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from models.detection import RetinaNet
 from models.rcnn import CascadeMaskRCNN, CascadeMaskRCNNGIoU, MaskRCNN
+from models.segmentation import SemanticFPN, UPerNet
 from recipes import RECIPES
 from recipes.dense import Dense
 from utils import UserError, nearest, reason_of
@@ -13,7 +14,7 @@ from utils import UserError, nearest, reason_of
 # By the recipes' `network`
 NETWORKS: dict[str, type[nn.Module]] = {
     'retinanet': RetinaNet, 'mask_rcnn': MaskRCNN, 'cascade_mask_rcnn': CascadeMaskRCNN,
-    'cascade_mask_rcnn_giou': CascadeMaskRCNNGIoU}
+    'cascade_mask_rcnn_giou': CascadeMaskRCNNGIoU, 'semantic_fpn': SemanticFPN, 'upernet': UPerNet}
 
 
 def build_dense(recipe: Dense, *, num_classes: int, **kwargs: Any) -> nn.Module:
@@ -40,8 +41,9 @@ def create_dense(row: str, num_classes: int | None = None, **kwargs: Any) -> nn.
     """The network of a row by the row's name, without the row's drop path, which is a value of its training.
 
     Args:
-        row: such as `retinanet_moganet_xtiny_1x`.
-        num_classes: classes, the background not counted; those of the row's data set by default, COCO's 80.
+        row: such as `retinanet_moganet_xtiny_1x` or `upernet_moganet_tiny_160k`.
+        num_classes: classes, a detector's background not counted; those of the row's data set by default, COCO's 80
+            or ADE20K's 150.
         kwargs: as the network takes them; what it does not know is the backbone's, such as `drop_path_rate`.
 
     Raises:
@@ -49,7 +51,7 @@ def create_dense(row: str, num_classes: int | None = None, **kwargs: Any) -> nn.
     """
     rows = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, Dense)}
     if row not in rows:
-        raise UserError(f'unknown detector {row}{nearest(row, rows)}')
+        raise UserError(f'unknown dense model {row}{nearest(row, rows)}')
     return build_dense(rows[row], num_classes=num_classes or rows[row].known_classes, **kwargs)
 
 

@@ -31,7 +31,7 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
     backbone = create_model(name, features_only=True, out_indices=(-4, -3, -2, -1), **kwargs)
     strides = backbone.feature_info.reduction()
     if strides != STRIDES:
-        raise UserError(f'a detector needs maps at strides 4, 8, 16 and 32, and the last four of {name} are at '
+        raise UserError(f'a dense model needs maps at strides 4, 8, 16 and 32, and the last four of {name} are at '
                         f'{", ".join(map(str, strides))}; choose a model with four stages')
     return backbone
 
@@ -177,19 +177,17 @@ def l1_loss(deltas: Tensor, wanted: Tensor, positive: Tensor, count: Tensor | fl
     return torch.where(positive[..., None], (deltas - wanted).abs(), 0.0).sum() / (count + EPSILON)
 
 
-class Detector(nn.Module):
-    """What all detectors have: a backbone, a pyramid over its maps, and anchors that lie in an image's padding.
+class Dense(nn.Module):
+    """What detectors and segmentors have: a backbone, whose maps their heads take.
 
     Args:
         backbone: a timm model's name.
-        num_classes: classes, the background not counted.
+        num_classes: classes; of a detector, the background not counted.
         kwargs: the backbone's, such as `drop_path_rate`, `gate` or `pretrained`.
 
     Raises:
         UserError: the backbone cannot be built so, or has no maps at strides 4 to 32.
     """
-
-    SIZE_DIVISOR = 32  # an image is padded to a multiple, in which its anchors lie
 
     def __init__(self, backbone: str, *, num_classes: int, **kwargs: Any) -> None:
         super().__init__()
@@ -210,6 +208,12 @@ class Detector(nn.Module):
         if getattr(self.backbone, 'output_fmt', 'NCHW') == 'NHWC':  # a Swin's
             maps = [x.permute(0, 3, 1, 2) for x in maps]
         return maps
+
+
+class Detector(Dense):
+    """What all detectors have beside a backbone: anchors that lie in an image's padding."""
+
+    SIZE_DIVISOR = 32  # an image is padded to a multiple, in which its anchors lie
 
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:
         """The size (h, w) of an image with its own padding, which in a batch may be smaller than the batch's."""
@@ -252,6 +256,11 @@ class RetinaNet(Detector):
         """Images [B, 3, H, W] -> the pyramid's five levels [B, channels, H / 8, W / 8] ... [.., H / 128, W / 128]."""
         return self.neck(self.maps(images)[1:])
 
+    def outputs(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The head's logits and deltas of each level, of images [B, 3, H, W]: all that is computed before detections
+        are chosen."""
+        return self.bbox_head(self.features(images))
+
     def forward(self, images: Tensor, targets: Sequence[Target], proposals: None = None) -> dict[str, Tensor]:
         """The losses, whose sum is to be minimised, in training and in evaluation mode alike; no wait for the device.
 
@@ -265,7 +274,7 @@ class RetinaNet(Detector):
         """
         if proposals is not None:
             raise ValueError('RetinaNet has no proposals')
-        return self.losses(*self.bbox_head(self.features(images)), targets)
+        return self.losses(*self.outputs(images), targets)
 
     def losses(self, logits: list[Tensor], deltas: list[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """The losses of the head's maps, divided by the sum over images of max(1, positive anchors); see `forward`."""
@@ -307,7 +316,7 @@ class RetinaNet(Detector):
         Returns:
             Of each image `boxes` [n, 4] and `scores` [n], float32, and `labels` [n], int64 from 0.
         """
-        logits, deltas = self.bbox_head(self.features(images))
+        logits, deltas = self.outputs(images)
         anchors = self.anchors([tuple(level.shape[-2:]) for level in logits])
         detections = []
         for i, (size, original) in enumerate(zip(sizes, original_sizes, strict=True)):

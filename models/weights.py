@@ -452,7 +452,7 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
     if lone and not drop_classifier:
         raise UserError(f'{weights.source}: holds a backbone alone, and no {name_of(model)}; give a file of such a '
                         'model, or train one from this by --finetune')
-    fresh = {name for name in ours if name.startswith(_DENSE)} if lone else set()
+    fresh = [name for name in ours if name.startswith(_DENSE)] if lone else []
     classifier = tuple(f'{name}.' for name in classifier_names(model))
     of_head = {name for name in [*ours, *given] if name.startswith(classifier)} if classifier else set()
     # Counters, and tables that a model makes from its own sizes
@@ -493,7 +493,7 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
     except Exception as error:  # tensors of a kind that cannot be copied, such as sparse ones
         raise UserError(f'{weights.source}: cannot be loaded ({reason_of(error)[:200]}): save it anew') from None
     return Report(matched, missing, unexpected, [name for name in wrong_shape if name not in of_head], dropped,
-                  sorted(fresh), list(resampled))
+                  fresh, list(resampled))
 
 
 def _places(given: dict[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:

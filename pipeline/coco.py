@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline import dense, labels
+from pipeline.augmentation import TINY
 from pipeline.files import Split, from_file, keep_index, to_file
 from pipeline.labels import BadLabel
 from recipes import Recipe, Run
@@ -657,6 +658,7 @@ class Transform:
             multi_scale: in training, the shorter side is one of `SIDES`, in every other image after a random crop.
         """
         self.scale, self.hflip, self.multi_scale = scale, hflip, multi_scale
+        dense.mirror(TINY)  # compiles it, before the workers start
 
     def __call__(self, item: tuple[Any, Annotations], seed: int | None) -> dict[str, Any]:
         """The sample of an image as `CocoSource.read` gives it.

@@ -93,6 +93,27 @@ def mirror(pixels: np.ndarray) -> np.ndarray:
     return kernels.mirror(np.ascontiguousarray(pixels))
 
 
+def recolor(pixels: np.ndarray, *, before: np.ndarray, saturation: float, hue: int, after: np.ndarray) -> np.ndarray:
+    """Levels, saturation and hue changed, as OpenCV's hue, saturation and value in 8 bits do it. uint8 [H, W, 3].
+
+    Without numba Pillow does it, whose hues are others of 8 bits: a few levels apart.
+
+    Args:
+        before: uint8 [256], the level of each level, first of all; after: last of all.
+        saturation: its factor.
+        hue: added to it, in steps of which a circle has 180.
+    """
+    if kernels is not None:
+        return kernels.recolor(np.ascontiguousarray(pixels), before, saturation, hue, after)
+    pixels = before[pixels]
+    if saturation != 1 or hue:
+        colors = np.asarray(Image.fromarray(pixels).convert('HSV')).astype(np.int32)
+        colors[..., 0] = (colors[..., 0] + round(hue * 256 / 180)) % 256
+        colors[..., 1] = np.minimum(colors[..., 1] * saturation, 255)
+        pixels = np.asarray(Image.fromarray(colors.astype(np.uint8), 'HSV').convert('RGB'))
+    return after[pixels]
+
+
 def padded(sizes: Sequence[tuple[int, int]], stride: int = STRIDE) -> tuple[int, int]:
     """Height and width of a batch of images of these sizes: of the largest, rounded up to whole strides."""
     height, width = (-(-max(sides) // stride) * stride for sides in zip(*sizes, strict=True))

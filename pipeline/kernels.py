@@ -140,6 +140,45 @@ def color(image, factor):
 
 
 @compiled
+def recolor(image, before, saturation, hue, after):
+    """Levels by a table, uint8 [256], then saturation and hue, then levels by another table.
+
+    Hues are whole numbers below 180, saturations below 256, as OpenCV's. Tables in place of divisions and of the six
+    parts of the circle take a third of the time.
+    """
+    out = np.empty_like(image)
+    source, target, colors = image.reshape(-1), out.reshape(-1), saturation != 1 or hue != 0
+    inverse, chroma, weights = np.zeros(256, np.float32), np.empty(256, np.float32), np.empty((361, 3), np.float32)
+    for value in range(256):
+        if value:
+            inverse[value] = 1 / value
+        chroma[value] = min(int(value * saturation), 255) / 255
+    for angle in range(361):
+        for c in range(3):  # how much of the chroma a channel lacks
+            k = (5 - 2 * c + (angle + hue) / 30) % 6
+            weights[angle, c] = max(0, min(k, 4 - k, 1))
+    half, flat = np.float32(0.5), weights.reshape(-1)
+    for pixel in range(source.size // 3):
+        r = uintp(3 * pixel)
+        g, b = r + uintp(1), r + uintp(2)
+        red, green, blue = np.int32(before[source[r]]), np.int32(before[source[g]]), np.int32(before[source[b]])
+        if colors:
+            high, low = max(red, green, blue), min(red, green, blue)
+            part = np.float32(30) * inverse[uintp(high - low)]
+            angle = (np.float32(green - blue) * part if high == red else
+                     np.float32(60) + np.float32(blue - red) * part if high == green else
+                     np.float32(120) + np.float32(red - green) * part)  # from -30 to 150
+            place = uintp(3) * uintp(angle + np.float32(180.5))
+            lacks = np.float32(high) * chroma[uintp(np.float32(255 * (high - low)) * inverse[uintp(high)] + half)]
+            level = np.float32(high) + half
+            red = np.int32(level - lacks * flat[place])
+            green = np.int32(level - lacks * flat[place + uintp(1)])
+            blue = np.int32(level - lacks * flat[place + uintp(2)])
+        target[r], target[g], target[b] = after[uintp(red)], after[uintp(green)], after[uintp(blue)]
+    return out
+
+
+@compiled
 def _sharpen_row(above, row, below, target, factor):
     for i in range(target.size):
         k = uintp(i)

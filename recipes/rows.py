@@ -1,9 +1,9 @@
 """The rows of every task by name, and the class of a recipe by the task that it names."""
-from recipes import coco, imagenet
+from recipes import ade20k, coco, imagenet
 from recipes.fields import Recipe
 from utils import UserError, nearest
 
-RECIPES: dict[str, Recipe] = {row.name: row for row in (*imagenet.ROWS, *coco.ROWS)}
+RECIPES: dict[str, Recipe] = {row.name: row for row in (*imagenet.ROWS, *coco.ROWS, *ade20k.ROWS)}
 
 
 def recipe_class(task: str) -> type[Recipe]:

@@ -279,6 +279,10 @@ class Task:
         """An image with what was found in it. Raises UserError where the task cannot show that."""
         raise UserError(f'{self.recipe.name}: its task draws no predictions; leave --draw out')
 
+    def label_picture(self, result: Any) -> Image.Image:
+        """The class of each pixel as a picture of numbers. Raises UserError where the task tells none."""
+        raise UserError(f'{self.recipe.name}: its task tells no class of each pixel; leave --labels out')
+
     def to_json(self, result: Any, *, count: int = 5) -> Any:
         """A prediction as JSON; where it is a ranking, its first `count` entries."""
         raise NotImplementedError

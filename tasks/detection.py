@@ -98,6 +98,10 @@ class Detection(Task):
         return replace(batch, images=normalise_padded(batch.images, batch.sizes, mean=self.recipe.mean,
                                                       std=self.recipe.std))
 
+    def _decide_classes(self, ours: list[str]) -> tuple[list[str], str]:
+        names, order = super()._decide_classes(ours)
+        return names, "their categories' ids" if names == ours and order.startswith('their') else order
+
     # ---- Model
 
     def build_model(self, *, pretrained: bool = False) -> nn.Module:
@@ -112,7 +116,7 @@ class Detection(Task):
         freeze_backbone(model.backbone, stages=self.recipe.freeze_stages, norms=self.recipe.freeze_bn)
 
     def forward(self, model: nn.Module, batch: DetectionBatch) -> Any:
-        return model.predict(batch.images, batch.sizes, batch.sizes)
+        return model.outputs(batch.images)
 
     def example_batch(self, size: int, device: torch.device) -> DetectionBatch:
         """As large as images get, with two boxes in each."""
@@ -129,6 +133,18 @@ class Detection(Task):
         return BoxAP(self._val, device, self.run, detailed=detailed)
 
     # ---- For people
+
+    def remarks(self) -> list[str]:
+        recipe, run, said = self.recipe, self.run, []
+        if run.batch_size != recipe.micro_batch_size:
+            said.append(f'Micro-batches of {run.batch_size} images where the recipe has {recipe.micro_batch_size}: the '
+                        'batch norms see as many, and the losses are divided by the positive anchors of as many, so '
+                        'that this trains another function.')
+        elif run.update_freq > 1:
+            said.append(f'{run.update_freq} micro-batches of {run.batch_size} are accumulated for an update, each with '
+                        'its own batch statistics and normaliser, as on so many more processes; the running statistics '
+                        'of the batch norms move with each.')
+        return said
 
     def show_settings(self) -> str:
         recipe, gate = self.recipe, self.recipe.settings()['gate']

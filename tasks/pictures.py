@@ -1,4 +1,6 @@
 """Pictures of batches, results and predictions, for TensorBoard, Weights & Biases and predict.py."""
+import colorsys
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,3 +87,53 @@ def draw_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> I
     picture.paste(cells, (width, head))
     picture.paste(labels.rotate(90, expand=True), (width, head + size * cell))
     return picture
+
+
+def distinct_colors(count: int) -> list[tuple[int, int, int]]:
+    """So many colours far from one another's: the hue goes on by the golden ratio, every third is lighter or darker."""
+    colors = []
+    for i in range(count):
+        red, green, blue = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.6, 0.9)[i % 3], (0.95, 0.9, 0.6)[i % 3])
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return colors
+
+
+def overlay(pixels: np.ndarray, labels: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """An image below the colours of its labels, half of each; where a label has no colour, the image alone.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        labels: integers [H, W].
+        colors: by label.
+    """
+    known = labels < len(colors)
+    painted = np.array(colors, np.uint8)[np.where(known, labels, 0)]
+    return np.where(known[..., None], ((pixels.astype(np.uint16) + painted + 1) // 2).astype(np.uint8), pixels)
+
+
+def draw_labels(image: Image.Image, labels: np.ndarray, colors: Sequence[tuple[int, int, int]],
+                legend: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:
+    """An image below the colours of its labels, and to its right the legend (name, colour)."""
+    pixels = np.asarray(image.convert('RGB'))
+    font, line = ImageFont.load_default(14), 22
+    names = [name for name, _ in legend]
+    width = 40 + max((math.ceil(font.getlength(name)) for name in names), default=0)
+    canvas = Image.new('RGB', (pixels.shape[1] + width, max(pixels.shape[0], line * len(legend) + 8)), 'white')
+    canvas.paste(Image.fromarray(overlay(pixels, labels, colors)), (0, 0))
+    draw, left = ImageDraw.Draw(canvas), pixels.shape[1] + 8
+    for row, (name, color) in enumerate(legend):
+        top = 4 + line * row
+        draw.rectangle((left, top + 3, left + 14, top + 17), color)
+        draw.text((left + 20, top), name, 'black', font)
+    return canvas
+
+
+def draw_batch_of_labels(images: torch.Tensor, labels: torch.Tensor, *, mean: Sequence[float], std: Sequence[float],
+                         colors: Sequence[tuple[int, int, int]]) -> Image.Image:
+    """The first eight of a batch of normalised images [B, 3, H, W] below the colours of their labels, four in a row."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    drawn = []
+    for image, label in zip(images[:8].cpu(), labels.cpu(), strict=False):
+        pixels = np.asarray(to_pil_image((image * std + mean).clamp(0, 1)))
+        drawn.append(torch.from_numpy(overlay(pixels, label.numpy(), colors)).permute(2, 0, 1))
+    return to_pil_image(make_grid(drawn, nrow=4))

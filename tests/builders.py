@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import datasets
 import recipes
 import reference
-from models.released import RELEASED
+from models.released import RELEASED, RELEASED_DENSE
 from recipes import Recipe, Run
 from tasks import Task, create_task
 
@@ -256,7 +256,7 @@ class Payload:
 
 def put(cache: Path, name: str, write: Callable, *args: Any, **kwargs: Any) -> Path:
     """Writes a released file into the cache, where a download would have put it."""
-    path = cache / RELEASED[name].url.rsplit('/', 1)[1]
+    path = cache / (RELEASED | RELEASED_DENSE)[name].url.rsplit('/', 1)[1]
     write(path, *args, **kwargs)
     return path
 

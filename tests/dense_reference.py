@@ -1,9 +1,10 @@
-"""Figures recorded from the authors' detectors under mmdet 2.26 (tests/data/dense), and their weights and images.
+"""Figures recorded from the authors' detectors under mmdet 2.26 and segmentors under mmseg 0.29 (tests/data/dense), and
+their weights and images.
 
-The files are those of the recording, whole: `retinanet.*`, `mask_rcnn.*`, `cascade.*` and `cascade_giou.*` are a model
-each with seed 0 (maps, detections, losses, norms of gradients), `units.*` the parts of all detectors (anchors, coder,
-assigners, NMS, losses), `init.json.gz` fresh weights and `state_dict_shapes.json.gz` the names and shapes of the
-released files. They were recorded on the CPU in float32, with torch 1.13.
+The files are those of the recording, whole: `retinanet.*`, `mask_rcnn.*`, `upernet.*` and so on are a model each with
+seed 0 (maps, predictions, losses, norms of gradients), `units.*` the parts of all detectors (anchors, coder, assigners,
+NMS, losses), `init.json.gz` fresh weights and `state_dict_shapes.json.gz` the names and shapes of the released files.
+They were recorded on the CPU in float32, with torch 1.13.
 """
 import gzip
 import json
@@ -19,7 +20,7 @@ import reference
 DATA = reference.DATA / 'dense'
 # Gain of the output layers' weights, shift of their biases; of `fc_cls`, of the last one alone, the background's
 OUTPUTS = {'retina_cls': (0.6, -4.5), 'retina_reg': (0.2, 0.0), 'rpn_cls': (0.5, 0.0), 'rpn_reg': (0.2, 0.0),
-           'fc_cls': (0.8, 2.0), 'fc_reg': (0.7, 0.0), 'conv_logits': (1.5, 0.0)}
+           'fc_cls': (0.8, 2.0), 'fc_reg': (0.7, 0.0), 'conv_logits': (1.5, 0.0), 'conv_seg': (0.6, 0.0)}
 
 
 def load(name: str) -> dict[str, object]:
@@ -135,20 +136,17 @@ def compare_losses(recorded: Recorded, tag: str, losses: dict[str, torch.Tensor]
     assert sum(losses.values()).item() == pytest.approx(recorded[f'{tag}/total'], rel=loose)
 
 
-def compare_gradients(
-    recorded: Recorded, tag: str, model: nn.Module, *, tolerance: float, count: int, floor: float = 1e-6
-) -> None:
+def compare_gradients(recorded: dict[str, float], model: nn.Module, tolerance: float, *, floor: float = 1e-6) -> None:
     """Norms above 1e-4 of the largest within the relative tolerance, the others within `floor` of the largest.
 
     The small ones are round-off: a bias in front of a BN in training mode has a gradient of 0.
     """
-    expected = recorded[f'{tag}/grad_norm']
-    largest, parameters = max(expected.values()), dict(model.named_parameters())
-    assert parameters.keys() == expected.keys() and len(expected) == count
+    largest, parameters = max(recorded.values()), dict(model.named_parameters())
+    assert parameters.keys() == recorded.keys()
     for name, parameter in parameters.items():
         norm = 0.0 if parameter.grad is None else parameter.grad.double().norm().item()
-        allowed = tolerance * expected[name] if expected[name] > 1e-4 * largest else floor * largest
-        assert norm == pytest.approx(expected[name], abs=allowed), name
+        allowed = tolerance * recorded[name] if recorded[name] > 1e-4 * largest else floor * largest
+        assert abs(norm - recorded[name]) <= allowed, (name, norm, recorded[name])
 
 
 def compare_statistics(recorded: Recorded, tag: str, model: nn.Module, count: int, *, loose: float = 1e-5) -> None:

@@ -21,7 +21,8 @@ TINY = ('--model', 'moganet_xtiny', '--model_kwargs', 'dims=[8,8,16,16]', 'depth
 os.environ['TORCH_CPP_LOG_LEVEL'] = 'ERROR'  # as main.py sets it, before torch is imported
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload([
-    'torch', 'timm', 'main', 'training.trainer', 'training.evaluation', 'tasks.classification', 'models.moganet',
+    'torch', 'timm', 'main', 'training.trainer', 'training.evaluation', 'tasks.classification', 'tasks.detection',
+    'models.moganet',
     'models.weights', 'torch.utils.tensorboard', 'timm.loss'])
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 import dense_reference
 import tasks
-from builders import encoded
+from builders import differences, encoded, open_loaders
 from pipeline import coco, dense
 from pipeline.augmentation import BadImage, refusing_bad_images
 from pipeline.coco import CocoSource, Transform, find_json
@@ -536,6 +536,23 @@ def test_an_evaluation_sees_each_image_once_in_batches_of_one_padded_size(many, 
         names += loader.names
     assert sorted(seen) == list(range(61))
     assert [int(Path(name).stem) for name in names] == seen
+
+
+def test_workers_change_no_batch(many):
+    """Of the real task: pixels, boxes and sizes of the first update, with and without processes."""
+    recipe = replace(RECIPES['retinanet_moganet_tiny_1x'], image_scale=(96, 64), total_batch_size=4, epochs=1,
+                     num_classes=None)
+    taken = []
+    for workers in (0, 2):
+        run = Run(train_json=str(many.json), val_json=str(many.json), image_dir=str(many.folder), device='cpu',
+                  batch_size=2, update_freq=2, num_workers=workers)
+        made = open_loaders(recipe, run)
+        assert made.task.classes == many.classes
+        taken.append([*made.train.epoch(0, end=1), *list(made.val)[:2]])
+        made.close()
+    assert differences([vars(batch) for batch in taken[0]], [vars(batch) for batch in taken[1]]) == []
+    assert all(not batch.images[:, :, height:, width:].any() for batch in taken[0] for height, width in [
+        tuple(map(max, zip(*batch.sizes, strict=True)))])
 
 
 @dataclass

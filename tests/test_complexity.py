@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from recipes import coco
 from tools import complexity
 from utils import UserError
 
@@ -36,6 +37,21 @@ def test_command_prints_json_or_a_table_by_size(capsys):
     complexity.main(['moganet_xtiny', '--sizes', '224'])
     _, line = capsys.readouterr().out.splitlines()
     assert line.split() == ['moganet_xtiny', '224', '2,956,066', '0.787', '0.783']
+
+
+@pytest.mark.parametrize('row', [
+    pytest.param(row, marks=() if 'xtiny' in row.name else pytest.mark.slow, id=row.name)
+    for row in coco.ROWS if row.expected_flops])
+def test_detectors_count_within_1_percent_of_the_published(row):
+    counted = complexity.complexity(row.name, complexity.DENSE_SIZE)
+    assert counted['macs'] / 1e9 == pytest.approx(row.expected_flops, rel=0.01)
+    assert counted['parameters'] / 1e6 == pytest.approx(row.expected_parameters, rel=0.01)
+
+
+def test_a_detectors_line_has_its_size(capsys):
+    complexity.main(['retinanet_moganet_xtiny_1x'])
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.split()[:2] == ['retinanet_moganet_xtiny_1x', '1280x800']
 
 
 def test_unknown_model_and_impossible_size_are_refused_with_the_cure():

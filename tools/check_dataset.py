@@ -2,7 +2,8 @@
 
     python tools/check_dataset.py --data_path /path/to/imagenet                 # class folders and counts, in seconds
     python tools/check_dataset.py --data_path /path/to/imagenet --decode        # and every file, on all cores
-    python tools/check_dataset.py --recipe retinanet_moganet_tiny_1x --data_path /path/to/coco   # a detector's
+    python tools/check_dataset.py --recipe retinanet_moganet_tiny_1x --data_path /path/to/coco   # boxes
+    python tools/check_dataset.py --recipe upernet_moganet_tiny_160k --data_path /path/to/ade    # labels of pixels
     python tools/check_dataset.py --data_path /path/to/imagenet --sort_val ILSVRC2012_validation_ground_truth.txt
 
 --sort_val takes the ground truth of ImageNet's development kit (with its meta.mat beside it), Kaggle's
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from pipeline import augmentation
+from pipeline.ade20k import open_ade20k
 from pipeline.coco import check_coco, open_coco
 from pipeline.files import Split, find_files, kind_of, read_ground_truth
 from pipeline.labels import BadLabel
@@ -101,7 +103,8 @@ def _open_folder(recipe: Recipe, run: Run, split: Split) -> ImageFiles:
 
 # Of a recipe's task: what opens a half of its data, and what is seen of both
 KINDS = {'tasks.classification:Classification': (_open_folder, check_files),
-         'tasks.detection:Detection': (open_coco, check_coco)}
+         'tasks.detection:Detection': (open_coco, check_coco),
+         'tasks.segmentation:Segmentation': (open_ade20k, lambda train, val: ([], []))}
 
 
 def check(recipe: Recipe, run: Run, *, decode: bool = False, workers: int | None = None) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""The average precision is COCO's: equal to pycocotools and to the figures recorded with it."""
+import contextlib
+import gzip
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import reference
+from pipeline.coco import CocoSource
+from tasks.average_precision import STATISTICS, average_precision
+
+RECORDED = json.loads(gzip.decompress((reference.DATA / 'dense' / 'resize_metrics.json.gz').read_bytes()))['coco']
+
+
+def open_source(folder: Path, truth: dict) -> CocoSource:
+    """A source of a ground truth, with images of one pixel's content."""
+    for image in truth['images']:
+        image.setdefault('file_name', f'{image["id"]}.png')
+        Image.new('RGB', (image['width'], image['height'])).save(folder / image['file_name'])
+    (folder / 'truth.json').write_text(json.dumps(truth))
+    return CocoSource(folder / 'truth.json', folder, training=False)
+
+
+def to_rows(source: CocoSource, detections: list[dict]) -> np.ndarray:
+    place, label = ({int(number): i for i, number in enumerate(numbers)} for numbers in (
+        source.ids, source.category_ids))
+    return np.array([[place[found['image_id']], *found['bbox'], found['score'], label[found['category_id']]]
+                     for found in detections]).reshape(-1, 7)
+
+
+def of_pycocotools(truth: dict, detections: list[dict]) -> list[float]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        judged = COCO()
+        judged.dataset = json.loads(json.dumps(truth))
+        judged.createIndex()
+        judge = COCOeval(judged, judged.loadRes(json.loads(json.dumps(detections))), 'bbox')
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return judge.stats.tolist()
+
+
+def hundredths(values: list[float]) -> list[float]:
+    return [100 * value if value >= 0 else -1 for value in values]
+
+
+def test_all_twelve_numbers_and_those_by_class_equal_the_recorded_ones(tmp_path, own_cache):
+    source = open_source(tmp_path, RECORDED['ground_truth'])
+    values, by_class = average_precision(source, to_rows(source, RECORDED['detections']))
+    assert list(values) == [f'box_{name}' for name in STATISTICS]
+    # Sums of at most 10 x 101 x classes numbers in another order
+    assert list(values.values()) == pytest.approx(hundredths(RECORDED['bbox']), abs=1e-10)
+    recorded = RECORDED['per_category_bbox']
+    assert len(by_class) == len(source.category_ids) >= 5
+    for number, entry in zip(source.category_ids, by_class.values(), strict=True):
+        if str(number) in recorded:
+            assert entry['box_ap'] == pytest.approx(hundredths([recorded[str(number)] or -1])[0], abs=1e-10)
+    boxes = [note['category_id'] for note in RECORDED['ground_truth']['annotations'] if not note.get('iscrowd')]
+    assert [entry['boxes'] for entry in by_class.values()] == [boxes.count(n) for n in source.category_ids]
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_all_twelve_numbers_equal_pycocotools_on_many_boxes_with_crowds_and_equal_scores(seed, tmp_path, own_cache):
+    rng = np.random.default_rng(seed)
+    truth = {'images': [{'id': 7 * i + 3, 'width': 300, 'height': 200} for i in range(30)], 'annotations': [],
+             'categories': [{'id': number, 'name': f'class {number}'} for number in (2, 3, 17, 90)]}
+    detections = []
+    for image in truth['images'][:-2]:  # two without a box, of which one has detections all the same
+        for _ in range(rng.integers(0, 12)):
+            x, y, w, h = (rng.random(4) * (200, 120, 100, 80) + (0, 0, 2, 2)).round(2).tolist()
+            number = int(rng.choice([2, 3, 17]))  # nothing is a 90
+            truth['annotations'].append({
+                'id': len(truth['annotations']), 'image_id': image['id'], 'category_id': number,
+                'bbox': [x, y, w, h], 'area': round(w * h * rng.uniform(0.5, 1), 2),
+                'iscrowd': int(rng.random() < 0.1)})
+            for _ in range(rng.integers(0, 4)):
+                jitter = (np.array([x, y, w, h]) + rng.normal(0, 4, 4)).clip(1).tolist()
+                detections.append({'image_id': image['id'], 'category_id': int(rng.choice([number, number, 90])),
+                                   'bbox': jitter, 'score': float(rng.integers(1, 20) / 20)})
+    detections.append({'image_id': truth['images'][-1]['id'], 'category_id': 2, 'bbox': [1, 1, 5, 5], 'score': 0.9})
+    source = open_source(tmp_path, truth)
+    for note in truth['annotations']:
+        note['id'] += 1  # pycocotools takes an annotation with the id 0 for none
+    values, _ = average_precision(source, to_rows(source, detections))
+    assert list(values.values()) == pytest.approx(hundredths(of_pycocotools(truth, detections)), abs=1e-10)
+    assert 0 < values['box_ap'] < values['box_ap50']
+
+
+def test_without_a_detection_all_is_0_and_without_an_object_of_a_size_it_is_as_coco_has_it(tmp_path, own_cache):
+    truth = {'images': [{'id': 1, 'width': 50, 'height': 50}], 'categories': [{'id': 4, 'name': 'a'}], 'annotations': [
+        {'id': 1, 'image_id': 1, 'category_id': 4, 'bbox': [2, 2, 20, 20], 'area': 400, 'iscrowd': 0}]}
+    values, by_class = average_precision(open_source(tmp_path, truth), np.zeros((0, 7)))
+    assert values['box_ap'] == values['box_ap_small'] == values['box_ar100'] == 0 and values['box_ap_large'] == -1
+    assert by_class == {'a': {'box_ap': 0, 'box_ap50': 0, 'box_ap75': 0, 'boxes': 1}}

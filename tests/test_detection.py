@@ -1,0 +1,282 @@
+"""Detection from end to end: a made-up set in COCO's form, trained, interrupted, evaluated, told and drawn."""
+import csv
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import main
+import predict
+import recipes
+import runs
+from builders import differences, log_of, state_of
+from pipeline import digits_coco
+from recipes import RECIPES, Run
+from tasks import create_task
+from tasks.detection import coco_classes
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'own_cache')
+
+ROW = 'retinanet_moganet_digits'
+NETWORK = ('--model_kwargs', 'dims=[8,8,16,16]', 'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]', '--network_kwargs',
+           'channels=16', 'depth=1', 'anchor_scale=2')
+SMALL = ('--recipe', ROW, '--data_set', 'coco', *NETWORK, '--image_scale', '96', '96', '--device', 'cpu',
+         '--warmup_steps', '2')
+# 6 updates an epoch, of which each accumulates two micro-batches on one process
+WORDS = (*SMALL, '--num_workers', '1', '--epochs', '2', '--total_batch_size', '4', '--model_ema_decay', '0.9',
+         '--print_freq', '2')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    """28 images to train, of which 27 have a box to train on and about 18 are landscapes; 9 to test."""
+    folder = tmp_path_factory.mktemp('digits')
+    digits_coco.write(folder, train=28, val=9)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def words(data) -> tuple[str, ...]:
+    return (*WORDS, '--data_path', str(data))
+
+
+@pytest.fixture(scope='module')
+def trained(words, tmp_path_factory) -> Path:
+    """A whole run of two epochs on one process; what it printed is beside it."""
+    folder = tmp_path_factory.mktemp('detector') / 'run'
+    runs.run((*words, '--batch_size', '2', '--output_dir', str(folder)), folder.with_suffix('.txt'))
+    return folder
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+def test_the_log_has_the_single_losses_and_cocos_numbers(trained):
+    log = log_of(trained)
+    assert len(log) == 2 and log[-1]['step'] == 12
+    for entry in log:  # their sum, in float32 and rounded once more
+        assert entry['train_cls'] + entry['train_bbox'] == pytest.approx(entry['train_loss'], rel=1e-6)
+    assert log[-1]['train_cls'] < log[0]['train_cls']
+    assert {f'test_{name}{of}' for name in RECIPES[ROW].metrics for of in ('', '_ema')} <= log[-1].keys()
+    best = state_of(trained)['best']
+    assert best['test_box_ap'] == max(entry['test_box_ap'] for entry in log)
+    text = trained.with_suffix('.txt').read_text()
+    assert 'box AP' in text and 'best box_ap' in text
+    assert state_of(trained)['classes'] == list('0123456789')
+    saved = json.loads((trained / 'recipe.json').read_text())
+    assert saved['task'] == 'tasks.detection:Detection' and recipes.from_dict(saved).image_scale == (96, 96)
+
+
+def test_pictures_of_the_first_batch_and_of_the_last_detections_are_on_tensorboard(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(trained / 'tensorboard'), size_guidance={'images': 0}).Reload()
+    assert {'train/images', 'test/detections 0', 'test/detections 3_ema'} <= set(events.Tags()['images'])
+
+
+@pytest.mark.parametrize('world_size', [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_that_is_stopped_and_killed_at_any_update_ends_with_the_same_bits(world_size, words, tmp_path):
+    batch = {1: ('--batch_size', '2'), 2: (), 3: ('--total_batch_size', '6')}[world_size]
+    words = (*words, *batch, '--epochs', '1', '--disable_eval', '--print_freq', '1')
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    runs.run((*words, '--output_dir', str(whole)), tmp_path / 'whole.txt', world_size=world_size)
+    for number, update in ((signal.SIGTERM, 1), (signal.SIGKILL, 3)):
+        stop = f'''
+import os
+def observe(state):
+    if state.step == {update} and rank == {world_size - 1}:
+        os.kill(os.getpid(), {int(number)})
+'''
+        job = runs.start((*words, '--output_dir', str(parts), '--save_ckpt_steps', '1'), tmp_path / f'{update}.txt',
+                         world_size=world_size, before=stop)
+        if number == signal.SIGKILL:
+            job.ranks[-1].join(timeout=120)
+            job.kill()
+        statuses = job.wait()
+        if number == signal.SIGTERM:
+            assert statuses == [128 + number] * world_size, job.text()
+            assert state_of(parts)['step'] in (update, update + 1)  # several ranks agree an update later
+    runs.run((*words, '--output_dir', str(parts)), tmp_path / 'rest.txt', world_size=world_size)
+    assert state_of(parts)['step'] == state_of(parts)['updates_per_epoch'] >= 4
+    assert differences(state_of(whole), state_of(parts)) == []
+
+
+def test_a_nan_stops_the_run_before_it_is_saved(words, tmp_path):
+    spoil = '''
+import torch
+def observe(state):
+    if state.step == 3:
+        with torch.no_grad():
+            state.model.bbox_head.retina_cls.bias[0] = float('nan')
+'''
+    job = runs.start((*words, '--batch_size', '2', '--save_ckpt_steps', '1', '--output_dir', str(tmp_path / 'run')),
+                     tmp_path / 'nan.txt', before=spoil)
+    assert job.wait() == [1] and 'are NaN or infinite' in job.text()
+    assert state_of(tmp_path / 'run')['step'] == 2
+
+
+def test_micro_batches_that_differ_from_the_recipes_are_said(trained, words, tmp_path):
+    text = trained.with_suffix('.txt').read_text()
+    assert 'Micro-batches of 2 images where the recipe has 8' in text and 'positive anchors' in text
+    assert '2 micro-steps' in text
+
+
+# ---- Evaluation -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def sure(trained, tmp_path_factory) -> Path:
+    """The trained detector with a bias by which it is sure of many boxes."""
+    state = torch.load(trained / 'checkpoint-last.pth', weights_only=True)
+    state['model_ema']['bbox_head.retina_cls.bias'] += 4
+    path = tmp_path_factory.mktemp('sure') / 'file.pth'
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def evaluated(sure, data, tmp_path_factory) -> list[Path]:
+    """The same checkpoint evaluated on one, two and three processes, with its predictions."""
+    folders = []
+    for world_size in (1, 2, 3):
+        folder = tmp_path_factory.mktemp(f'eval{world_size}')
+        runs.run(('--eval', '--checkpoint', str(sure), '--device', 'cpu', '--data_path',
+                  str(data), '--num_workers', '0', '--val_batch_size', '1', '--output_dir', str(folder),
+                  '--save_predictions', str(folder / 'found.json')), folder / 'log.txt', world_size=world_size)
+        folders.append(folder)
+    return folders
+
+
+def test_an_evaluation_is_equal_on_one_two_and_three_processes(evaluated):
+    names = [*RECIPES[ROW].metrics, 'by_class', 'count']
+    first, *others = ({name: json.loads((folder / 'eval.json').read_text())[name] for name in names}
+                      for folder in evaluated)
+    assert first['count'] == 9 and all(other == first for other in others)
+    found = [(folder / 'found.json').read_text() for folder in evaluated]
+    assert json.loads(found[0]) and found[0] == found[1] == found[2]  # one image a batch: the same bits
+
+
+def test_the_predictions_are_cocos_result_json_and_the_classes_a_table(evaluated, data):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    truth = COCO(str(data / 'annotations' / 'instances_val2017.json'))
+    judge = COCOeval(truth, truth.loadRes(str(evaluated[0] / 'found.json')), 'bbox')
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    result = json.loads((evaluated[0] / 'eval.json').read_text())
+    # The same boxes by the same rule: sums in another order
+    expected = [100 * value if value >= 0 else -1 for value in judge.stats]
+    assert [result[name] for name in RECIPES[ROW].metrics] == pytest.approx(expected, abs=1e-9)
+    rows = list(csv.DictReader((evaluated[0] / 'ap_by_class.csv').open()))
+    assert [row['class'] for row in rows] == list('0123456789')
+    assert sum(int(row['boxes']) for row in rows) == sum(not note['iscrowd'] for note in truth.anns.values())
+
+
+# ---- Prediction -----------------------------------------------------------------------------------------------------
+
+def test_boxes_are_told_and_drawn_at_the_size_of_the_photograph(sure, data, tmp_path, capsys):
+    photo = next((data / 'val2017').iterdir())
+    width, height = Image.open(photo).size
+    words = [str(photo), '--checkpoint', str(sure), '--device', 'cpu']
+    assert predict.main([*words, '--json', '--draw', str(tmp_path)]) == 0
+    entry, = json.loads(capsys.readouterr().out)
+    found = entry['predictions']
+    assert 0 < len(found) <= 100 and [box['score'] for box in found] == sorted((box['score'] for box in found),
+                                                                               reverse=True)
+    for box in found:
+        x1, y1, x2, y2 = box['box']
+        assert 0 <= x1 <= x2 <= width + 0.01 and 0 <= y1 <= y2 <= height + 0.01
+        assert box['name'] == str(box['class'])
+    drawn = Image.open(tmp_path / f'{photo.stem}.png')
+    assert drawn.size == (width, height) and drawn.tobytes() != Image.open(photo).convert('RGB').tobytes()
+    assert predict.main([*words, '--topk', '2']) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_photograph_is_looked_at_upright(sure, data, tmp_path, capsys):
+    photo = Image.open(next((data / 'val2017').iterdir()))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    photo.save(tmp_path / 'plain.png')
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / 'turned.png', exif=exif)
+    words = ['--checkpoint', str(sure), '--device', 'cpu', '--json']
+    assert predict.main([str(tmp_path / 'plain.png'), str(tmp_path / 'turned.png'), *words]) == 0
+    plain, turned = json.loads(capsys.readouterr().out)
+    assert plain['predictions'] and plain['predictions'] == turned['predictions']
+
+
+# ---- Weights --------------------------------------------------------------------------------------------------------
+
+def test_coco_has_80_classes_by_torchvisions_names():
+    names = coco_classes()
+    assert len(names) == len(set(names)) == 80
+    assert (names[0], names[16], names[79]) == ('person', 'dog', 'toothbrush')
+
+
+def test_other_classes_renew_the_last_layer_alone_and_say_so(trained, data, tmp_path, capsys):
+    mine = tmp_path / 'mine.json'
+    facts = json.loads((data / 'annotations' / 'instances_train2017.json').read_text())
+    for category in facts['categories']:
+        category['name'] = 'odd' if category['name'] in '13579' else 'even'
+    merged = {name: number for number, name in enumerate(('even', 'odd'))}
+    by_id = {category['id']: merged[category['name']] for category in facts['categories']}
+    for note in facts['annotations']:
+        note['category_id'] = by_id[note['category_id']]
+    facts['categories'] = [{'id': number, 'name': name} for name, number in merged.items()]
+    mine.write_text(json.dumps(facts))
+    files = ('--train_json', str(mine), '--val_json', str(mine), '--image_dir', str(data / 'train2017'))
+    words = [*SMALL, *files, '--num_workers', '0', '--batch_size', '4', '--total_batch_size', '4', '--epochs', 'none',
+             '--updates', '1', '--warmup_steps', '0', '--lr', '0', '--min_lr', '0', '--model_ema', 'false',
+             '--disable_eval', '--finetune', str(trained / 'checkpoint-last.pth'), '--output_dir',
+             str(tmp_path / 'run')]
+    assert main.main(words) == 0
+    said = capsys.readouterr().out
+    assert 'bbox_head.retina_cls.weight, bbox_head.retina_cls.bias' in said and '2 classes' in said
+    ours, theirs = state_of(tmp_path / 'run')['model'], state_of(trained)['model_ema']
+    assert ours['bbox_head.retina_cls.weight'].shape[0] == 18
+    moved = [name for name in ours if not name.startswith('bbox_head.retina_cls')
+             and 'running' not in name and 'batches' not in name and not torch.equal(ours[name], theirs[name])]
+    assert moved == []  # at a learning rate of 0 all that was kept is as it was
+
+
+def test_a_classifiers_file_is_the_backbone_by_its_raw_weights_and_no_detector(data, tmp_path, capsys):
+    torch.manual_seed(0)
+    task = create_task(recipes.resolve(list(WORDS))[0], Run(eval=True, batch_size=2))
+    task.recipe = recipes.from_dict(recipes.to_dict(task.recipe) | {'num_classes': 10})
+    state = task.build_model().state_dict()
+    raw = {name.removeprefix('backbone.'): value for name, value in state.items() if name.startswith('backbone.')}
+    raw |= {'head.weight': torch.zeros(5, 16), 'head.bias': torch.zeros(5)}
+    torch.save({'state_dict': {name: value + 1 if value.is_floating_point() else value for name, value in raw.items()},
+                'state_dict_ema': raw}, tmp_path / 'classifier.pth')
+    words = [*SMALL, '--data_path', str(data), '--num_workers', '0', '--batch_size', '4', '--total_batch_size', '4',
+             '--epochs', 'none', '--updates', '1', '--warmup_steps', '0', '--lr', '0', '--min_lr', '0', '--model_ema',
+             'false', '--disable_eval', '--finetune', str(tmp_path / 'classifier.pth')]
+    for flags, shift in (((), 1), (('--weights', 'ema'), 0)):
+        folder = tmp_path / f'run{shift}'
+        assert main.main([*words, *flags, '--output_dir', str(folder)]) == 0
+        assert 'neck, bbox_head start afresh' in capsys.readouterr().out
+        got = state_of(folder)['model']['backbone.blocks1.0.attn.proj_1.weight']
+        assert torch.equal(got, raw['blocks1.0.attn.proj_1.weight'] + shift)
+    words = ['--eval', *SMALL, '--data_path', str(data), '--checkpoint', str(tmp_path / 'classifier.pth')]
+    assert main.main(words) == 2
+    assert 'holds a backbone alone, and no retinanet_moganet_digits' in capsys.readouterr().err
+
+
+# ---- What cannot be -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('flags,said', [
+    (('--compile',), 'vary in size'), (('--class_map', 'x'), '--class_map is for classification'),
+    (('--repeated_aug', '3'), '--repeated_aug'), (('--mixup', '0.1'), 'unknown flag --mixup'),
+    (('--data_set', 'digits'), 'has no boxes'), (('--save_predictions', 'x.json'), 'goes with --eval'),
+    (('--eval_data_path', 'x'), 'give --val_json'), (('--freeze_stages', '1'), 'random initial values'),
+    (('--network_kwargs', 'depht=2'), 'depht'), (('--data_path', 'nowhere'), 'nowhere does not exist')])
+def test_what_cannot_be_is_one_line(flags, said, data, tmp_path, capsys):
+    words = [*SMALL, '--data_path', str(data), '--num_workers', '0', '--output_dir', str(tmp_path / 'run'), *flags]
+    assert main.main(words) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+def test_a_classifier_takes_no_flag_of_detectors(capsys):
+    assert main.main(['--model', 'moganet_tiny', '--train_json', 'x.json']) == 2
+    assert '--train_json is for detectors' in capsys.readouterr().err
