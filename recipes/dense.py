@@ -42,6 +42,10 @@ class Dense(Recipe):
         for name in ('class_map', 'valid_labels', 'real_labels'):
             check(getattr(run, name) is None, f'--{name} is for classification; leave it out')
 
+    def count_size(self) -> tuple[int, int]:
+        """Height and width of the image for which multiply-accumulates are told."""
+        raise NotImplementedError
+
     def arguments(self) -> dict[str, Any]:
         """The arguments of the backbone's constructor, beside `model_kwargs`."""
         gates = {'gate': self.gate, 'gate_fp32': self.gate_fp32} if is_moganet(self.model) else {}

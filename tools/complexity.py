@@ -27,9 +27,6 @@ from recipes import RECIPES
 from recipes.dense import Dense
 from utils import UserError, nearest, run_cli
 
-DENSE_SIZE = (800, 1280)  # height and width
-
-
 def _norm_flops(shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
     return 2 * 2 * math.prod(shape)  # the scale and the shift: fvcore counts each element of an evaluation BN as two
 
@@ -92,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     names = args.names or timm.list_models(module='moganet')
     rows = [complexity(name, size) for name in names for size in args.sizes or (
-        [DENSE_SIZE] if isinstance(RECIPES.get(name), Dense) else [224, 256])]
+        [RECIPES[name].count_size()] if isinstance(RECIPES.get(name), Dense) else [224, 256])]
     rows.sort(key=lambda row: row['parameters'])
     if args.json:
         print(json.dumps(rows, indent=1))
