@@ -305,6 +305,18 @@ class RCNN(Detector):
         levels = self.neck(self.maps(images))
         return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
 
+    def outputs(self, images: Tensor) -> list[Any]:
+        """What the RPN and the heads give for images [B, 3, H, W], of one box in place of those that would be chosen.
+
+        The heads of boxes see 1,000 in an image and those of masks 100, as many as in a test: the cost is the same.
+        """
+        levels = self.features(images)
+        box_rois, mask_rois = (images.new_zeros(count * len(images), 5) for count in (1000, 100))
+        given = [(BOX, 'bbox_head', box_rois), (MASK, 'mask_head', mask_rois)][:2 if self.masks else 1]
+        heads = [head(roi_features(levels[:len(STRIDES)], rois, size)) for size, name, rois in given
+                 for head in self.heads(name)]
+        return [*self.rpn_head(levels), *heads]
+
     def forward(
         self, images: Tensor, targets: Sequence[Target], proposals: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ from torchvision.ops import box_iou, generalized_box_iou, roi_align
 
 import dense_reference
 import models
+import optim_factory
+import reference
 from dense_reference import CASES, compare_gradients, compare_losses, compare_map, fixed_permutation, image, relative
 from models import boxes as box
 from models import rcnn
@@ -177,7 +179,7 @@ def test_rois_take_their_features_from_the_recorded_levels():
 
 
 def test_pooled_features_and_their_gradients_equal_the_recorded_ones():
-    levels = [torch.from_numpy(dense_reference.reference._rng(f'feat{i}', 0).normal(0, 1, (2, 4, 32 >> i, 40 >> i)))
+    levels = [torch.from_numpy(reference._rng(f'feat{i}', 0).normal(0, 1, (2, 4, 32 >> i, 40 >> i)))
               .float().requires_grad_() for i in range(4)]
     rois = UNITS['roialign/rois']
     assert rcnn.roi_levels(rois).tolist() == UNITS['roialign']['levels']
@@ -185,7 +187,7 @@ def test_pooled_features_and_their_gradients_equal_the_recorded_ones():
     # Bilinear means of at most a few hundred float32 numbers: 1e-6
     assert relative(boxes, UNITS['roialign/box7']) <= 1e-6
     assert relative(masks, UNITS['roialign/mask14_first6']) <= 1e-6
-    weights = torch.from_numpy(dense_reference.reference._rng('w', 0).normal(0, 1, 1000)).float()
+    weights = torch.from_numpy(reference._rng('w', 0).normal(0, 1, 1000)).float()
     (boxes.flatten() * weights.repeat(-(-boxes.numel() // 1000))[:boxes.numel()]).sum().backward()
     for i, level in enumerate(levels):
         assert relative(level.grad, UNITS[f'roialign/grad{i}']) <= 1e-6
@@ -392,6 +394,57 @@ def test_a_whole_step_in_training_mode_equals_the_recorded_one(case, sampling, t
     dense_reference.compare_statistics(recorded, tag, model, case.norms, loose=1e-2)
 
 
+# ---- The rows -------------------------------------------------------------------------------------------------------
+
+OPTIM = reference.load_json('dense_optim.json.gz')
+
+
+@pytest.mark.parametrize('row', ROWS, ids=lambda row: row.name)
+def test_the_rows_have_the_recorded_groups_and_rates(row):
+    kind = '1x' if row.name.endswith('_1x') else '3x_giou_layer_decay' if row.layer_decay < 1 else None
+    if kind:
+        recorded, schedule = OPTIM['schedule'][kind], optim_factory.schedule_of(row, updates_per_epoch=7330)
+        assert schedule.total_updates == recorded['max_iterations']
+        for update, rates in recorded['lr'].items():  # of the group with the full rate; the row's own rate may be half
+            rate = optim_factory.learning_rate(int(update), schedule=schedule) / row.lr
+            assert rate == pytest.approx(max(rates) / max(recorded['base_lr']), rel=1e-11), update
+    recorded = OPTIM['groups'].get(released_file(row.name))
+    if recorded:
+        with torch.device('meta'):
+            optimizer = optim_factory.create_optimizer(models.create_dense(row.name), row)
+        found = {name: (group['lr_scale'], group['weight_decay'])
+                 for group in optimizer.param_groups for name in group['names']}
+        assert found.keys() == recorded['parameters'].keys()
+        for name, (number, _) in recorded['parameters'].items():
+            assert found[name] == pytest.approx(tuple(recorded['kinds'][number]), rel=1e-8)  # written with 9 digits
+
+
+def test_the_rows_hold_the_published_values():
+    table = {  # AP of boxes and masks, GMACs, drop path, learning rate
+        'mask_rcnn_moganet_xtiny_1x': (40.7, 37.6, 185.4, 0.05, 2e-4),
+        'mask_rcnn_moganet_tiny_1x': (42.6, 39.1, 191.7, 0.1, 2e-4),
+        'mask_rcnn_moganet_small_1x': (46.6, 42.2, 271.6, 0.1, 2e-4),
+        'mask_rcnn_moganet_base_1x': (49.0, 43.8, 373.1, 0.2, 1e-4),
+        'mask_rcnn_moganet_large_1x': (49.4, 44.2, 495.3, 0.3, 1e-4),
+        'mask_rcnn_moganet_tiny_3x': (45.3, 40.7, 191.7, 0.1, 2e-4),
+        'mask_rcnn_moganet_small_3x': (48.5, 43.1, 271.6, 0.1, 2e-4),
+        'mask_rcnn_moganet_base_3x': (50.3, 44.4, 373.1, 0.3, 2e-4),
+        'mask_rcnn_moganet_large_3x': (50.6, 44.6, 495.3, 0.3, 2e-4),  # the cost of the shorter row
+        'cascade_mask_rcnn_moganet_small_3x': (51.4, 44.9, 405.4, 0.1, 2e-4),
+        'cascade_mask_rcnn_moganet_small_giou_3x': (51.7, 45.1, 750.2, 0.1, 2e-4),
+        'cascade_mask_rcnn_moganet_base_giou_3x': (52.6, 46.0, 851.6, 0.2, 1e-4),
+        'cascade_mask_rcnn_moganet_large_giou_3x': (53.3, 46.1, 973.8, 0.3, 1e-4)}
+    assert list(table) == [row.name for row in ROWS]
+    for row in ROWS:
+        assert (row.expected_box_ap, row.expected_mask_ap, row.expected_flops, row.drop_path, row.lr) == table[row.name]
+        long, giou = row.name.endswith('_3x'), 'giou' in row.name
+        assert (row.epochs, row.milestones, row.resize) == (
+            (36, (27, 33), 'multi_scale') if long else (12, (8, 11), 'fixed'))
+        assert (row.weight_decay, row.total_batch_size, row.micro_batch_size, row.clip_grad) == (0.05, 16, 2, None)
+        assert (row.warmup_steps, row.warmup_ratio) == (1000 if giou else 500, 0.001)
+        assert not row.sync_bn  # of the whole model; the norms in heads are over all ranks by themselves
+
+
 # ---- What a user relies on ------------------------------------------------------------------------------------------
 
 KINDS = {'mask_rcnn': MaskRCNN, 'cascade': CascadeMaskRCNN, 'cascade_giou': CascadeMaskRCNNGIoU}
@@ -552,6 +605,20 @@ def test_detections_and_masks_go_to_the_original_size_inside_it(kind):
         rows, columns = (mask.any(dim).nonzero().flatten().tolist() for dim in (1, 0))
         # The pixels whose centres lie in the box; a mask's corners are round
         assert rows == list(range(round(y0), round(y1))) and columns == list(range(round(x0), round(x1)))
+
+
+def test_what_is_counted_is_all_that_is_computed():
+    model = small().eval()
+    used = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)):
+            module.register_forward_hook(lambda *_, name=name: used.add(name))
+    outputs = model.outputs(torch.zeros(2, 3, 64, 64))
+    assert used == {name for name, module in model.named_modules()
+                    if isinstance(module, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d))}
+    (logits, deltas), masks = outputs[2:]
+    assert logits.shape == (2000, 4) and deltas.shape == (2000, 3, 4) and masks.shape == (200, 3, 28, 28)
+    assert len(small(masks=False).eval().outputs(torch.zeros(1, 3, 64, 64))) == 3
 
 
 def test_the_heads_norms_off_cuda_are_those_of_the_rank():
