@@ -27,6 +27,7 @@ from recipes import RECIPES
 from recipes.dense import Dense
 from utils import UserError, nearest, run_cli
 
+
 def _norm_flops(shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
     return 2 * 2 * math.prod(shape)  # the scale and the shift: fvcore counts each element of an evaluation BN as two
 

@@ -26,7 +26,8 @@ from recipes.imagenet import S
 from utils import UserError, run_cli, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-# {dense recipe: {WIDTHxHEIGHT: parameters and GMACs}}, and of classifiers {model: {image side: parameters, GMACs, and MB that a training step in 16 bits moves for an image}}
+# {model: {image side: parameters, GMACs, and MB that a training step in 16 bits moves for an image}}; of the rows of
+# dense tasks {recipe: {WIDTHxHEIGHT: parameters and GMACs}}
 COSTS = ROOT / 'tools' / 'docs.json'
 Costs = dict[str, dict[str, dict[str, float]]]
 
@@ -72,7 +73,7 @@ def count_all() -> Costs:
         sizes.setdefault(row.model, set()).update((row.input_size, row.test_size))
     counted = {model: {str(size): count(model, size) for size in sorted(chosen)} for model, chosen in sizes.items()}
     for row in RECIPES.values():
-        if isinstance(row, Dense):
+        if isinstance(row, Detection):
             counts = complexity(row.name, row.count_size())
             counted[row.name] = {size_of(row): {'parameters': counts['parameters'],
                                                 'gmacs': round(counts['macs'] / 1e9, 1)}}
@@ -93,7 +94,7 @@ def load_costs() -> Costs:
                 raise UserError(f'{COSTS.name} has no counts of {row.model} at {size} pixels; run tools/docs.py '
                                 '--count')
     for row in RECIPES.values():
-        if isinstance(row, Dense) and size_of(row) not in costs.get(row.name, {}):
+        if isinstance(row, Detection) and size_of(row) not in costs.get(row.name, {}):
             raise UserError(f'{COSTS.name} has no counts of {row.name}; run tools/docs.py --count')
     return costs
 
@@ -166,9 +167,10 @@ def dense_results(kind: type[Dense]) -> str:
     for row in rows:
         cost = costs[row.name][size_of(row)]
         values = [f'{row.expected()[name]:.1f}' if row.expected()[name] else '-' for name in names]
-        parameters, flops = (f' ({value:g})' if value else '' for value in (row.expected_parameters, row.expected_flops))
+        parameters, gmacs = (f' ({value:g})' if value else ''
+                             for value in (row.expected_parameters, row.expected_flops))
         lines.append(f'| [`{row.name}`](TRAINING.md#{row.name}) | {cost["parameters"] / 1e6:.2f}{parameters} | '
-                     f'{cost["gmacs"]:.1f}{flops} | {" | ".join(values)} |')
+                     f'{cost["gmacs"]:.1f}{gmacs} | {" | ".join(values)} |')
     return '\n'.join(lines)
 
 
