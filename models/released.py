@@ -99,6 +99,9 @@ _DETECTORS = {
        for size in ('small', 'base')},
 }
 RELEASED_DENSE = {name: ReleasedDense(f'{_D}{file}.pth') for name, file in _DETECTORS.items()}
+# Beside the files of mmcv's programs lie their logs, by the same stem. Those of the authors' own repository are timm's
+# summary.csv, under names that are not known here
+LOGS = {name: row.url.removesuffix('.pth') + '.log.json' for name, row in RELEASED.items() if row.format == 'mmcv'}
 RELEASED_BY_FILE = {row.url.rsplit('/', 1)[1]: name for name, row in (*RELEASED.items(), *RELEASED_DENSE.items())}
 
 

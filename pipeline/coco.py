@@ -456,7 +456,7 @@ class CocoSource:
             arrays, facts = scan(self.json, self.folder)
             return arrays, facts | {'stamp': before}, True
 
-        arrays, facts = keep_index(f'{path}\n{folder}', self.json.stem, rules=RULES, build=build,
+        arrays, facts = keep_index(f'{path} with {folder}', self.json.stem, rules=RULES, build=build,
                                    unchanged=lambda facts: facts['stamp'] == stamp())
         return from_file(arrays['images']), from_file(arrays['annotations']), facts
 

@@ -115,6 +115,9 @@ class _Store(argparse.Action):
                 if inner[-1] is not Ellipsis and len(words) != len(inner):
                     raise ValueError(f'{len(inner)} values are wanted')
                 value = tuple(_parse(word, inner[0]) for word in words)
+            elif isinstance(values, list):  # several test sizes
+                value = tuple(_parse(word, kind) for word in values)
+                value = value if len(value) > 1 else value[0]
             else:
                 value = _parse(values, kind)
         except ValueError as error:
@@ -156,6 +159,8 @@ def parser_of(kind: type[Recipe]) -> argparse.ArgumentParser:
                 options['metavar'] = '|'.join(typing.get_args(base))
             else:
                 options['metavar'] = base.__name__.upper()
+                if field.name == 'test_size':  # an evaluation takes several
+                    options['nargs'] = '+'
             group.add_argument(f'--{field.name}', default=argparse.SUPPRESS, **options)
     # Kept from the first release under their old meaning; said in terms of the fields above
     for name in ('use_amp', 'imagenet_default_mean_and_std'):
@@ -225,6 +230,11 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
             if field.metadata['path'] and given.get(field.name):
                 value = given[field.name]
                 given[field.name] = tuple(map(expand, value)) if isinstance(value, tuple) else expand(value)
+    sizes = given.get('test_size')
+    if isinstance(sizes, tuple) and given.get('eval'):
+        given |= {'test_size': sizes[0], 'test_sizes': sizes}
+    elif isinstance(sizes, tuple):
+        raise UserError(f'--test_size takes no further value {sizes[1]}; {SQUARE}')
     recipe, overridden = _resolve_recipe(given)
     run_fields = {field.name for field in fields(Run)}
     run = Run(**{name: value for name, value in given.items() if name in run_fields})
@@ -248,12 +258,12 @@ def check_start(recipe: Recipe, run: Run) -> None:
     if recipe.model:  # else a checkpoint will say what it is
         recipe.check_run(run)
     named = [('checkpoint', path) for path in run.checkpoint] + [(name, getattr(run, name)) for name in (
-        'finetune', 'resume', 'valid_labels', 'real_labels', 'train_json', 'val_json', 'image_dir')]
+        'finetune', 'resume', 'valid_labels', 'real_labels', 'suite', 'train_json', 'val_json', 'image_dir')]
     # A class map may also lie below the data
     for name, path in named:
         if path and not re.match(r'released:|https?://', path) and not os.path.exists(path):
             raise UserError(f'--{name} {path} does not exist; check the path')
-    elsewhere = run.checkpoint or (run.eval and run.eval_data_path)  # a checkpoint says what data it is of
+    elsewhere = run.checkpoint or (run.eval and run.eval_data_path) or run.suite  # a checkpoint says what data it is of
     if recipe.data_set == 'image_folder' and not elsewhere and not Path(run.data_path).exists():
         raise UserError(f'{run.data_path} does not exist; give --data_path the folder that has train/ and val/')
     named_json = run.val_json and (run.eval or run.train_json)

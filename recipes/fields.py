@@ -14,6 +14,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# ImageNet-C's 15 (arXiv 1903.12261), in its order; its authors' extra four count nowhere
+Corruption = Literal[
+    'gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur', 'zoom_blur', 'snow',
+    'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate', 'jpeg_compression']
 UNIONS = (types.UnionType, typing.Union)  # int | None, and what typing makes of int | Literal['auto'] | None
 
 
@@ -240,10 +244,12 @@ class Run:
                                   NOT_NEGATIVE)
     pin_mem: bool = doc(True, 'load into pinned memory (CUDA)')
     compile: bool = doc(False, 'torch.compile the model')
-    channels_last: bool | None = doc(None, 'memory layout; on by default on CUDA')
+    channels_last: bool | None = doc(None, 'memory layout; by default channels-last on CUDA and the CPU, and in a '
+                                           'resumed run as it was')
     grad_checkpointing: bool = doc(False, 'recompute activations in the backward pass to save memory')
     deterministic: bool = doc(False, 'deterministic CUDA kernels: two runs are bit-identical, and slower')
-    tf32: bool = doc(False, 'TensorFloat-32 in float32 matrix products and convolutions (CUDA)')
+    tf32: bool | None = doc(None, 'TensorFloat-32 in float32 matrix products and convolutions; by default where the '
+                                  'device has it (CUDA from Ampere on), and in a resumed run as it was')
     model_ema_force_cpu: bool = doc(False, 'keep the moving average on the CPU')
 
     # Starting
@@ -273,6 +279,13 @@ class Run:
     valid_labels: str | None = doc(None, "file of the model's classes that the test set has, one index a line, in the "
                                          'order of its labels', path=True)
     real_labels: str | None = doc(None, 'JSON of the reassessed labels of the ImageNet test images (ReaL)', path=True)
+    suite: str | None = doc(None, 'folder of ImageNet sets to evaluate on, each by its usual name: val, V2, A, R, '
+                                  'Sketch, C', path=True)
+    corruptions: tuple[Literal[Corruption, 'all'], ...] = doc(
+        (), 'with --suite: evaluate val under these corruptions too, made on the fly')
+    corruption: tuple[str, int] | None = doc(None, 'corruption of the test crops, and its severity', flag=False)
+    test_sizes: tuple[int, ...] = doc((), 'the test sizes, where --test_size gives several', flag=False)
+    tta: Literal['hflip'] | None = doc(None, 'evaluate the mean of the logits of an image and of its mirror image')
     throughput: bool = doc(False, 'measure the images/s of the model alone too')
     results_file: str | None = doc(None, 'CSV file to which the results are appended', path=True)
     save_predictions: str | None = doc(None, "JSON file for what a detector finds in the test images, in COCO's form",
@@ -293,8 +306,14 @@ class Run:
     def check(self) -> None:
         """Refuses values that cannot be meant. Raises UserError that names the flag."""
         check_bounds(self)
-        for name in ('valid_labels', 'real_labels', 'throughput', 'results_file'):
+        for name in ('valid_labels', 'real_labels', 'suite', 'tta', 'throughput', 'results_file'):
             check(self.eval or not getattr(self, name), f'--{name} goes with --eval')
+        for name in ('data_path', 'eval_data_path', 'class_map'):
+            check(not self.suite or getattr(self, name) == getattr(Run, name),
+                  f'--suite knows its sets; leave --{name} out')
+        check(all(size > 0 for size in self.test_sizes), f'--test_size {self.test_sizes}: give values above 0')
+        check(self.suite is not None or not self.corruptions, '--corruptions go with --suite FOLDER')
+        check('all' not in self.corruptions or len(self.corruptions) == 1, '--corruptions all has all of them')
         check(not (self.eval and not self.checkpoint and not self.pretrained), 'evaluate what? say --checkpoint FILE')
         check(not (self.checkpoint and self.pretrained),
               '--checkpoint and --pretrained both name the weights; give one')

@@ -79,6 +79,9 @@ class Detection(Task):
             self._val = source
         return source
 
+    def check_data(self, train: Any, val: Any) -> tuple[list[str], list[str]]:
+        return coco.check_coco(train, val)
+
     def learn_classes(self, sources: Sequence[Any]) -> None:
         if self.run.eval and not self.trained and self.recipe.num_classes == Recipe.known_classes:
             self.trained = coco_classes()  # a released file does not name them
@@ -107,9 +110,10 @@ class Detection(Task):
     # ---- Model
 
     def build_model(self, *, pretrained: bool = False) -> nn.Module:
-        seed_everything(self.recipe.seed, 'model')
-        return build_dense(self.recipe, num_classes=self.recipe.num_classes, pretrained=pretrained,
-                           **self.recipe.arguments())
+        recipe = self.recipe
+        seed_everything(recipe.seed, 'model')
+        return build_dense(recipe, num_classes=recipe.num_classes, pretrained=pretrained,
+                           **recipe.arguments() | recipe.model_kwargs)
 
     def loss(self, model: nn.Module, batch: DetectionBatch) -> dict[str, Tensor]:
         return {shorten(name): loss for name, loss in model(batch.images, batch.targets).items()}

@@ -15,7 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+import models
+import optim_factory
 import reference
+from recipes.dense import Dense
 
 DATA = reference.DATA / 'dense'
 # Gain of the output layers' weights, shift of their biases; of `fc_cls`, of the last one alone, the background's
@@ -158,3 +161,27 @@ def compare_statistics(recorded: Recorded, tag: str, model: nn.Module, count: in
         for name, norm in expected.items():
             allowed = 1e-5 if name.startswith('backbone.') else loose
             assert state[name].norm().item() == pytest.approx(norm, rel=allowed), name
+
+
+def compare_optimizer(row: Dense, *, file: str, schedule: str | None) -> None:
+    """Holds a row's parameter groups to those recorded of the authors' config, where they are, and its rates.
+
+    Args:
+        file: stem of the released file, which is the config's.
+        schedule: name of the recorded schedule; None where there is none.
+    """
+    optim = reference.load_json('dense_optim.json.gz')
+    if schedule:
+        recorded, ours = optim['schedule'][schedule], optim_factory.schedule_of(row, updates_per_epoch=7330)
+        assert ours.total_updates == recorded['max_iterations']
+        for update, rates in recorded['lr'].items():  # of the group with the full rate; the row's own rate may be half
+            rate = optim_factory.learning_rate(int(update), schedule=ours) / row.lr
+            assert rate == pytest.approx(max(rates) / max(recorded['base_lr']), rel=1e-11), update
+    if recorded := optim['groups'].get(file):
+        with torch.device('meta'):
+            optimizer = optim_factory.create_optimizer(models.create_dense(row.name), row)
+        found = {name: (group['lr_scale'], group['weight_decay'])
+                 for group in optimizer.param_groups for name in group['names']}
+        assert found.keys() == recorded['parameters'].keys()
+        for name, (number, _) in recorded['parameters'].items():
+            assert found[name] == pytest.approx(tuple(recorded['kinds'][number]), rel=1e-8)  # written with 9 digits

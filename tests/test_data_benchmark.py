@@ -29,7 +29,8 @@ def test_data_benchmark_gives_ratios_rates_and_cores(photos):
     found = benchmark_data.measure(str(photos), images=32, rounds=2, gpus=8, images_per_second=1200)
     rates = found['images_per_second_and_core']
     assert found['images'] == 32 and set(rates) == {'this', 'common', 'this_uint8', 'timm_uint8'}
-    for name in ('ratio', 'ratio_uint8'):
+    assert set(found['test_images_per_second_and_core']) == {'this_test', 'timm_test'}
+    for name in ('ratio', 'ratio_uint8', 'ratio_test'):
         assert found[name]['min'] <= found[name]['median'] <= found[name]['max']
         assert found[name]['median'] > 1.3  # 2.5 to 3 in quiet; whatever else this machine does, it is faster
     assert found['cores'] == pytest.approx(8 * 1200 / rates['this_uint8'], rel=0.02)

@@ -321,6 +321,14 @@ def test_workers_ignore_the_signals_of_a_preemption():
     loader.close()
 
 
+def test_the_workers_of_an_evaluation_live_on_to_the_next():
+    loader = open_loaders(DIGITS, replace(run_of(), num_workers=2)).val
+    passes = [(list(loader), [worker.pid for worker in loader._workers._iterator._workers]) for _ in range(2)]
+    (first, workers), (second, same_workers) = passes
+    assert same(first, second) and workers == same_workers and len(set(workers)) == 2
+    loader.close()
+
+
 def test_a_process_that_forgets_to_close_its_loaders_ends():
     code = ('import datasets, tasks; from recipes import resolve\n'
             "recipe, run = resolve('--recipe moganet_xtiny_digits --num_workers 2 --val_batch_size 9'.split())\n"

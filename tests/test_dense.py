@@ -15,7 +15,7 @@ from dense_reference import CASES, compare_gradients, compare_losses, compare_ma
 from models import boxes as box
 from models import detection
 from models.detection import RetinaNet
-from recipes import coco
+from recipes import RECIPES, coco
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -415,3 +415,25 @@ def test_the_pyramid_adds_the_nearest_value_of_the_level_above():
     low, high = fpn(maps)
     assert torch.equal(high, maps[1])
     assert torch.allclose(low, maps[0] + F.interpolate(maps[1], size=(5, 3), mode='nearest'))
+
+
+# ---- The rows -------------------------------------------------------------------------------------------------------
+
+
+def test_the_rows_hold_the_published_values():
+    table = {  # AP, parameters in millions, GMACs, drop path
+        'retinanet_moganet_xtiny_1x': (39.7, 12.1, 167.2, 0.05), 'retinanet_moganet_tiny_1x': (41.4, 14.4, 173.4, 0.1),
+        'retinanet_moganet_small_1x': (45.8, 35.1, 253.0, 0.1), 'retinanet_moganet_base_1x': (47.7, 53.5, 354.5, 0.2),
+        'retinanet_moganet_large_1x': (48.7, 92.4, 476.8, 0.3)}
+    assert list(table) == ROWS
+    for name, values in table.items():
+        row = RECIPES[name]
+        assert (row.expected_box_ap, row.expected_parameters, row.expected_flops, row.drop_path) == values
+        assert (row.lr, row.epochs, row.milestones, row.gamma, row.weight_decay) == (1e-4, 12, (8, 11), 0.1, 0.05)
+        assert (row.micro_batch_size, row.total_batch_size, row.image_scale, row.hflip) == (2, 16, (1333, 800), 0.5)
+        assert (row.precision, row.model_ema, row.clip_grad, row.sync_bn) == ('fp32', False, None, False)
+
+
+@pytest.mark.parametrize('row', ROWS)
+def test_the_rows_have_the_recorded_groups_and_rates(row):
+    dense_reference.compare_optimizer(RECIPES[row], file=FILES[row], schedule='1x')

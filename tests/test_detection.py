@@ -282,6 +282,36 @@ def test_a_classifiers_file_is_the_backbone_by_its_raw_weights_and_no_detector(d
     assert 'holds a backbone alone, and no retinanet_moganet_digits' in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_ones_own_classes_learn_faster_from_a_detector_than_from_a_classifier(tmp_path):
+    """Even and odd digits, 40 updates from each start: the detector has seen other photographs with digits 0 to 9."""
+    digits_coco.write(tmp_path / 'first', train=400, val=8)
+    digits_coco.write(tmp_path / 'mine', train=100, val=60, seed=1)
+    for path in (tmp_path / 'mine' / 'annotations').glob('*.json'):
+        facts = json.loads(path.read_text())
+        names = {category['id']: category['name'] for category in facts['categories']}
+        for note in facts['annotations']:
+            note['category_id'] = int(names[note['category_id']]) % 2
+        facts['categories'] = [{'id': 0, 'name': 'even'}, {'id': 1, 'name': 'odd'}]
+        path.write_text(json.dumps(facts))
+    common = ('--device', 'cpu', '--num_workers', '0', '--epochs', 'none', '--model_ema', 'false')
+    starts = {
+        'detector': ('--recipe', ROW, '--data_set', 'coco', '--data_path', str(tmp_path / 'first'), '--updates', '250'),
+        'classifier': ('--recipe', 'moganet_xtiny_digits', '--model_kwargs', 'dims=[16,32,64,128]', 'depths=[1,1,3,1]',
+                       'ffn_ratios=[4,4,4,4]', 'layer_scale_init_value=0.1', '--updates', '150')}
+    found = {}
+    for name, flags in starts.items():
+        folder = tmp_path / name
+        assert main.main([*flags, *common, '--disable_eval', '--output_dir', str(folder)]) == 0
+        words = ('--recipe', ROW, '--data_set', 'coco', '--data_path', str(tmp_path / 'mine'), *common, '--updates',
+                 '40', '--warmup_steps', '10', '--finetune', str(folder / 'checkpoint-last.pth'), '--val_steps', '40',
+                 '--output_dir', str(tmp_path / f'from_{name}'))
+        assert main.main([*words]) == 0
+        found[name] = log_of(tmp_path / f'from_{name}')[-1]['test_box_ap50']
+    print(found)
+    assert found['detector'] > 5 > found['classifier']
+
+
 # ---- What cannot be -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('flags,said', [

@@ -29,7 +29,7 @@ from builders import (
     write_shards,
 )
 from conftest import ROOT
-from models.released import RELEASED
+from models.released import RELEASED, RELEASED_DENSE
 from recipes import RECIPES
 from recipes.command_line import parser_of
 from tools import docs
@@ -81,7 +81,7 @@ ALL = list(dict.fromkeys((page, words) for page in PAGES for words in commands(p
 def resolve(argv: list[str], world_size: int, monkeypatch: pytest.MonkeyPatch) -> recipes.Run | None:
     """What main.py makes of its words; None where they ask for a text."""
     for word in argv:
-        assert not word.startswith('released:') or word.removeprefix('released:') in RELEASED, word
+        assert not word.startswith('released:') or word.removeprefix('released:') in RELEASED | RELEASED_DENSE, word
     monkeypatch.setenv('WORLD_SIZE', str(world_size))
     try:
         return recipes.resolve(argv)[1]

@@ -333,6 +333,32 @@ def test_a_compiled_model_keeps_its_names_and_its_losses():
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the same kernels, some in another order
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_evaluating_compiles_no_second_graph(training):
+    """A graph of the training stays the one graph; an evaluation alone compiles for its batches, not for the last."""
+    torch._dynamo.reset()
+    compiled, ran = [], []
+
+    def backend(graph: torch.fx.GraphModule, _: object):
+        compiled.append(graph)
+        return lambda *inputs: ran.append(graph) or graph.forward(*inputs)
+
+    eager, model = plain(), plain()
+    model.compile(backend=backend)
+    if training:
+        step = step_of(model)
+        train(step, batches(), updates=1)
+        eager.load_state_dict(model.state_dict())
+    items = split(next(batches(11)), 4)
+    found = engine.evaluate({'': model}, items, Accuracy(CPU), count=11, device=CPU, compiling=not training)
+    assert len(compiled) == 1 and len(ran) == (1 if training else 2)  # of three batches, the last has three images
+    expected = engine.evaluate({'': eager}, items, Accuracy(CPU), count=11, device=CPU)
+    assert found['']['loss'] == pytest.approx(expected['']['loss'], rel=1e-6)  # the same kernels, some in another order
+    if training:
+        train(step, batches(), updates=1)
+        assert len(compiled) == 1 and len(ran) == 2
+
+
 def test_wrapping_without_a_process_group_changes_nothing():
     model = tiny()
     assert engine.wrap_distributed(model, CPU) is model

@@ -126,7 +126,7 @@ WAITS = {'join': 'timeout', 'wait': 'timeout', 'get': 'timeout', 'result': 'time
 ALWAYS = {'run', 'check_output', 'check_call', 'urlopen', 'urlretrieve', 'FileLock', 'recv', 'waitpid',
           'init_process_group', 'new_group', 'create_connection', 'communicate'}
 # Methods of ours by these names: Buffers.get waits for nothing, CheckpointFolder.wait has its limit within
-OURS = {'self.get', 'self.buffers.get', 'self.wait', 'folder.wait', 'self.folder.wait', 'files.wait'}
+OURS = {'self.get', 'buffers.get', 'self.buffers.get', 'self.wait', 'folder.wait', 'self.folder.wait', 'files.wait'}
 PLACE = r'`([\w./]+): (\w+)`'
 SUBPROCESS = {'run', 'check_output', 'check_call', 'call'}
 

@@ -7,6 +7,8 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
+import platform
 import re
 import shutil
 import signal
@@ -24,11 +26,12 @@ import recipes
 import runs
 from builders import log_of, make_image_folder, open_loaders, smooth, state_of
 from pipeline import digits_coco, loaders
+from pipeline.files import cache_folder
 from recipes.coco import Detection
 from recipes.command_line import parser_of
 from tasks import create_task
 from training import trainer
-from training.start import prepare_model
+from training.start import compile_model, prepare_model
 from utils import UserError
 
 MODEL = ('--model', 'moganet_xtiny', '--model_kwargs', 'dims=[8,8,16,16]', 'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]',
@@ -413,6 +416,7 @@ def test_compile_compiles_the_model_and_keeps_its_names(train, tmp_path, monkeyp
     compile_module = torch.nn.Module.compile
     # inductor takes half a minute for a kernel that the tests of the models look at; here only that it is asked for
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compile_module(self, backend=backend))
+    monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR', raising=False)
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         compiled.append(len(graph.graph.nodes))
@@ -421,6 +425,17 @@ def test_compile_compiles_the_model_and_keeps_its_names(train, tmp_path, monkeyp
     train('--compile', folder=tmp_path)
     assert max(compiled) > 100  # the whole model
     assert state_of(tmp_path)['model'].keys() == state_of(train())['model'].keys()
+    assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == str(cache_folder() / 'inductor' / platform.node())
+
+
+@pytest.mark.parametrize('device, options', [('cuda', {'options': {'force_layout_optimization': True}}), ('cpu', {})])
+def test_compiled_on_cuda_the_whole_graph_is_told_to_be_channels_last(device, options, monkeypatch):
+    asked = []
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', '/own')
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **given: asked.append(given))
+    compile_model(torch.nn.Linear(1, 1), torch.device(device))
+    assert asked == [options]
+    assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == '/own'  # the user's stays
 
 
 @proves('channels_last')
@@ -688,6 +703,24 @@ def test_eval_among_some_classes_by_other_labels_and_with_its_speed(trained, dat
     assert main.main(['--eval', '--checkpoint', str(trained / 'checkpoint-last.pth'), '--data_path',
                       str(tmp_path / 'subset'), '--device', 'cpu', '--output_dir', str(tmp_path), *valid]) == 2
     assert 'below the 3 classes' in capsys.readouterr().err
+
+
+@proves('suite', 'tta', 'corruptions')
+def test_eval_on_a_suite_with_mirror_images_and_corruptions(trained, data, tmp_path):
+    pytest.importorskip('imagecorruptions')
+
+    def evaluate(*flags: str) -> Any:
+        assert main.main(['--eval', '--checkpoint', str(trained / 'checkpoint-last.pth'), '--output_dir', str(tmp_path),
+                          '--num_workers', '0', '--device', 'cpu', *flags]) == 0
+        return json.loads((tmp_path / 'eval.json').read_text())
+
+    plain = evaluate('--data_path', str(data))
+    mirrored = evaluate('--data_path', str(data), '--tta', 'hflip')
+    assert mirrored['loss'] != plain['loss'] and mirrored['tta'] == 'hflip' and 'tta' not in plain
+    (alone,) = evaluate('--suite', str(data))
+    assert (alone['set'], alone['loss']) == ('val', plain['loss'])
+    _, corrupted = evaluate('--suite', str(data), '--corruptions', 'contrast')
+    assert corrupted['count'] == 5 * 9 and len(corrupted['errors']['contrast']) == 5
 
 
 @proves('freeze_stages', 'linear_probe')

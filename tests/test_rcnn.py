@@ -16,7 +16,6 @@ from torchvision.ops import box_iou, generalized_box_iou, roi_align
 
 import dense_reference
 import models
-import optim_factory
 import reference
 from dense_reference import CASES, compare_gradients, compare_losses, compare_map, fixed_permutation, image, relative
 from models import boxes as box
@@ -396,27 +395,10 @@ def test_a_whole_step_in_training_mode_equals_the_recorded_one(case, sampling, t
 
 # ---- The rows -------------------------------------------------------------------------------------------------------
 
-OPTIM = reference.load_json('dense_optim.json.gz')
-
-
 @pytest.mark.parametrize('row', ROWS, ids=lambda row: row.name)
 def test_the_rows_have_the_recorded_groups_and_rates(row):
     kind = '1x' if row.name.endswith('_1x') else '3x_giou_layer_decay' if row.layer_decay < 1 else None
-    if kind:
-        recorded, schedule = OPTIM['schedule'][kind], optim_factory.schedule_of(row, updates_per_epoch=7330)
-        assert schedule.total_updates == recorded['max_iterations']
-        for update, rates in recorded['lr'].items():  # of the group with the full rate; the row's own rate may be half
-            rate = optim_factory.learning_rate(int(update), schedule=schedule) / row.lr
-            assert rate == pytest.approx(max(rates) / max(recorded['base_lr']), rel=1e-11), update
-    recorded = OPTIM['groups'].get(released_file(row.name))
-    if recorded:
-        with torch.device('meta'):
-            optimizer = optim_factory.create_optimizer(models.create_dense(row.name), row)
-        found = {name: (group['lr_scale'], group['weight_decay'])
-                 for group in optimizer.param_groups for name in group['names']}
-        assert found.keys() == recorded['parameters'].keys()
-        for name, (number, _) in recorded['parameters'].items():
-            assert found[name] == pytest.approx(tuple(recorded['kinds'][number]), rel=1e-8)  # written with 9 digits
+    dense_reference.compare_optimizer(row, file=released_file(row.name), schedule=kind)
 
 
 def test_the_rows_hold_the_published_values():

@@ -133,6 +133,17 @@ def checkpoint(parser: argparse.ArgumentParser) -> Measure:
     return measure
 
 
+def memory(parser: argparse.ArgumentParser) -> Measure:
+    """The GiB that a training step of each recipe takes on a GPU, allocated (reserved), into benchmarks/memory.json."""
+    parser.add_argument('names', nargs='*', metavar='NAME', help='recipes (default: all of GPUs)')
+    parser.add_argument('--device', default='cuda')
+
+    def measure(args: argparse.Namespace) -> list[Row]:
+        from tools import benchmark_memory
+        return benchmark_memory.measure(args.names, device=args.device)
+    return measure
+
+
 def data(parser: argparse.ArgumentParser) -> Measure:
     """Images a second and core of the data path and of the common pipeline, and the cores that the GPUs need."""
     parser.add_argument('--data_path', type=expand,
@@ -182,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures one subject and prints its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar='SUBJECT')
-    for subject in (model, traffic, engine, checkpoint, data, dense_data, report):
+    for subject in (model, traffic, engine, checkpoint, memory, data, dense_data, report):
         command = commands.add_parser(subject.__name__, description=subject.__doc__, help=subject.__doc__)
         command.set_defaults(measure=subject(command))
         command.add_argument('--json', action='store_true', help='JSON in place of a table')
