@@ -18,6 +18,7 @@ class Detection(Dense):
         'box_ar_medium': ('AR medium', ''), 'box_ar_large': ('AR large', '')}
     best = 'box_ap'
     known_classes = 80
+    counted_size = (800, 1280)
     descriptive = (*Dense.descriptive, 'expected_box_ap', 'expected_mask_ap')
 
     expected_box_ap: float | None = doc(None, 'published AP of the boxes, in hundredths', flag=False)

@@ -11,6 +11,7 @@ class Dense(Recipe):
     """All that can change the accuracy of a network that answers for places in an image."""
 
     known_classes: ClassVar[int] = 0  # of the data set of the rows
+    counted_size: ClassVar[tuple[int, int]]  # (h, w) of the image for which `expected_flops` are counted
     descriptive = (*Recipe.descriptive, 'expected_parameters', 'expected_flops')
     fixed = (*Recipe.fixed, 'network', 'network_kwargs', 'freeze_bn')
     plain_bn_without_cuda = True
