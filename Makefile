@@ -1,4 +1,5 @@
 # make demo       train moganet_xtiny on handwritten digits, and evaluate it in a fresh process
+# make demo-detection  train a small detector on digits pasted onto photographs, and evaluate it in a fresh process
 # make test       the tests that need neither GPU nor Slurm, but for the slow ones; make test-all adds those, make
 #                 test-slow runs those of kills, submitted jobs and models alone
 # make test-slurm the tests on a Slurm of this machine alone; needs root, and apt where Slurm is not installed
@@ -11,7 +12,7 @@ PYTHON := $(VENV)/bin/python
 # Tests run on two cores, a file on one of them; tests/conftest.py says which files share a core
 BESIDE := --numprocesses 2 --dist loadgroup
 
-.PHONY: demo test test-all test-slow test-slurm lint golden benchmark
+.PHONY: demo demo-detection test test-all test-slow test-slurm lint golden benchmark
 
 # Made anew when the dependencies change; a broken installation leaves no stamp
 $(VENV)/installed: pyproject.toml
@@ -22,6 +23,10 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed
 	$(PYTHON) main.py --recipe moganet_xtiny_digits --output_dir runs/demo
 	$(PYTHON) main.py --eval --checkpoint runs/demo/checkpoint-best-ema.pth --output_dir runs/demo
+
+demo-detection: $(VENV)/installed
+	$(PYTHON) main.py --recipe retinanet_moganet_digits --val_interval 8 --output_dir runs/demo-detection
+	$(PYTHON) main.py --eval --checkpoint runs/demo-detection/checkpoint-best-ema.pth --output_dir runs/demo-detection
 
 test: $(VENV)/installed
 	$(PYTHON) -m pytest $(BESIDE)

@@ -17,11 +17,13 @@ class Segmentation(Dense):
         'miou': ('mIoU', ' %'), 'macc': ('mAcc', ' %'), 'pixel_acc': ('pixel accuracy', ' %')}
     best = 'miou'
     known_classes = 150
-    counted_size = (512, 2048)
     descriptive = (*Dense.descriptive, 'expected_miou', 'expected_macc')
 
     expected_miou: float | None = doc(None, 'published mean IoU, %', flag=False)
     expected_macc: float | None = doc(None, 'published mean accuracy of the classes, %', flag=False)
+
+    # Batch norm
+    sync_bn_backbone: bool = doc(False, "with --sync_bn: of the backbone too, and not of the heads' alone")
 
     # Data and augmentation
     data_set: str = doc('ade20k', "ade20k: ADE20K's folder, or one's own with images/ and labels/; digits_ade: digits "
@@ -52,6 +54,7 @@ class Segmentation(Dense):
         super().check()
         check(self.data_set in DATA_SETS, f'--data_set {self.data_set} has no label pictures; say ade20k (any folder '
                                           'with images and labels) or digits_ade')
+        check(self.sync_bn or not self.sync_bn_backbone, '--sync_bn_backbone goes with --sync_bn')
         check(min(self.image_scale) > 0, f'--image_scale {self.image_scale}: give two sides above 0')
         check(len(self.scale_range) == 2 and 0 < self.scale_range[0] <= self.scale_range[1],
               f'--scale_range {self.scale_range}: give the smallest and the largest factor, above 0')
@@ -63,6 +66,10 @@ class Segmentation(Dense):
         super().check_run(run)
         for name in ('train_json', 'val_json', 'image_dir', 'save_predictions'):
             check(getattr(run, name) is None, f'--{name} is for detectors, and {self.name} is none; leave it out')
+
+    def count_size(self) -> tuple[int, int]:
+        """Height and width of the image for which multiply-accumulates are told: as published, 2048 x 512."""
+        return min(self.image_scale), max(self.image_scale)
 
     def check_micro_batch(self, size: int) -> None:
         """Refuses a micro-batch for which the model is not defined. Raises UserError."""

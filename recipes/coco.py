@@ -18,7 +18,6 @@ class Detection(Dense):
         'box_ar_medium': ('AR medium', ''), 'box_ar_large': ('AR large', '')}
     best = 'box_ap'
     known_classes = 80
-    counted_size = (800, 1280)
     descriptive = (*Dense.descriptive, 'expected_box_ap', 'expected_mask_ap')
 
     expected_box_ap: float | None = doc(None, 'published AP of the boxes, in hundredths', flag=False)
@@ -42,8 +41,16 @@ class Detection(Dense):
     def check_run(self, run: Run) -> None:
         """Refuses a way to run that this task cannot take. Raises UserError that names the flag."""
         super().check_run(run)
+        check(run.eval or self.network == 'retinanet' or self.network_kwargs.get('masks') is False,
+              f'{self.name} trains masks, which the data do not give yet; train its boxes alone by --network_kwargs '
+              'masks=false')
         check(run.save_predictions is None or run.eval, '--save_predictions goes with --eval')
         check(run.eval_data_path is None, '--eval_data_path is for classification; give --val_json and --image_dir')
+
+    def count_size(self) -> tuple[int, int]:
+        """Height and width of the image for which multiply-accumulates are told: as published, 1280 x 800."""
+        whole = self.image_scale == Detection.image_scale
+        return (800, 1280) if whole else (min(self.image_scale), max(self.image_scale))
 
     def expected(self) -> dict[str, float | None]:
         """The published values of the row by metric, None where none was published."""

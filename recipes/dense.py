@@ -11,7 +11,6 @@ class Dense(Recipe):
     """All that can change the accuracy of a network that answers for places in an image."""
 
     known_classes: ClassVar[int] = 0  # of the data set of the rows
-    counted_size: ClassVar[tuple[int, int]]  # (h, w) of the image for which `expected_flops` are counted
     descriptive = (*Recipe.descriptive, 'expected_parameters', 'expected_flops')
     fixed = (*Recipe.fixed, 'network', 'network_kwargs', 'freeze_bn')
     plain_bn_without_cuda = True
@@ -42,6 +41,10 @@ class Dense(Recipe):
                                                  'by --checkpoint FILE')
         for name in ('class_map', 'valid_labels', 'real_labels'):
             check(getattr(run, name) is None, f'--{name} is for classification; leave it out')
+
+    def count_size(self) -> tuple[int, int]:
+        """Height and width of the image for which multiply-accumulates are told."""
+        raise NotImplementedError
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the backbone's constructor, beside `model_kwargs`."""

@@ -60,7 +60,8 @@ class Detection(Task):
 
     def __init__(self, recipe: Recipe, run: Run):
         super().__init__(recipe, run)
-        self.losses = tuple(map(shorten, NETWORKS[recipe.network].LOSSES))
+        masks = recipe.network_kwargs.get('masks', True)
+        self.losses = tuple(shorten(name) for name in NETWORKS[recipe.network].LOSSES if masks or 'mask' not in name)
         self._transform = coco.Transform(recipe.image_scale, hflip=recipe.hflip,
                                          multi_scale=recipe.resize == 'multi_scale')
         self._val: Any = None  # the source of the test images, which the metric asks for the ground truth

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 import dense_reference
 import tasks
-from builders import differences, encoded, open_loaders
+from builders import COCO_SIZES, coco_data, differences, encoded, open_loaders, write_coco
 from pipeline import coco, dense
 from pipeline.augmentation import BadImage, refusing_bad_images
 from pipeline.coco import CocoSource, Transform, find_json
@@ -28,40 +28,8 @@ from utils import UserError
 pytestmark = pytest.mark.usefixtures('own_cache')
 
 FIGURES = dense_reference.load('resize_metrics')
-SIZES = [(64, 40), (40, 64), (48, 48)]  # width and height: wider, higher, square
-
-
-def data_set(images: int = 9) -> dict[str, Any]:
-    """A COCO data set: ids with gaps, a category without boxes, a crowd, every fourth image without boxes."""
-    data = {'info': {'year': 2017}, 'images': [], 'annotations': [],
-            'categories': [{'id': number, 'name': name} for number, name in ((7, 'dog'), (3, 'cat'), (90, 'none yet'))]}
-    for place in range(images):
-        width, height = SIZES[place % 3]
-        data['images'].append({'id': 100 + 5 * place, 'file_name': f'{place}.jpg', 'width': width, 'height': height})
-        for box in range(place % 4):
-            data['annotations'].append({
-                'id': 1000 + 3 * len(data['annotations']), 'image_id': 100 + 5 * place, 'category_id': (3, 7)[box % 2],
-                'bbox': [2.5 + box, 3, 20, 15.5], 'area': 200.25, 'iscrowd': int((place, box) == (3, 2)),
-                'segmentation': [[2.5, 3, 22.5, 3, 22.5, 18.5 + box]]})
-    return data
-
-
-def write(root: Path, data: Any, *, split: str = 'train', missing: int | None = None, **options: Any) -> Path:
-    """A data set in COCO's folder, with the pictures 0.jpg, 1.jpg, ... but one; `data` may be text. Gives the JSON."""
-    (root / f'{split}2017').mkdir(parents=True, exist_ok=True)
-    (root / 'annotations').mkdir(exist_ok=True)
-    path = root / 'annotations' / f'instances_{split}2017.json'
-    path.write_text(data if isinstance(data, str) else json.dumps(data, **options), encoding='utf-8')
-    for place in range(len(data['images']) if isinstance(data, dict) else 0):
-        if place != missing:
-            width, height = SIZES[place % 3]
-            noise = np.random.default_rng(place).integers(0, 256, (height, width, 3), np.uint8)
-            Image.fromarray(noise).save(root / f'{split}2017' / f'{place}.jpg')
-    return path
-
-
 def source(root: Path, data: Any = None, *, split: str = 'train', **options: Any) -> CocoSource:
-    write(root, data_set() if data is None else data, split=split, **options)
+    write_coco(root, coco_data() if data is None else data, split=split, **options)
     return CocoSource(*find_json(root, split), training=split == 'train')
 
 
@@ -92,7 +60,7 @@ def test_a_json_is_read_once_and_again_when_it_changed(tmp_path, monkeypatch):
     first = source(tmp_path)
     again = CocoSource(first.json, first.folder, training=True)
     assert len(scans) == 1 and again.read(1)[1].boxes.tolist() == first.read(1)[1].boxes.tolist()
-    data = data_set()
+    data = coco_data()
     data['categories'][0]['name'] = 'wolf'
     assert source(tmp_path, data).classes == ['cat', 'wolf', 'none yet'] and len(scans) == 2
     other = tmp_path / 'elsewhere'
@@ -137,7 +105,7 @@ def test_exports_of_other_programs_are_read(tmp_path):
 
 
 def test_the_json_and_the_images_are_where_the_flags_say(tmp_path):
-    path = write(tmp_path / 'coco', data_set())
+    path = write_coco(tmp_path / 'coco', coco_data())
     recipe = RECIPES['retinanet_moganet_tiny_1x']
 
     def opened(**flags: str) -> CocoSource:
@@ -170,7 +138,7 @@ def test_a_json_in_any_layout_is_walked_as_the_parser_reads_it(form):
 
 def changed(change: Any) -> dict[str, Any]:
     """The data set after a change."""
-    data = copy.deepcopy(data_set())
+    data = copy.deepcopy(coco_data())
     change(data)
     return data
 
@@ -189,13 +157,13 @@ def as_corners(data: dict[str, Any]) -> None:
 
 
 REFUSED = {
-    'cut off': (lambda: json.dumps(data_set())[:-200], r'is cut off, damaged or no COCO JSON \(.*char \d+\)\); copy'),
-    'more behind': (lambda: json.dumps(data_set()) + '{}', 'is cut off, damaged or no COCO JSON .Extra data'),
-    'no list': (lambda: json.dumps(data_set() | {'images': {'1': 2}}), 'Expecting a list of images'),
+    'cut off': (lambda: json.dumps(coco_data())[:-200], r'is cut off, damaged or no COCO JSON \(.*char \d+\)\); copy'),
+    'more behind': (lambda: json.dumps(coco_data()) + '{}', 'is cut off, damaged or no COCO JSON .Extra data'),
+    'no list': (lambda: json.dumps(coco_data() | {'images': {'1': 2}}), 'Expecting a list of images'),
     'results': (lambda: json.dumps([{'image_id': 1, 'bbox': [1, 2, 3, 4], 'score': 0.5}]), 'is a list, as results are'),
     'LabelMe': (lambda: json.dumps({'shapes': [], 'imagePath': 'a.jpg'}), 'LabelMe.s file of one image'),
     'no categories': (lambda: json.dumps({'images': [], 'annotations': []}), 'has no "categories" and is no COCO'),
-    'no object': (lambda: json.dumps(data_set() | {'images': ['0.jpg']}), '"images" holds .*0.jpg.* where COCO has an'),
+    'no object': (lambda: json.dumps(coco_data() | {'images': ['0.jpg']}), '"images" holds .*0.jpg.* where COCO has'),
     'no images': (lambda: changed(lambda data: data['images'].clear()), 'has no images'),
     'no names': (lambda: changed(lambda data: data['images'][2].pop('file_name')), 'image 110 has no file_name'),
     'image ids': (lambda: changed(lambda data: data['images'][2].update(id='a7')), "2.jpg has the id 'a7'"),
@@ -240,7 +208,7 @@ def test_missing_images_are_told_with_the_flag_that_names_their_folder(tmp_path)
 
 
 def test_boxes_that_teach_nothing_are_dropped_from_the_training_and_kept_for_the_evaluation(tmp_path):
-    data = data_set()
+    data = coco_data()
     bad = [[70, 1, 5, 5], [-20, 1, 15, 10], [2, 2, 0.5, 30], [2, 2, 30, 0], [5, 5, -3, 9]]
     for number, box in enumerate(bad):
         data['annotations'].append({'id': number, 'image_id': 130, 'category_id': 3, 'bbox': box, 'area': 9})
@@ -291,7 +259,7 @@ def test_an_outline_whose_json_changed_meanwhile_is_told(tmp_path):
 
 def test_check_dataset_knows_coco(tmp_path, capsys):
     for split in ('train', 'val'):
-        write(tmp_path, data_set(), split=split)
+        write_coco(tmp_path, coco_data(), split=split)
     (tmp_path / 'val2017' / '4.jpg').write_bytes(b'no image')
     Image.new('RGB', (10, 10)).save(tmp_path / 'train2017' / '1.jpg')
     words = ['--recipe', 'retinanet_moganet_tiny_1x', '--data_path', str(tmp_path)]
@@ -474,9 +442,9 @@ ROW = replace(RECIPES['moganet_xtiny'], total_batch_size=8, micro_batch_size=2, 
 @pytest.fixture(scope='module')
 def many(tmp_path_factory) -> CocoSource:
     """61 images that can be trained on: 20 or 21 of each shape, so 40 high or square and 21 wide."""
-    data = data_set(0)
+    data = coco_data(0)
     for place in range(61):
-        width, height = SIZES[place % 3]
+        width, height = COCO_SIZES[place % 3]
         data['images'].append({'id': place, 'file_name': f'{place}.jpg', 'width': width, 'height': height})
         data['annotations'].append({'id': place, 'image_id': place, 'category_id': 3, 'bbox': [1, 1, 9, 9]})
     with pytest.MonkeyPatch.context() as patch:
@@ -515,7 +483,7 @@ def test_micro_batches_are_of_one_shape_and_the_same_for_any_number_of_ranks(man
 
 def test_too_few_images_of_one_shape_and_repeated_images_are_refused(many, tmp_path):
     with pytest.raises(UserError, match='2 training images in whole micro-batches of one shape are fewer'):
-        train_loader(source(tmp_path, data_set(6)))  # three high ones, and a wide one alone
+        train_loader(source(tmp_path, coco_data(6)))  # three high ones, and a wide one alone
     with pytest.raises(UserError, match='--repeated_aug spreads the copies of an image'):
         train_loader(many, replace(ROW, repeated_aug=2))
 

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     names = args.names or timm.list_models(module='moganet')
     rows = [complexity(name, size) for name in names for size in args.sizes or (
-        [RECIPES[name].counted_size] if isinstance(RECIPES.get(name), Dense) else [224, 256])]
+        [RECIPES[name].count_size()] if isinstance(RECIPES.get(name), Dense) else [224, 256])]
     rows.sort(key=lambda row: row['parameters'])
     if args.json:
         print(json.dumps(rows, indent=1))
