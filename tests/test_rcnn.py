@@ -565,9 +565,11 @@ def test_an_image_without_a_detection_gives_empty_tensors(kind):
     model = small(kind).eval()
     for head in model.heads('bbox_head'):
         nn.init.constant_(head.fc_cls.bias[-1:], 50.0)  # all is background
-    found, = model.predict(torch.zeros(1, 3, 64, 64), [(64, 64)], [(640, 320)])
-    assert {name: tuple(value.shape) for name, value in found.items()} == {
-        'boxes': (0, 4), 'scores': (0,), 'labels': (0,), 'masks': (0, 640, 320)}
+    for propose in (model.proposals, lambda *args, **kwargs: [torch.zeros(0, 4)]):
+        model.proposals = propose
+        found, = model.predict(torch.zeros(1, 3, 64, 64), [(64, 64)], [(640, 320)])
+        assert {name: tuple(value.shape) for name, value in found.items()} == {
+            'boxes': (0, 4), 'scores': (0,), 'labels': (0,), 'masks': (0, 640, 320)}
 
 
 @pytest.mark.parametrize('kind', KINDS)
