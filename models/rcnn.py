@@ -306,9 +306,10 @@ class RCNN(Detector):
         return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
 
     def outputs(self, images: Tensor) -> list[Any]:
-        """What the RPN and the heads give for images [B, 3, H, W], of one box in place of those that would be chosen.
+        """What the RPN and the heads give for images [B, 3, H, W]: a test's operations, without a choice of boxes.
 
-        The heads of boxes see 1,000 in an image and those of masks 100, as many as in a test: the cost is the same.
+        In place of what a test would choose, the box heads of every stage see 1,000 boxes of each image and the mask
+        heads 100, without area. For measurements, on the device meta too.
         """
         levels = self.features(images)
         box_rois, mask_rois = (images.new_zeros(count * len(images), 5) for count in (1000, 100))
@@ -352,7 +353,8 @@ class RCNN(Detector):
                 of_stage['loss_mask'] = self._mask_loss(self.heads('mask_head')[i], levels, samples, targets)
             prefix = f's{i}.' if self.cascaded else ''
             losses |= {prefix + name: stage.weight * loss for name, loss in of_stage.items()}
-            proposals = self._refine(stage, samples, logits, deltas, targets)
+            if stage is not self.STAGES[-1]:
+                proposals = self._refine(stage, samples, logits, deltas, targets)
         return losses
 
     def _rpn_losses(self, logits: list[Tensor], deltas: list[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from faster_coco_eval.core import mask as run_lengths
 from tqdm import tqdm
 
 from pipeline import dense, labels
@@ -633,6 +634,39 @@ def crop_boxes(boxes: np.ndarray, top: int, left: int, size: tuple[int, int]) ->
     return moved, (moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])
 
 
+def rasterise(segments: Sequence[Any], size: tuple[int, int], ids: Sequence[int]) -> list[np.ndarray]:
+    """Masks, uint8 [h, w] each, of polygons or run lengths as a JSON has them, by the rules of COCO's own tools.
+
+    Args:
+        segments: the `segmentation` of each annotation, None where it has none.
+        size: height and width of the image.
+        ids: of the annotations, for the message.
+
+    Raises:
+        BadLabel: where an annotation has no mask, or one of another form or size.
+    """
+    masks = []
+    for segment, number in zip(segments, ids, strict=True):
+        if segment is None:
+            raise BadLabel(f'has no mask in annotation {number}; train boxes alone by --network_kwargs masks=false, or '
+                           'add its segmentation')
+        try:
+            if isinstance(segment, list):  # polygons, whose union is the object
+                code = run_lengths.merge(run_lengths.frPyObjects(segment, *size))
+            elif isinstance(segment['counts'], list):
+                code = run_lengths.frPyObjects(segment, *segment['size'])
+            else:
+                code = segment
+            mask = run_lengths.decode(code)
+            if mask.shape != tuple(size):
+                raise ValueError(f'a mask of {mask.shape[1]} x {mask.shape[0]} pixels')
+        except Exception as error:  # anything, of code that takes what it is given for right
+            raise BadLabel(f'has a segmentation that cannot be read in annotation {number} ({error}); give polygons or '
+                           "run lengths in COCO's form") from None
+        masks.append(mask)
+    return masks
+
+
 def draw_crop(rng: np.random.Generator, size: tuple[int, int], bounds: tuple[int, int]) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random crop: each side uniform within the bounds and the image, ends included.
     """
@@ -645,7 +679,8 @@ class Transform:
     """An image and its boxes as the network takes them: upright, resized, in training mirrored and cropped.
 
     A sample is a dict of `pixels` uint8 [h, w, 3], unpadded; `boxes` float32 [n, 4] and `labels` int64 [n] that belong
-    to them; `size` (h, w) and `original_size` (H, W); `image_id`; `flipped`.
+    to them; `size` (h, w) and `original_size` (H, W); `image_id`; `flipped`; in training on request `masks` bool
+    [n, h, w].
     """
 
     # The authors' longer schedules: of the shorter side after and before the crop, and of the crop
@@ -653,14 +688,15 @@ class Transform:
     SIDES_BEFORE: ClassVar[tuple[int, ...]] = (400, 500, 600)
     CROP: ClassVar[tuple[int, int]] = (384, 600)
 
-    def __init__(self, scale: tuple[int, int], *, hflip: float = 0.0, multi_scale: bool = False):
+    def __init__(self, scale: tuple[int, int], *, hflip: float = 0.0, multi_scale: bool = False, masks: bool = False):
         """
         Args:
             scale: longest and shortest side within which an image is resized.
             hflip: probability of mirroring, in training.
             multi_scale: in training, the shorter side is one of `SIDES`, in every other image after a random crop.
+            masks: whether a sample has them in training.
         """
-        self.scale, self.hflip, self.multi_scale = scale, hflip, multi_scale
+        self.scale, self.hflip, self.multi_scale, self.masks = scale, hflip, multi_scale, masks
         dense.mirror(TINY)  # compiles it, before the workers start
 
     def __call__(self, item: tuple[Any, Annotations], seed: int | None) -> dict[str, Any]:
@@ -678,26 +714,39 @@ class Transform:
         original = check_size(pixels, notes.size)
         boxes, classes, flipped = notes.boxes, notes.labels, False
         rng = None if seed is None else np.random.default_rng(seed)
+        wanted = self.masks and rng is not None
+        # With the masks, in this order: whatever happens to the pixels happens to them
+        masks = rasterise(notes.segments() if notes.segments else [None] * len(boxes), original, notes.ids
+                          ) if wanted else []
         if rng is not None and rng.random() < self.hflip:
             pixels, boxes, flipped = dense.mirror(pixels), mirror_boxes(boxes, original[1]), True
+            masks = [dense.mirror(mask) for mask in masks]
         scale = self.scale
         if rng is not None and self.multi_scale:
             if rng.random() < 0.5:
-                pixels, boxes = self._resize(pixels, boxes, (max(self.scale), int(rng.choice(self.SIDES_BEFORE))))
+                pixels, boxes, masks = self._resize(
+                    pixels, boxes, masks, (max(self.scale), int(rng.choice(self.SIDES_BEFORE))))
                 top, left, height, width = draw_crop(rng, pixels.shape[:2], self.CROP)
-                pixels = pixels[top:top + height, left:left + width]
+                rows, columns = slice(top, top + height), slice(left, left + width)
+                pixels = pixels[rows, columns]
                 boxes, kept = crop_boxes(boxes, top, left, (height, width))
                 boxes, classes = boxes[kept], classes[kept]
+                masks = [mask[rows, columns] for mask, stays in zip(masks, kept, strict=False) if stays]
             scale = (max(self.scale), int(rng.choice(self.SIDES)))
-        pixels, boxes = self._resize(pixels, boxes, scale)
-        return {'pixels': pixels, 'boxes': boxes, 'labels': classes, 'size': pixels.shape[:2],
-                'original_size': original, 'image_id': notes.image_id, 'flipped': flipped}
+        pixels, boxes, masks = self._resize(pixels, boxes, masks, scale)
+        sample = {'pixels': pixels, 'boxes': boxes, 'labels': classes, 'size': pixels.shape[:2],
+                  'original_size': original, 'image_id': notes.image_id, 'flipped': flipped}
+        if wanted:
+            sample['masks'] = np.array(masks, bool).reshape(len(boxes), *sample['size'])
+        return sample
 
     @staticmethod
-    def _resize(pixels: np.ndarray, boxes: np.ndarray, scale: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def _resize(pixels: np.ndarray, boxes: np.ndarray, masks: list[np.ndarray], scale: tuple[int, int]
+                ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         old = pixels.shape[:2]
         size = dense.fit(old, scale)
-        return dense.resize(pixels, size), scale_boxes(boxes, dense.factors(old, size), size)
+        return (dense.resize(pixels, size), scale_boxes(boxes, dense.factors(old, size), size),
+                [dense.resize_labels(mask, size) for mask in masks])
 
 
 def check_size(pixels: np.ndarray, expected: tuple[int, int]) -> tuple[int, int]:

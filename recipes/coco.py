@@ -41,9 +41,6 @@ class Detection(Dense):
     def check_run(self, run: Run) -> None:
         """Refuses a way to run that this task cannot take. Raises UserError that names the flag."""
         super().check_run(run)
-        check(run.eval or self.network == 'retinanet' or self.network_kwargs.get('masks') is False,
-              f'{self.name} trains masks, which the data do not give yet; train its boxes alone by --network_kwargs '
-              'masks=false')
         check(run.save_predictions is None or run.eval, '--save_predictions goes with --eval')
         check(run.eval_data_path is None, '--eval_data_path is for classification; give --val_json and --image_dir')
 

@@ -69,6 +69,25 @@ def test_the_log_has_the_single_losses_and_cocos_numbers(trained):
     assert saved['task'] == 'tasks.detection:Detection' and recipes.from_dict(saved).image_scale == (96, 96)
 
 
+def test_masks_are_trained_beside_boxes_and_a_set_without_them_is_refused_with_the_cure(data, tmp_path, capsys):
+    words = ['--recipe', 'mask_rcnn_moganet_xtiny_1x', *NETWORK[:5], 'channels=16', 'hidden=32', 'samples=32',
+             '--image_scale', '96', '96', '--device', 'cpu', '--num_workers', '0', '--epochs', '1', '--milestones',
+             '0.5', '--warmup_steps', '2', '--total_batch_size', '4', '--batch_size', '2', '--disable_eval', '--data_path']
+    assert main.main([*words, str(data), '--output_dir', str(tmp_path / 'run')]) == 0
+    entry, = log_of(tmp_path / 'run')
+    assert entry['train_mask'] > 0 and sum(entry[f'train_{name}'] for name in (
+        'rpn_cls', 'rpn_bbox', 'cls', 'bbox', 'mask')) == pytest.approx(entry['train_loss'], rel=1e-5)
+    path = data / 'annotations' / 'instances_train2017.json'
+    notes = json.loads(path.read_text())
+    for annotation in notes['annotations']:
+        del annotation['segmentation']
+    bare = tmp_path / 'bare.json'
+    bare.write_text(json.dumps(notes))
+    words += [str(data), '--train_json', str(bare), '--image_dir', str(data / 'train2017'), '--output_dir']
+    assert main.main([*words, str(tmp_path / 'other')]) == 2
+    assert 'has no mask in annotation' in capsys.readouterr().err
+
+
 def test_pictures_of_the_first_batch_and_of_the_last_detections_are_on_tensorboard(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(trained / 'tensorboard'), size_guidance={'images': 0}).Reload()

@@ -344,3 +344,7 @@ def test_the_heads_norms_are_those_over_all_ranks_and_the_backbones_plain():
     kinds = {name: {type(module) for module in part.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
              for name, part in model.named_children()}
     assert kinds == {'backbone': {nn.BatchNorm2d}, 'decode_head': {SyncedNorm}, 'auxiliary_head': {SyncedNorm}}
+    x = torch.randn(4, 3, 5, 5)
+    ours, torchs = SyncedNorm(3), nn.SyncBatchNorm(3)  # of one process, which exchange nothing
+    assert torch.equal(nn.SyncBatchNorm.forward(ours, x), torchs(x)) and torch.equal(ours(x), torchs(x))
+    assert torch.equal(ours.running_var, torchs.running_var)
