@@ -45,6 +45,11 @@ class Detection(Dense):
         check(run.save_predictions is None or run.eval, '--save_predictions goes with --eval')
         check(run.eval_data_path is None, '--eval_data_path is for classification; give --val_json and --image_dir')
 
+    def count_size(self) -> tuple[int, int]:
+        """Height and width of the image for which multiply-accumulates are told: as published, 1280 x 800."""
+        whole = self.image_scale == Detection.image_scale
+        return (800, 1280) if whole else (min(self.image_scale), max(self.image_scale))
+
     def expected(self) -> dict[str, float | None]:
         """The published values of the row by metric, None where none was published."""
         return {'box_ap': self.expected_box_ap}

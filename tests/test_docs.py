@@ -19,9 +19,19 @@ import main
 import recipes
 import run_with_submitit
 import runs
-from builders import encoded, tar, write, write_meta, write_parquet, write_shards
+from builders import (
+    coco_data,
+    encoded,
+    tar,
+    write,
+    write_coco,
+    write_labelled,
+    write_meta,
+    write_parquet,
+    write_shards,
+)
 from conftest import ROOT
-from models.released import RELEASED
+from models.released import RELEASED, RELEASED_DENSE
 from recipes import RECIPES
 from recipes.command_line import parser_of
 from tools import architecture, docs
@@ -73,7 +83,7 @@ ALL = list(dict.fromkeys((page, words) for page in PAGES for words in commands(p
 def resolve(argv: list[str], world_size: int, monkeypatch: pytest.MonkeyPatch) -> recipes.Run | None:
     """What main.py makes of its words; None where they ask for a text."""
     for word in argv:
-        assert not word.startswith('released:') or word.removeprefix('released:') in RELEASED, word
+        assert not word.startswith('released:') or word.removeprefix('released:') in RELEASED | RELEASED_DENSE, word
     monkeypatch.setenv('WORLD_SIZE', str(world_size))
     try:
         return recipes.resolve(argv)[1]
@@ -166,7 +176,8 @@ def test_pages_have_the_commands_that_they_must():
 
 
 def test_flags_and_files_between_backticks_exist():
-    parsers = (parser_of(recipes.Classification), run_with_submitit.parser(), get_args_parser())
+    kinds = {type(row) for row in recipes.RECIPES.values()}
+    parsers = (*map(parser_of, kinds), run_with_submitit.parser(), get_args_parser())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {f'--{name}' for name in run_with_submitit.SPELLINGS}
     for source in (*(ROOT / 'tools').glob('*.py'), ROOT / 'predict.py'):
@@ -200,6 +211,12 @@ def data(tmp_path_factory) -> Path:
     for folder in ('tars', 'work'):
         write(root / folder / 'ILSVRC2012_validation_ground_truth.txt', b'2\n1\n2\n')
         write_meta(root / folder / 'meta.mat', names)
+    for split in ('train', 'val'):
+        write_coco(root / 'coco', coco_data(), split=split)
+        shutil.copytree(root / 'coco' / f'{split}2017', root / 'work' / 'mine' / 'images', dirs_exist_ok=True)
+        write(root / 'work' / 'mine' / f'{split}.json', (
+            root / 'coco' / 'annotations' / f'instances_{split}2017.json').read_bytes())
+    write_labelled(root / 'ade', own=False)
     write_parquet(root / 'parquet')
     write_shards(root / 'shards')
     return root
@@ -231,8 +248,8 @@ def test_the_commands_of_installation_run(run, capsys):
     for words in chosen:
         assert not run(words), f'{shlex.join(words)}\n{capsys.readouterr().out}'
     printed = capsys.readouterr().out
-    assert len(chosen) == 9 and '2,956,066' in printed and '0.787' in printed
-    assert printed.count('train: {"path"') == 4 and '3 images of' in printed
+    assert len(chosen) == 12 and '2,956,066' in printed and '0.787' in printed
+    assert printed.count('train: {"path"') == 7 and '3 images of' in printed
 
 
 SHAPES = re.findall(r'^\| [^|]+ \| `(--data_[^`]+)` \|$', (ROOT / 'INSTALL.md').read_text(), re.MULTILINE)

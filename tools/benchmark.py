@@ -183,6 +183,19 @@ def data(parser: argparse.ArgumentParser) -> Measure:
     return measure
 
 
+def dense_data(parser: argparse.ArgumentParser) -> Measure:
+    """Images a second and core of a detector's data path beside torchvision's, or a segmentor's beside Pillow's."""
+    parser.add_argument('--images', type=int, default=64, help='images of a round')
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--recipe', default='retinanet_moganet_tiny_1x', choices=RECIPES, metavar='NAME',
+                        help='whose data path is measured')
+
+    def measure(args: argparse.Namespace) -> Row:
+        from tools import benchmark_dense_data
+        return benchmark_dense_data.measure(RECIPES[args.recipe], images=args.images, rounds=args.rounds)
+    return measure
+
+
 def report(parser: argparse.ArgumentParser) -> Measure:
     """All of it on one device, into benchmarks/<device>.json and, with what other devices gave, BENCHMARKS.md."""
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda')
@@ -202,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures one subject and prints its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar='SUBJECT')
-    for subject in (model, traffic, engine, checkpoint, depthwise, memory, data, report):
+    for subject in (model, traffic, engine, checkpoint, depthwise, memory, data, dense_data, report):
         command = commands.add_parser(subject.__name__, description=subject.__doc__, help=subject.__doc__)
         command.set_defaults(measure=subject(command))
         command.add_argument('--json', action='store_true', help='JSON in place of a table')

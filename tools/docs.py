@@ -18,11 +18,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipes import RECIPES, Classification, Run, fit_batch
+from recipes.coco import Detection
+from recipes.dense import Dense
+from recipes.fields import Recipe
 from recipes.imagenet import S
 from utils import UserError, run_cli, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-# {model: {image side: parameters, GMACs, and MB that a training step moves for an image, in bf16 and in fp32}}
+# {model: {image side: parameters, GMACs, and MB that a training step moves for an image, in bf16 and in fp32}}; of the
+# rows of dense tasks {recipe: {WIDTHxHEIGHT: parameters and GMACs}}
 COSTS = ROOT / 'tools' / 'docs.json'
 Costs = dict[str, dict[str, dict[str, float]]]
 
@@ -52,10 +56,22 @@ def count(model: str, size: int) -> dict[str, float]:
 
 def count_all() -> Costs:
     """Counts every model at every image size of its recipes."""
+    from tools.complexity import complexity
     sizes: dict[str, set[int]] = {}
     for row in all_rows():
         sizes.setdefault(row.model, set()).update((row.input_size, row.test_size))
-    return {model: {str(size): count(model, size) for size in sorted(chosen)} for model, chosen in sizes.items()}
+    counted = {model: {str(size): count(model, size) for size in sorted(chosen)} for model, chosen in sizes.items()}
+    for row in RECIPES.values():
+        if isinstance(row, Detection):
+            counts = complexity(row.name, row.count_size())
+            counted[row.name] = {size_of(row): {'parameters': counts['parameters'],
+                                                'gmacs': round(counts['macs'] / 1e9, 1)}}
+    return counted
+
+
+def size_of(row: Dense) -> str:
+    """The image for which a dense row's multiply-accumulates are told, as WIDTHxHEIGHT."""
+    return 'x'.join(map(str, reversed(row.count_size())))
 
 
 def load_costs() -> Costs:
@@ -66,6 +82,9 @@ def load_costs() -> Costs:
             if str(size) not in costs.get(row.model, {}):
                 raise UserError(f'{COSTS.name} has no counts of {row.model} at {size} pixels; run tools/docs.py '
                                 '--count')
+    for row in RECIPES.values():
+        if isinstance(row, Detection) and size_of(row) not in costs.get(row.name, {}):
+            raise UserError(f'{COSTS.name} has no counts of {row.name}; run tools/docs.py --count')
     return costs
 
 
@@ -96,6 +115,54 @@ def command(row: Classification) -> str:
     return ' '.join(words)
 
 
+def batches(row: Recipe) -> list[str]:
+    """A table of the processes, micro-batches and micro-steps of a row, as lines."""
+    fitted = [fit_batch(row, Run(world_size=processes)) for processes in PROCESSES]
+    cells = [f'{run.world_size} x {run.batch_size} x {run.update_freq}' for run in fitted]
+    return [f'| {" | ".join(PROCESSES.values())} |', '|---' * len(PROCESSES) + '|', f'| {" | ".join(cells)} |', '']
+
+
+# Where the pages say that the images of a data set lie
+DENSE_DATA = {'coco': '/path/to/coco', 'ade20k': '/path/to/ade20k'}
+
+
+def dense_block(row: Dense, costs: Costs) -> str:
+    """Command, batches and figures of a row of detection or segmentation."""
+    cost = costs[row.name][size_of(row)]
+    words = [f'torchrun --nproc_per_node=8 main.py --recipe {row.name} --finetune released:{row.model} --data_path '
+             f'{DENSE_DATA[row.data_set]}'] if row.data_set in DENSE_DATA else [f'python main.py --recipe {row.name}']
+    published = [f'{row.metrics[name][0]} {value:g}{row.metrics[name][1]}' for name, value in row.expected().items()
+                 if value is not None]
+    figures = [', '.join(published) or 'no accuracy was published', row.hardware,
+               f'{cost["parameters"] / 1e6:.2f} M parameters', f'{cost["gmacs"]:.1f} GMACs at {size_of(row)}']
+    spread = batches(row) if row.hardware.startswith('8') else []
+    return '\n'.join([f'#### `{row.name}`', '', f'    {words[0]}', '', *spread,
+                      f'{"; ".join(figures)}. Source: {row.source}.'])
+
+
+def dense_blocks(kind: type[Dense]) -> str:
+    """The blocks of the rows of a task."""
+    costs = load_costs()
+    return '\n\n'.join(dense_block(row, costs) for row in RECIPES.values() if type(row) is kind)
+
+
+def dense_results(kind: type[Dense]) -> str:
+    """The table of the published rows of a task."""
+    costs, rows = load_costs(), [row for row in RECIPES.values() if type(row) is kind and any(row.expected().values())]
+    names = list(rows[0].expected())
+    heads = [f'{kind.metrics[name][0]}{"," if kind.metrics[name][1] else ""}{kind.metrics[name][1]}' for name in names]
+    lines = [f'| recipe | parameters, M (published) | GMACs at {size_of(rows[0])} (published) | {" | ".join(heads)} |',
+             '|---' * (3 + len(names)) + '|']
+    for row in rows:
+        cost = costs[row.name][size_of(row)]
+        values = [f'{row.expected()[name]:.1f}' if row.expected()[name] else '-' for name in names]
+        parameters, gmacs = (f' ({value:g})' if value else ''
+                             for value in (row.expected_parameters, row.expected_flops))
+        lines.append(f'| [`{row.name}`](TRAINING.md#{row.name}) | {cost["parameters"] / 1e6:.2f}{parameters} | '
+                     f'{cost["gmacs"]:.1f}{gmacs} | {" | ".join(values)} |')
+    return '\n'.join(lines)
+
+
 def block(row: Classification, costs: Costs) -> str:
     """Command, batches and figures of a row. One that is at home on one device is not spread over several."""
     cost = costs[row.model][str(row.test_size)]
@@ -106,10 +173,7 @@ def block(row: Classification, costs: Costs) -> str:
     figures = [accuracy, row.hardware, f'{cost["parameters"] / 1e6:.2f} M parameters',
                f'{cost["gmacs"]:.3f} GMACs at {row.test_size}']
     if row.hardware.startswith('8'):
-        fitted = [fit_batch(row, Run(world_size=processes)) for processes in PROCESSES]
-        batches = [f'{run.world_size} x {run.batch_size} x {run.update_freq}' for run in fitted]
-        lines += [f'| {" | ".join(PROCESSES.values())} |', '|---' * len(PROCESSES) + '|', f'| {" | ".join(batches)} |',
-                  '']
+        lines += batches(row)
         precisions = (row.precision, *(('bf16',) if row.precision == 'fp32' else ()))
         rates = [predicted(row, costs, precision=precision) for precision in precisions]
         figures.append(f'predicted images/s of one GPU: {"; ".join(rates)}')
@@ -230,12 +294,14 @@ def memory() -> str:
 
 PARTS = {
     ('README.md', 'results'): results,
+    ('README.md', 'coco'): lambda: dense_results(Detection),
     ('README.md', 'speed'): speed,
     ('README.md', 'symbols'): symbols,
     ('TRAINING.md', 'feeding'): feeding,
     ('TRAINING.md', 'memory'): memory,
     ('TRAINING.md', 'demo'): lambda: blocks('_digits'),
     ('TRAINING.md', 'recipes'): lambda: blocks('', '_256', '_3aug_256', '_rsb_a3'),
+    ('TRAINING.md', 'detection'): lambda: dense_blocks(Detection),
     ('TRAINING.md', 'fine-tuning'): lambda: blocks('_ft384', '_transfer'),
 }
 

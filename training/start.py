@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm  # torch's drops the activation of timm's BatchNormAct2d
 from torch import nn
 
 import engine
@@ -207,7 +208,7 @@ def prepare_model(task: Task, run: Run, device: torch.device, *, initial: Weight
     if run.grad_checkpointing:
         set_grad_checkpointing(model, recipe)
     if recipe.sync_bn:
-        model = task.synchronise(model)
+        model = convert_sync_batchnorm(model)
     layout = torch.channels_last if settle_arithmetic(run, device).channels_last else torch.contiguous_format
     return model.to(device, memory_format=layout)
 
