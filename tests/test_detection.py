@@ -72,7 +72,8 @@ def test_the_log_has_the_single_losses_and_cocos_numbers(trained):
 def test_masks_are_trained_beside_boxes_and_a_set_without_them_is_refused_with_the_cure(data, tmp_path, capsys):
     words = ['--recipe', 'mask_rcnn_moganet_xtiny_1x', *NETWORK[:5], 'channels=16', 'hidden=32', 'samples=32',
              '--image_scale', '96', '96', '--device', 'cpu', '--num_workers', '0', '--epochs', '1', '--milestones',
-             '0.5', '--warmup_steps', '2', '--total_batch_size', '4', '--batch_size', '2', '--disable_eval', '--data_path']
+             '0.5', '--warmup_steps', '2', '--total_batch_size', '4', '--batch_size', '2', '--disable_eval',
+             '--data_path']
     assert main.main([*words, str(data), '--output_dir', str(tmp_path / 'run')]) == 0
     entry, = log_of(tmp_path / 'run')
     assert entry['train_mask'] > 0 and sum(entry[f'train_{name}'] for name in (
