@@ -250,8 +250,8 @@ def test_the_commands_of_installation_run(run, capsys):
     for words in chosen:
         assert not run(words), f'{shlex.join(words)}\n{capsys.readouterr().out}'
     printed = capsys.readouterr().out
-    assert len(chosen) == 12 and '2,956,066' in printed and '0.787' in printed
-    assert printed.count('train: {"path"') == 7 and '3 images of' in printed
+    assert len(chosen) == 13 and '2,956,066' in printed and '0.787' in printed
+    assert printed.count('train: {"path"') == 8 and '3 images of' in printed
 
 
 SHAPES = re.findall(r'^\| [^|]+ \| `(--data_[^`]+)` \|$', (ROOT / 'INSTALL.md').read_text(), re.MULTILINE)
