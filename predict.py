@@ -155,6 +155,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--json', action='store_true', help='print a JSON list instead of lines')
     parser.add_argument('--draw', type=as_path, metavar='FOLDER',
                         help='write a picture of each prediction into a folder')
+    parser.add_argument('--labels', type=as_path, metavar='FOLDER',
+                        help="write a segmentor's class of each pixel, numbered from 0, as a PNG into a folder")
     parser.add_argument('--batch_size', type=int, default=32, help='images at a time')
     add_flags(parser)
     args = parser.parse_args(argv)
@@ -181,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, file, result in zip(names, files, results, strict=True):
             if args.draw:
                 draw(args.draw, name, task.draw(task.picture(file), result, **count))
+            if args.labels:
+                draw(args.labels, name, task.label_picture(result), flag='--labels')
             if args.json:
                 predicted.append({'image': name, 'predictions': task.to_json(result, **count)})
             else:
@@ -190,13 +194,13 @@ def main(argv: list[str] | None = None) -> int:
     return 2 if bad else 0
 
 
-def draw(folder: Path, name: str, picture: Image.Image) -> None:
-    """Writes the picture of an image's prediction. Raises UserError where it cannot."""
+def draw(folder: Path, name: str, picture: Image.Image, *, flag: str = '--draw') -> None:
+    """Writes the picture of an image's prediction. Raises UserError, which names the flag, where it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(picture_path(folder, name), lambda file: picture.save(file, 'PNG'))
     except OSError as error:
-        raise UserError(f'--draw {folder} cannot be written ({error.strerror or error}); give another folder') from None
+        raise UserError(f'{flag} {folder} cannot be written ({error.strerror or error}); give another folder') from None
 
 
 if __name__ == '__main__':

@@ -49,6 +49,13 @@ def reason_of(error: BaseException) -> str:
     return ' '.join(str(error).split()) or type(error).__name__
 
 
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)
+
+
 def to_stderr(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # a terminal that was closed
         print(text.rstrip(), file=sys.stderr, flush=True)
@@ -285,7 +292,8 @@ def init_processes(device: str) -> Processes:
     world_size = number_of('WORLD_SIZE', 1)
     if world_size == 1:
         return Processes(device=chosen)
-    # A rank that dies closes its connections, or its launcher stops the others, long before
+    # A rank that dies closes its connections, or its launcher stops the others, long before. NCCL has the same
+    # patience, though a device that hangs costs it: rank 0 may wait as long for its disk, and the others for rank 0
     patience = datetime.timedelta(seconds=RANK_PATIENCE)
     try:
         if chosen.type != 'cuda':

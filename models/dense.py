@@ -2,9 +2,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from timm.layers import convert_sync_batchnorm  # torch's drops the activation of timm's BatchNormAct2d
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.detection import RetinaNet
 from models.rcnn import CascadeMaskRCNN, CascadeMaskRCNNGIoU, MaskRCNN
@@ -62,20 +60,3 @@ def classes_of_dense(state_dict: Mapping[str, Tensor], recipe: Dense) -> int:
     layer, (each, further) = next(iter(NETWORKS[recipe.network].LAST.items()))
     bias = state_dict.get(f'{layer}.bias')
     return 0 if bias is None else (len(bias) - further) // each
-
-
-def synchronise_norms(model: nn.Module, *, backbone: bool) -> nn.Module:
-    """Makes the batch norms of the heads, and of the backbone too where asked, take the statistics of all ranks.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = False
-    for name, part in model.named_children():
-        if (backbone or name != 'backbone') and any(isinstance(module, _BatchNorm) for module in part.modules()):
-            setattr(model, name, convert_sync_batchnorm(part))
-            found = True
-    if not found:
-        raise UserError('--sync_bn: the heads of this network have no batch norm; say --sync_bn_backbone too for those '
-                        'of the backbone, or leave it out')
-    return model

@@ -58,12 +58,18 @@ def freeze_backbone(backbone: nn.Module, *, stages: int = 0, norms: bool = False
         module.requires_grad_(False)
 
 
-class SyncedNorm(nn.SyncBatchNorm):
-    """A head's batch norm, by the statistics of all ranks on CUDA; elsewhere, where there is no such, by the rank's."""
+class SyncedNorm(nn.BatchNorm2d):
+    """A head's batch norm, by the statistics of all ranks on CUDA; elsewhere, where there is no such, by the rank's.
+
+    It is no `SyncBatchNorm`, which DDP refuses on the CPU, but computes as one.
+    """
+
+    process_group = None  # all ranks
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, C, H, W] -> the same, normalised."""
-        return super().forward(x) if x.is_cuda else _BatchNorm.forward(self, x)
+        return nn.SyncBatchNorm.forward(self, x) if x.is_cuda else super().forward(x)
 
 
 def convolution(

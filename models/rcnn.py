@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss, roi_align
+from torchvision.ops import generalized_box_iou, roi_align
 
 from models import boxes as box
 from models.detection import EPSILON, FPN, Detector, Target, by_anchor, convolution
@@ -305,6 +305,19 @@ class RCNN(Detector):
         levels = self.neck(self.maps(images))
         return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
 
+    def outputs(self, images: Tensor) -> list[Any]:
+        """What the RPN and the heads give for images [B, 3, H, W]: a test's operations, without a choice of boxes.
+
+        In place of what a test would choose, the box heads of every stage see 1,000 boxes of each image and the mask
+        heads 100, without area. For measurements, on the device meta too.
+        """
+        levels = self.features(images)
+        box_rois, mask_rois = (images.new_zeros(count * len(images), 5) for count in (1000, 100))
+        given = [(BOX, 'bbox_head', box_rois), (MASK, 'mask_head', mask_rois)][:2 if self.masks else 1]
+        heads = [head(roi_features(levels[:len(STRIDES)], rois, size)) for size, name, rois in given
+                 for head in self.heads(name)]
+        return [*self.rpn_head(levels), *heads]
+
     def forward(
         self, images: Tensor, targets: Sequence[Target], proposals: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:
@@ -340,7 +353,8 @@ class RCNN(Detector):
                 of_stage['loss_mask'] = self._mask_loss(self.heads('mask_head')[i], levels, samples, targets)
             prefix = f's{i}.' if self.cascaded else ''
             losses |= {prefix + name: stage.weight * loss for name, loss in of_stage.items()}
-            proposals = self._refine(stage, samples, logits, deltas, targets)
+            if stage is not self.STAGES[-1]:
+                proposals = self._refine(stage, samples, logits, deltas, targets)
         return losses
 
     def _rpn_losses(self, logits: list[Tensor], deltas: list[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
@@ -559,4 +573,5 @@ class CascadeMaskRCNNGIoU(CascadeMaskRCNN):
 
     def box_loss(self, rois: Tensor, deltas: Tensor, boxes: Tensor, *, stds: box.Stds) -> Tensor:
         """Ten times 1 - GIoU of the boxes that the deltas make; they are not clipped to the image."""
-        return 10 * generalized_box_iou_loss(box.decode(rois, deltas, stds=stds), boxes, reduction='sum')
+        # The diagonal of all pairs: torchvision's loss of pairs alone waits for the device
+        return 10 * (1 - generalized_box_iou(box.decode(rois, deltas, stds=stds), boxes).diagonal()).sum()

@@ -78,14 +78,14 @@ RELEASED: dict[str, Released] = {
 
 @dataclass(frozen=True)
 class ReleasedDense:
-    """A released file of the authors' detectors, named as its recipe. The recipe says what it is and what it reaches.
+    """A released file of the authors' detectors and segmentors, named as its recipe, which says what it reaches.
 
     Sizes and hashes are not published, so none are given; a download's own are shown and remembered.
     """
     url: str
 
 
-_D = 'https://github.com/Westlake-AI/MogaNet/releases/download/moganet-det-weights/'
+_RELEASES = 'https://github.com/Westlake-AI/MogaNet/releases/download'
 _SIZES = ('xtiny', 'tiny', 'small', 'base', 'large')
 
 # The authors' names: sizes in full for 12 epochs, by their letters for 36
@@ -98,10 +98,17 @@ _DETECTORS = {
     **{f'cascade_mask_rcnn_moganet_{size}_giou_3x': f'cascade_mask_rcnn_moganet_{size[0]}_fpn_giou_4conv1f_ms_3x_coco'
        for size in ('small', 'base')},
 }
-RELEASED_DENSE = {name: ReleasedDense(f'{_D}{file}.pth') for name, file in _DETECTORS.items()}
+_SEGMENTORS = {
+    **{f'semantic_fpn_moganet_{size}_80k': f'fpn_moganet_{size}_80k_ade20k' for size in _SIZES},
+    **{f'upernet_moganet_{size}_160k': f'upernet_moganet_{size}_512x512_160k_ade20k' for size in _SIZES},
+}
+RELEASED_DENSE = {
+    name: ReleasedDense(f'{_RELEASES}/moganet-{kind}-weights/{file}.pth')
+    for kind, files in (('det', _DETECTORS), ('seg', _SEGMENTORS)) for name, file in files.items()}
 # Beside the files of mmcv's programs lie their logs, by the same stem. Those of the authors' own repository are timm's
 # summary.csv, under names that are not known here
-LOGS = {name: row.url.removesuffix('.pth') + '.log.json' for name, row in RELEASED.items() if row.format == 'mmcv'}
+LOGS = {name: row.url.removesuffix('.pth') + '.log.json' for name, row in (*RELEASED.items(), *RELEASED_DENSE.items())
+        if row.url.endswith('.pth')}
 RELEASED_BY_FILE = {row.url.rsplit('/', 1)[1]: name for name, row in (*RELEASED.items(), *RELEASED_DENSE.items())}
 
 

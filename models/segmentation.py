@@ -165,6 +165,10 @@ class Segmentor(Dense):
         """Images [B, 3, H, W] -> the logits by which pixels are told, float32 [B, K, H, W]."""
         return resize(self.heads(images)[0].float(), images.shape[-2:])
 
+    def outputs(self, images: Tensor) -> Tensor:
+        """All that is computed before the labels are chosen: the logits."""
+        return self.logits(images)
+
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The losses, whose sum is to be minimised, in training and in evaluation mode alike; no wait for the device.
 

@@ -86,6 +86,31 @@ def equalize(image):
     return lookup(image, table)
 
 
+@compiled
+def relabel(numbers, table):
+    """Replaces every number, [H, W] of unsigned integers, by its entry in table, uint8 [65536]."""
+    out = np.empty(numbers.shape, np.uint8)
+    source, target = numbers.reshape(-1), out.reshape(-1)
+    for i in range(source.size):
+        target[uintp(i)] = table[uintp(source[uintp(i)])]
+    return out
+
+
+@compiled
+def count(labels):
+    """How often each label occurs, uint8 [H, W] to int64 [256]."""
+    counts = np.zeros((2, 256), np.int64)
+    even, odd = counts[0], counts[1]  # neighbours are mostly equal, and one counter would wait for itself
+    for y in range(labels.shape[0]):
+        row = labels[y]
+        for x in range(0, row.size - 1, 2):
+            even[row[uintp(x)]] += 1
+            odd[row[uintp(x + 1)]] += 1
+        if row.size % 2:
+            even[row[uintp(row.size - 1)]] += 1
+    return even + odd
+
+
 # ---- Blends ---------------------------------------------------------------------------------------------------------
 
 @compiled

@@ -577,6 +577,7 @@ def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
         yield from batches
         return
     stream, waiting = torch.cuda.Stream(device), None
+    stream.wait_stream(torch.cuda.current_stream(device))  # for what earlier streams have left, as the task's constants
     while True:
         with torch.cuda.stream(stream):
             batch = next(batches, None)

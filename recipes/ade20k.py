@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from recipes.dense import Dense
-from recipes.fields import COUNT, NOT_NEGATIVE, POSITIVE, RATE, Bound, Run, check, doc
+from recipes.fields import COUNT, NOT_NEGATIVE, POSITIVE, RATE, Bound, DataSet, Run, check, doc
 
 DATA_SETS = ('ade20k', 'digits_ade')
 
@@ -17,10 +17,14 @@ class Segmentation(Dense):
         'miou': ('mIoU', ' %'), 'macc': ('mAcc', ' %'), 'pixel_acc': ('pixel accuracy', ' %')}
     best = 'miou'
     known_classes = 150
+    published_data = DataSet('ADE20K', classes=known_classes, images=20_210, gigabytes=1)
     descriptive = (*Dense.descriptive, 'expected_miou', 'expected_macc')
 
     expected_miou: float | None = doc(None, 'published mean IoU, %', flag=False)
     expected_macc: float | None = doc(None, 'published mean accuracy of the classes, %', flag=False)
+
+    # Batch norm
+    sync_bn_backbone: bool = doc(False, "with --sync_bn: of the backbone too, and not of the heads' alone")
 
     # Data and augmentation
     data_set: str = doc('ade20k', "ade20k: ADE20K's folder, or one's own with images/ and labels/; digits_ade: digits "
@@ -51,6 +55,7 @@ class Segmentation(Dense):
         super().check()
         check(self.data_set in DATA_SETS, f'--data_set {self.data_set} has no label pictures; say ade20k (any folder '
                                           'with images and labels) or digits_ade')
+        check(self.sync_bn or not self.sync_bn_backbone, '--sync_bn_backbone goes with --sync_bn')
         check(min(self.image_scale) > 0, f'--image_scale {self.image_scale}: give two sides above 0')
         check(len(self.scale_range) == 2 and 0 < self.scale_range[0] <= self.scale_range[1],
               f'--scale_range {self.scale_range}: give the smallest and the largest factor, above 0')
@@ -62,6 +67,10 @@ class Segmentation(Dense):
         super().check_run(run)
         for name in ('train_json', 'val_json', 'image_dir', 'save_predictions'):
             check(getattr(run, name) is None, f'--{name} is for detectors, and {self.name} is none; leave it out')
+
+    def count_size(self) -> tuple[int, int]:
+        """Height and width of the image for which multiply-accumulates are told: as published, 2048 x 512."""
+        return min(self.image_scale), max(self.image_scale)
 
     def check_micro_batch(self, size: int) -> None:
         """Refuses a micro-batch for which the model is not defined. Raises UserError."""
@@ -83,11 +92,11 @@ class Segmentation(Dense):
 
 # The configurations ask for synchronised batch norms everywhere. The heads have them; the authors' backbone does not
 # take the setting and has plain ones, over the 2 or 4 images of a GPU
-_NORMS = 'plain batch norms in the backbone, synchronised ones in the heads'
+_NORMS = 'plain batch norms in the backbone, those over all GPUs in the heads'
 _semantic_fpn = Segmentation(
     source=f"authors' repository, segmentation; {_NORMS}", network='semantic_fpn', hardware='8 GPUs',
     micro_batch_size=4, total_batch_size=32, epochs=None, updates=80_000, lr=2e-4, min_lr=0.0, sched='poly', power=0.9,
-    warmup_epochs=0, weight_decay=1e-4, param_groups='all', sync_bn=True, model_ema=False)
+    warmup_epochs=0, weight_decay=1e-4, param_groups='all', model_ema=False)
 _upernet = replace(_semantic_fpn, network='upernet', micro_batch_size=2, total_batch_size=16, updates=160_000, lr=1e-4,
                    power=1.0, warmup_steps=1500, warmup_ratio=1e-6, weight_decay=0.01, param_groups='authors')
 
@@ -113,9 +122,9 @@ ROWS = (
     replace(_semantic_fpn, name='semantic_fpn_moganet_digits', source='this project (make demo-segmentation)',
             hardware='2 CPU cores', model='moganet_xtiny', data_set='digits_ade', image_scale=(160, 160),
             scale_range=(0.8, 1.25), crop_size=128, max_class_share=1.0, hflip=0.0,
-            model_kwargs={'dims': [16, 32, 64, 128], 'depths': [1, 1, 3, 1], 'ffn_ratios': [4, 4, 4, 4],
+            model_kwargs={'dims': [16, 48, 96, 160], 'depths': [1, 2, 4, 2], 'ffn_ratios': [4, 4, 4, 4],
                           'layer_scale_init_value': 0.1},
-            network_kwargs={'channels': 64, 'head_channels': 64}, micro_batch_size=8, total_batch_size=8, epochs=24,
-            updates=None, drop_path=0.0, lr=2e-3, weight_decay=0.05, param_groups='ours', warmup_steps=100,
-            sync_bn=False, clip_grad=1.0, model_ema=True, model_ema_decay=0.995),
+            network_kwargs={'channels': 64, 'head_channels': 64, 'dropout': 0.0}, photometric=0.0, micro_batch_size=8,
+            total_batch_size=8, epochs=20, updates=None, drop_path=0.0, lr=2e-3, weight_decay=0.05, param_groups='ours',
+            warmup_steps=100, clip_grad=1.0, model_ema=True, model_ema_decay=0.995),
 )

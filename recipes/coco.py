@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from recipes.dense import Dense
-from recipes.fields import RATE, Run, check, doc
+from recipes.fields import RATE, DataSet, Run, check, doc
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Detection(Dense):
         'box_ar_medium': ('AR medium', ''), 'box_ar_large': ('AR large', '')}
     best = 'box_ap'
     known_classes = 80
+    published_data = DataSet('COCO 2017', classes=known_classes, images=117_266, gigabytes=20.4)  # those with boxes
     descriptive = (*Dense.descriptive, 'expected_box_ap', 'expected_mask_ap')
 
     expected_box_ap: float | None = doc(None, 'published AP of the boxes, in hundredths', flag=False)
@@ -43,6 +44,11 @@ class Detection(Dense):
         super().check_run(run)
         check(run.save_predictions is None or run.eval, '--save_predictions goes with --eval')
         check(run.eval_data_path is None, '--eval_data_path is for classification; give --val_json and --image_dir')
+
+    def count_size(self) -> tuple[int, int]:
+        """Height and width of the image for which multiply-accumulates are told: as published, 1280 x 800."""
+        whole = self.image_scale == Detection.image_scale
+        return (800, 1280) if whole else (min(self.image_scale), max(self.image_scale))
 
     def expected(self) -> dict[str, float | None]:
         """The published values of the row by metric, None where none was published."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes.batch import fit_batch
-from recipes.fields import UNIONS, Recipe, Run
+from recipes.fields import MADE_UP, UNIONS, Recipe, Run
 from recipes.imagenet import Classification, is_moganet
 from recipes.rows import RECIPES
 from recipes.saved import check_parts, load_recipe, to_dict
-from utils import UserError, expand, nearest, number_of
+from utils import UserError, align, expand, nearest, number_of
 
 # The first release's flags that are gone, each with its successor
 RETIRED = {
@@ -245,12 +245,18 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
     if print_recipe:
         print(json.dumps(to_dict(recipe), indent=2))
         raise SystemExit(0)
+    if run.plan:
+        run = replace(run, world_size=run.gpus or recipe.gpus())
     return recipe, run if run.eval else fit_batch(recipe, run)
 
 
 def check_start(recipe: Recipe, run: Run) -> None:
     """Refuses what can be seen to fail, at once and not after torch is imported: files and folders that are not there,
     stages frozen before they have learnt anything. Raises UserError."""
+    if run.plan:  # needs neither images nor weights
+        return check_data_path(recipe, run)
+    if run.suite and not os.path.isdir(run.suite):
+        raise UserError(f'--suite {run.suite} is no folder; give the one that holds the sets')
     if recipe.freezes() and not (run.eval or run.finetune or run.pretrained or run.resume):
         raise UserError('what is frozen would stay at its random initial values; give --finetune FILE or --pretrained, '
                         'or --freeze_stages 0')
@@ -258,7 +264,7 @@ def check_start(recipe: Recipe, run: Run) -> None:
     if recipe.model:  # else a checkpoint will say what it is
         recipe.check_run(run)
     named = [('checkpoint', path) for path in run.checkpoint] + [(name, getattr(run, name)) for name in (
-        'finetune', 'resume', 'valid_labels', 'real_labels', 'suite', 'train_json', 'val_json', 'image_dir')]
+        'finetune', 'resume', 'valid_labels', 'real_labels', 'train_json', 'val_json', 'image_dir')]
     # A class map may also lie below the data
     for name, path in named:
         if path and not re.match(r'released:|https?://', path) and not os.path.exists(path):
@@ -274,8 +280,7 @@ def check_start(recipe: Recipe, run: Run) -> None:
 
 def check_data_path(recipe: Recipe, run: Run) -> None:
     """Refuses a path of images beside a data set that reads none. Raises UserError."""
-    made_up = recipe.data_set in ('digits', 'fake', 'digits_coco', 'digits_ade')
-    if made_up and (run.data_path != Run.data_path or run.eval_data_path):
+    if recipe.data_set in MADE_UP and (run.data_path != Run.data_path or run.eval_data_path):
         raise UserError(f'--data_set {recipe.data_set} reads no --data_path; for a folder of images say --data_set '
                         'image_folder')
 
@@ -347,8 +352,5 @@ def table() -> str:
     tables = []
     for kind in dict.fromkeys(map(type, RECIPES.values())):
         rows = [row.cells() for row in RECIPES.values() if type(row) is kind]
-        lines = [tuple(rows[0]), *(tuple(row.values()) for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        tables.append('\n'.join('  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                                for line in lines))
+        tables.append(align([tuple(rows[0]), *(tuple(row.values()) for row in rows)]))
     return '\n\n'.join(tables)

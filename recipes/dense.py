@@ -25,9 +25,6 @@ class Dense(Recipe):
     gate: Literal['single', 'double'] = doc('single', "MogaNet's gate; 'double' applies SiLU twice (attn_force_fp32)")
     gate_fp32: bool = doc(False, 'keep the gating product in float32 under mixed precision (MogaNet)')
 
-    # Batch norm
-    sync_bn_backbone: bool = doc(False, "with --sync_bn: of the backbone too, and not of the heads' alone")
-
     # Fine-tuning
     freeze_bn: bool = doc(False, 'keep the batch norms of the backbone as they are: scales, shifts and statistics')
 
@@ -35,7 +32,6 @@ class Dense(Recipe):
         """Refuses values that cannot be meant. Raises UserError that names the flag."""
         super().check()
         check(self.repeated_aug == 1, '--repeated_aug is for classification; leave it out')
-        check(self.sync_bn or not self.sync_bn_backbone, '--sync_bn_backbone goes with --sync_bn')
 
     def check_run(self, run: Run) -> None:
         """Refuses a way to run that this task cannot take. Raises UserError that names the flag."""
@@ -45,6 +41,10 @@ class Dense(Recipe):
                                                  'by --checkpoint FILE')
         for name in ('class_map', 'valid_labels', 'real_labels'):
             check(getattr(run, name) is None, f'--{name} is for classification; leave it out')
+
+    def count_size(self) -> tuple[int, int]:
+        """Height and width of the image for which multiply-accumulates are told."""
+        raise NotImplementedError
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the backbone's constructor, beside `model_kwargs`."""

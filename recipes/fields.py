@@ -36,6 +36,19 @@ COUNT = Bound(lambda value: value > 0, ' {value}: give a whole number above 0')
 MICRO_BATCH = Bound(lambda value: value == 'auto' or value > 0, ' {value}: give at least 1')
 
 
+MADE_UP = ('digits', 'fake', 'digits_coco', 'digits_ade')  # data sets that read no --data_path
+
+
+class DataSet(NamedTuple):
+    """The data set that a task's published rows were trained on."""
+
+    name: str
+    classes: int
+    images: int  # to train on
+    gigabytes: float  # of all its files, 1e9 bytes
+    benchmark: str = ''  # the subject of benchmarks/*.json that says how many images a second one core prepares
+
+
 def doc(default: Any, text: str, *bounds: Bound, flag: bool = True, path: bool = False) -> Any:
     """A dataclass field: its default, the line that documents it, its bounds, and whether the command line may set it.
 
@@ -74,6 +87,7 @@ class Recipe:
     task: ClassVar[str] = ''  # the class that carries it out, as `module:Class`
     metrics: ClassVar[dict[str, tuple[str, str]]] = {}  # those of the log; for people, their names and units
     best: ClassVar[str] = ''  # the metric that decides which checkpoint is the best; higher is better
+    published_data: ClassVar[DataSet | None] = None  # that of the rows with a published value
     # Fields that compute nothing: they say where a row comes from, or have been carried out when it was resolved
     descriptive: ClassVar[tuple[str, ...]] = ('name', 'source', 'hardware', 'micro_batch_size', 'scale_lr')
     # What a checkpoint's state depends on, so that a run cannot be resumed with other values
@@ -178,6 +192,10 @@ class Recipe:
     def expected(self) -> dict[str, float | None]:
         """The published values of the row by metric, None where none was published."""
         return {}
+
+    def gpus(self) -> int:
+        """The number of GPUs that the row was trained on; 1 for what is at home on a CPU."""
+        return int(self.hardware.split()[0]) if 'GPU' in self.hardware else 1
 
     def settings(self) -> dict[str, Any]:
         """How the model and its images are prepared for a test, as eval.json holds it."""
@@ -296,6 +314,12 @@ class Run:
     disable_eval: bool = doc(False, 'do not evaluate while training')
     model_ema_eval: bool = doc(True, 'evaluate the moving average beside the raw weights')
 
+    # Planning
+    plan: bool = doc(False, 'print what the run will cost, counted without a GPU and without images, and exit')
+    card: Literal['h100', 'a100', 'v100', '4090'] | None = doc(None, '--plan for one of these; for all by default')
+    gpus: int | None = doc(None, "--plan for so many GPUs; the recipe's own hardware by default", COUNT)
+    price: float | None = doc(None, '--plan: what one GPU costs an hour, in any currency', NOT_NEGATIVE)
+
     # Reporting
     print_freq: int = doc(50, 'updates between log lines, and between checks for NaN', COUNT)
     print_param_groups: bool = doc(False, "print the optimizer's parameter groups")
@@ -328,6 +352,13 @@ class Run:
         check(self.eval or self.finetune is not None or self.pretrained or self.weights == 'auto',
               '--weights chooses from a file: it goes with --eval, --finetune FILE or --pretrained')
         check(self.resume is not None or not self.no_resume_opt, '--no_resume_opt goes with --resume FILE')
+        for name in ('card', 'gpus', 'price'):
+            check(self.plan or getattr(self, name) is None, f'--{name} goes with --plan')
+        check(not (self.plan and self.eval), '--plan says what a training costs; leave --eval out')
+        check(not (self.plan and self.world_size > 1),
+              '--plan needs no GPU and no second process: start it by python main.py, and say --gpus N')
+        check(not (self.plan and self.batch_size == 'auto'),
+              '--batch_size auto tries a GPU; leave it out, and --plan says which micro-batch fits which card')
         check(self.val_steps is None or self.val_interval == 1,
               '--val_steps and --val_interval both say when to evaluate; give one')
         check(not (self.wandb and self.eval), '--wandb shows a training; leave it out with --eval')

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from timm.layers import convert_sync_batchnorm  # torch's drops the activation of timm's BatchNormAct2d
 from torch import Tensor, nn
 
 import optim_factory
@@ -221,10 +220,6 @@ class Task:
     def freeze(self, model: nn.Module) -> None:
         """Takes the gradient from the parameters that the recipe keeps as they are. Raises UserError."""
         optim_factory.freeze(model, stages=self.recipe.freeze_stages)
-
-    def synchronise(self, model: nn.Module) -> nn.Module:
-        """The model with batch norms that take the statistics of all ranks (`--sync_bn`). Raises UserError."""
-        return convert_sync_batchnorm(model)
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """The model's pass over a batch, without a loss."""

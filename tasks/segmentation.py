@@ -12,7 +12,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from models.dense import NETWORKS, build_dense, synchronise_norms
+from models.dense import NETWORKS, build_dense
 from models.detection import freeze_backbone
 from models.segmentation import IGNORED
 from pipeline import ade20k, ade20k_classes
@@ -97,9 +97,6 @@ class Segmentation(Task):
 
     def freeze(self, model: nn.Module) -> None:
         freeze_backbone(model.backbone, stages=self.recipe.freeze_stages, norms=self.recipe.freeze_bn)
-
-    def synchronise(self, model: nn.Module) -> nn.Module:
-        return synchronise_norms(model, backbone=self.recipe.sync_bn_backbone)
 
     def _predict(self, model: nn.Module, batch: SegmentationBatch) -> list[Tensor]:
         """The label of each pixel of each image, int64 [H, W] at its original size."""

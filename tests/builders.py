@@ -128,6 +128,60 @@ def write_shards(root: Path, shards: int = 3, *, ending: str = 'jpg', broken: Se
     (root / '_info.json').write_text(json.dumps({'name': 'made up', 'splits': splits}))
 
 
+# ---- Boxes, and labels of pixels ------------------------------------------------------------------------------------
+
+COCO_SIZES = [(64, 40), (40, 64), (48, 48)]  # width and height: wider, higher, square
+
+
+def coco_data(images: int = 9) -> dict[str, Any]:
+    """A COCO data set: ids with gaps, a category without boxes, a crowd, every fourth image without boxes."""
+    data = {'info': {'year': 2017}, 'images': [], 'annotations': [],
+            'categories': [{'id': number, 'name': name} for number, name in ((7, 'dog'), (3, 'cat'), (90, 'none yet'))]}
+    for place in range(images):
+        width, height = COCO_SIZES[place % 3]
+        data['images'].append({'id': 100 + 5 * place, 'file_name': f'{place}.jpg', 'width': width, 'height': height})
+        for box in range(place % 4):
+            data['annotations'].append({
+                'id': 1000 + 3 * len(data['annotations']), 'image_id': 100 + 5 * place, 'category_id': (3, 7)[box % 2],
+                'bbox': [2.5 + box, 3, 20, 15.5], 'area': 200.25, 'iscrowd': int((place, box) == (3, 2)),
+                'segmentation': [[2.5, 3, 22.5, 3, 22.5, 18.5 + box]]})
+    return data
+
+
+def write_coco(root: Path, data: Any, *, split: str = 'train', missing: int | None = None, **options: Any) -> Path:
+    """A data set in COCO's folder, with the pictures 0.jpg, 1.jpg, ... but one; `data` may be text. Gives the JSON."""
+    for folder in (root / f'{split}2017', root / 'annotations'):
+        folder.mkdir(parents=True, exist_ok=True)
+    path = root / 'annotations' / f'instances_{split}2017.json'
+    path.write_text(data if isinstance(data, str) else json.dumps(data, **options), encoding='utf-8')
+    for place in range(len(data['images']) if isinstance(data, dict) else 0):
+        if place != missing:
+            width, height = COCO_SIZES[place % 3]
+            noise = np.random.default_rng(place).integers(0, 256, (height, width, 3), np.uint8)
+            Image.fromarray(noise).save(root / f'{split}2017' / f'{place}.jpg')
+    return path
+
+
+def blocks(seed: int = 0, size: tuple[int, int] = (60, 80), classes: int = 4) -> np.ndarray:
+    """Labels 0 to `classes` - 1 in blocks of 10 pixels, uint8."""
+    coarse = np.random.default_rng(seed).integers(0, classes, (size[0] // 10, size[1] // 10), np.uint8)
+    return coarse.repeat(10, 0).repeat(10, 1)
+
+
+def write_labelled(root: Path, *, own: bool = True, count: int = 3, classes: int = 4,
+                   size: tuple[int, int] = (60, 80)) -> Path:
+    """Both halves of a data set, in one's own form or in ADE20K's, whose labels count from 1."""
+    for split in (('train', 'val') if own else ('training', 'validation')):
+        images, files = root / 'images' / split, root / ('labels' if own else 'annotations') / split
+        for folder in (images, files):
+            folder.mkdir(parents=True)
+        for number in range(count):
+            noise = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
+            Image.fromarray(noise).save(images / f'{number}.jpg')
+            Image.fromarray(blocks(number, size, classes) + (0 if own else 1)).save(files / f'{number}.png')
+    return root
+
+
 # ---- Loaders --------------------------------------------------------------------------------------------------------
 
 @dataclass

@@ -22,8 +22,7 @@ os.environ['TORCH_CPP_LOG_LEVEL'] = 'ERROR'  # as main.py sets it, before torch 
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload([
     'torch', 'timm', 'main', 'training.trainer', 'training.evaluation', 'tasks.classification', 'tasks.detection',
-    'models.moganet',
-    'models.weights', 'torch.utils.tensorboard', 'timm.loss'])
+    'tasks.segmentation', 'models.moganet', 'models.weights', 'torch.utils.tensorboard', 'timm.loss'])
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import dense_reference
-from builders import differences, encoded, open_loaders
+from builders import blocks, differences, encoded, open_loaders, write_labelled
 from pipeline import ade20k, augmentation, dense
 from pipeline.ade20k import LabelFile, Transform, open_ade20k
 from pipeline.labels import BadLabel
@@ -24,12 +24,6 @@ FIGURES = dense_reference.load('resize_metrics')
 PALETTE = [value for color in range(256) for value in (color, 255 - color, color // 2)]
 
 
-def blocks(seed: int = 0, size: tuple[int, int] = (60, 80), classes: int = 4) -> np.ndarray:
-    """Labels 0 to `classes` - 1 in blocks of 10 pixels, uint8."""
-    coarse = np.random.default_rng(seed).integers(0, classes, (size[0] // 10, size[1] // 10), np.uint8)
-    return coarse.repeat(10, 0).repeat(10, 1)
-
-
 def png(numbers: np.ndarray, mode: str = 'L', **options: Any) -> bytes:
     """Labels as a PNG: L, P (with a palette), I;16, or 1."""
     image = Image.fromarray(numbers.astype(np.uint16 if mode == 'I;16' else np.uint8 if mode != '1' else bool))
@@ -37,19 +31,6 @@ def png(numbers: np.ndarray, mode: str = 'L', **options: Any) -> bytes:
         image = Image.fromarray(numbers, 'P')
         image.putpalette(PALETTE)
     return encoded(image, 'PNG', **options)
-
-
-def write(root: Path, *, own: bool = True, count: int = 3, classes: int = 4, size: tuple[int, int] = (60, 80)) -> Path:
-    """Both halves of a data set, in one's own form or in ADE20K's, whose labels count from 1."""
-    for split in (('train', 'val') if own else ('training', 'validation')):
-        images, files = root / 'images' / split, root / ('labels' if own else 'annotations') / split
-        for folder in (images, files):
-            folder.mkdir(parents=True)
-        for number in range(count):
-            noise = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
-            Image.fromarray(noise).save(images / f'{number}.jpg')
-            (files / f'{number}.png').write_bytes(png(blocks(number, size, classes) + (0 if own else 1)))
-    return root
 
 
 def recipe(**values: Any) -> Any:
@@ -66,7 +47,7 @@ def opened(root: Path, split: str = 'train', **values: Any) -> ade20k.LabelledIm
 
 @pytest.mark.parametrize('own', [True, False])
 def test_folders_of_ones_own_count_from_0_and_ade20ks_from_1(tmp_path, own):
-    write(tmp_path, own=own)
+    write_labelled(tmp_path, own=own)
     (tmp_path / 'classes.txt').write_text('sky\n\nroad\ncar\ndög\n', encoding='utf-8')
     for split in ('train', 'val'):
         source = opened(tmp_path, split)
@@ -114,6 +95,19 @@ def test_two_colours_are_two_classes_and_16_bits_reach_to_65535():
     assert LabelFile('x', png(far[:, :3], 'I;16'), ignore_label=65535).decode(4, (1, 3)).tolist() == [[0, 3, 255]]
 
 
+@pytest.mark.parametrize('kind', [np.uint8, np.uint16])
+def test_the_fast_table_and_count_are_numpys(kind, monkeypatch):
+    rng = np.random.default_rng(0)
+    table = rng.integers(0, 256, 65536).astype(np.uint8)
+    numbers = rng.integers(0, np.iinfo(kind).max + 1, (31, 45)).astype(kind)[:, 1:]
+    fast = dense.relabel(numbers, table)
+    counts = [dense.count_labels(fast[:, left:]) for left in (0, 1)]
+    monkeypatch.setattr(dense, 'kernels', None)
+    np.testing.assert_array_equal(fast, dense.relabel(numbers, table))
+    for left, count in enumerate(counts):
+        np.testing.assert_array_equal(count, dense.count_labels(fast[:, left:]))
+
+
 @pytest.mark.parametrize('depth', [2, 4])
 def test_grey_pngs_of_few_bits_are_not_stretched(depth):
     """Pillow reads them as 0..255 and writes none, so this one is put together here."""
@@ -130,7 +124,7 @@ def test_grey_pngs_of_few_bits_are_not_stretched(depth):
 
 
 def test_the_labels_follow_another_order_of_the_names(tmp_path):
-    (write(tmp_path) / 'classes.txt').write_text('a\nb\nc\nd\n')
+    (write_labelled(tmp_path) / 'classes.txt').write_text('a\nb\nc\nd\n')
     source = opened(tmp_path)
     source.relabel(['d', 'b', 'a', 'c'])
     source = pickle.loads(pickle.dumps(source))  # as a spawned worker receives it
@@ -140,12 +134,12 @@ def test_the_labels_follow_another_order_of_the_names(tmp_path):
 
 
 def test_an_evaluation_takes_one_image_a_batch(tmp_path):
-    write(tmp_path)
+    write_labelled(tmp_path)
     assert opened(tmp_path, 'val').groups.tolist() == [0, 1, 2] and not hasattr(opened(tmp_path), 'groups')
 
 
 def test_a_worker_holds_two_arrays_of_names(tmp_path):
-    made = write(tmp_path)
+    made = write_labelled(tmp_path)
     many = pickle.dumps(opened(made))
     for number in range(3, 103):
         for folder, ending in (('images', 'jpg'), ('labels', 'png')):
@@ -201,7 +195,7 @@ FAULTS = {
 @pytest.mark.parametrize('fault', FAULTS)
 def test_a_fault_is_refused_with_the_file_before_a_run_begins(tmp_path, fault):
     spoil, message = FAULTS[fault]
-    spoil(write(tmp_path))
+    spoil(write_labelled(tmp_path))
     with pytest.raises(UserError, match=message) as refused:
         opened(tmp_path)
     assert str(tmp_path) in str(refused.value) and '\n' not in str(refused.value)
@@ -211,11 +205,11 @@ def test_a_missing_folder_and_too_many_classes_are_refused(tmp_path):
     with pytest.raises(UserError, match='is no folder; give --data_path the folder with images/'):
         opened(tmp_path / 'nowhere')
     with pytest.raises(UserError, match='300 classes are more than the 254'):
-        opened(write(tmp_path), num_classes=300)
+        opened(write_labelled(tmp_path), num_classes=300)
 
 
 def test_labels_that_fit_no_class_or_not_their_image_are_refused_as_they_are_read(tmp_path):
-    write(tmp_path)
+    write_labelled(tmp_path)
     transform, item = Transform((80, 60), crop=32), opened(tmp_path).read(0)
     with pytest.raises(BadLabel, match=r'has the label 3 in .*0.png, but the classes are 0 to 2: give --num_classes'):
         transform(item, 0, num_classes=3)
@@ -225,7 +219,7 @@ def test_labels_that_fit_no_class_or_not_their_image_are_refused_as_they_are_rea
 
 
 def test_check_dataset_knows_label_files(tmp_path, capsys):
-    write(tmp_path)
+    write_labelled(tmp_path)
     (tmp_path / 'classes.txt').write_text('a\nb\nc\nd\n')
     words = ['--recipe', 'upernet_moganet_tiny_160k', '--data_path', str(tmp_path)]
     assert check_dataset.main([*words, '--decode', '--workers', '1']) == 0
@@ -291,18 +285,24 @@ def test_labels_go_where_the_pixels_go_and_all_comes_from_the_seed():
         seen[found.shape] += 1
     assert len(seen) > 1  # smaller than the crop at small ratios: to be padded
     test = transform(item, None, num_classes=4)
-    assert test['labels'].shape == (480, 640) == test['original_size'] and test['size'] == (384, 512)
+    assert test['labels'].shape == (480, 640) == test['original_size']
+    assert [view.shape for view in test['views']] == [(384, 512, 3)]
 
 
 @pytest.mark.parametrize('option', [{'hflip': 1.0}, {'ratios': (1.0, 1.0)}, {'max_class': 0.4}, {'crop': 64},
-                                    {'photometric': 1.0}, {'aligned': False}])
+                                    {'photometric': 1.0}])
 def test_each_setting_changes_the_sample(option):
     item = striped((450, 640))
     plain = {'crop': 256, 'hflip': 0.0, 'photometric': 0.0}
-    seed = None if 'aligned' in option else 3
-    before, after = (Transform((512, 384), **settings)(item, seed, num_classes=4)['pixels']
+    before, after = (Transform((512, 384), **settings)(item, 3, num_classes=4)['pixels']
                      for settings in (plain, plain | option))
     assert before.shape != after.shape or (before != after).any()
+
+
+def test_a_test_has_a_view_at_each_scale():
+    transform = Transform((512, 384), crop=256, aligned=False, test_ratios=(0.5, 1.0, 1.5))
+    views = transform(striped((450, 640)), None, num_classes=4)['views']
+    assert [view.shape[:2] for view in views] == [(180, 256), (360, 512), (540, 768)]
 
 
 def test_a_crop_has_no_class_above_the_share_unless_ten_draws_find_none():
@@ -333,7 +333,7 @@ def test_a_training_crop_is_padded_with_what_counts_for_nothing():
 
 
 def test_workers_change_no_batch(tmp_path):
-    write(tmp_path, count=5)
+    write_labelled(tmp_path, count=5)
     recipe = replace(RECIPES['upernet_moganet_tiny_160k'], image_scale=(96, 64), crop_size=64, total_batch_size=4)
     taken = []
     for workers in (0, 2):

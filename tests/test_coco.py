@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 
 import dense_reference
 import tasks
-from builders import differences, encoded, open_loaders
-from pipeline import coco, dense
+from builders import COCO_SIZES, coco_data, differences, encoded, open_loaders, write_coco
+from pipeline import coco, dense, digits_coco
 from pipeline.augmentation import BadImage, refusing_bad_images
 from pipeline.coco import CocoSource, Transform, find_json
 from pipeline.labels import BadLabel
@@ -28,40 +28,8 @@ from utils import UserError
 pytestmark = pytest.mark.usefixtures('own_cache')
 
 FIGURES = dense_reference.load('resize_metrics')
-SIZES = [(64, 40), (40, 64), (48, 48)]  # width and height: wider, higher, square
-
-
-def data_set(images: int = 9) -> dict[str, Any]:
-    """A COCO data set: ids with gaps, a category without boxes, a crowd, every fourth image without boxes."""
-    data = {'info': {'year': 2017}, 'images': [], 'annotations': [],
-            'categories': [{'id': number, 'name': name} for number, name in ((7, 'dog'), (3, 'cat'), (90, 'none yet'))]}
-    for place in range(images):
-        width, height = SIZES[place % 3]
-        data['images'].append({'id': 100 + 5 * place, 'file_name': f'{place}.jpg', 'width': width, 'height': height})
-        for box in range(place % 4):
-            data['annotations'].append({
-                'id': 1000 + 3 * len(data['annotations']), 'image_id': 100 + 5 * place, 'category_id': (3, 7)[box % 2],
-                'bbox': [2.5 + box, 3, 20, 15.5], 'area': 200.25, 'iscrowd': int((place, box) == (3, 2)),
-                'segmentation': [[2.5, 3, 22.5, 3, 22.5, 18.5 + box]]})
-    return data
-
-
-def write(root: Path, data: Any, *, split: str = 'train', missing: int | None = None, **options: Any) -> Path:
-    """A data set in COCO's folder, with the pictures 0.jpg, 1.jpg, ... but one; `data` may be text. Gives the JSON."""
-    (root / f'{split}2017').mkdir(parents=True, exist_ok=True)
-    (root / 'annotations').mkdir(exist_ok=True)
-    path = root / 'annotations' / f'instances_{split}2017.json'
-    path.write_text(data if isinstance(data, str) else json.dumps(data, **options), encoding='utf-8')
-    for place in range(len(data['images']) if isinstance(data, dict) else 0):
-        if place != missing:
-            width, height = SIZES[place % 3]
-            noise = np.random.default_rng(place).integers(0, 256, (height, width, 3), np.uint8)
-            Image.fromarray(noise).save(root / f'{split}2017' / f'{place}.jpg')
-    return path
-
-
 def source(root: Path, data: Any = None, *, split: str = 'train', **options: Any) -> CocoSource:
-    write(root, data_set() if data is None else data, split=split, **options)
+    write_coco(root, coco_data() if data is None else data, split=split, **options)
     return CocoSource(*find_json(root, split), training=split == 'train')
 
 
@@ -92,7 +60,7 @@ def test_a_json_is_read_once_and_again_when_it_changed(tmp_path, monkeypatch):
     first = source(tmp_path)
     again = CocoSource(first.json, first.folder, training=True)
     assert len(scans) == 1 and again.read(1)[1].boxes.tolist() == first.read(1)[1].boxes.tolist()
-    data = data_set()
+    data = coco_data()
     data['categories'][0]['name'] = 'wolf'
     assert source(tmp_path, data).classes == ['cat', 'wolf', 'none yet'] and len(scans) == 2
     other = tmp_path / 'elsewhere'
@@ -105,6 +73,13 @@ def test_a_spawned_worker_maps_the_arrays_again(tmp_path):
     made = CocoSource(made.json, made.folder, training=True)  # from the cache
     state = pickle.dumps(made)
     assert b'.npy' in state and pickle.loads(state).read(2)[1].boxes.tolist() == made.read(2)[1].boxes.tolist()
+
+
+def test_an_evaluation_needs_no_box(tmp_path):
+    data = coco_data()
+    data['annotations'] = []
+    val = source(tmp_path, data, split='val')
+    assert len(val) == 9 and val.read(4)[1].boxes.shape == (0, 4) and val.read(4)[1].segments() == []
 
 
 def test_the_labels_follow_another_order_of_the_names(tmp_path):
@@ -137,7 +112,7 @@ def test_exports_of_other_programs_are_read(tmp_path):
 
 
 def test_the_json_and_the_images_are_where_the_flags_say(tmp_path):
-    path = write(tmp_path / 'coco', data_set())
+    path = write_coco(tmp_path / 'coco', coco_data())
     recipe = RECIPES['retinanet_moganet_tiny_1x']
 
     def opened(**flags: str) -> CocoSource:
@@ -170,7 +145,7 @@ def test_a_json_in_any_layout_is_walked_as_the_parser_reads_it(form):
 
 def changed(change: Any) -> dict[str, Any]:
     """The data set after a change."""
-    data = copy.deepcopy(data_set())
+    data = copy.deepcopy(coco_data())
     change(data)
     return data
 
@@ -180,22 +155,22 @@ def set_note(**values: Any) -> Any:
 
 
 def as_corners(data: dict[str, Any]) -> None:
+    """Boxes all over the images, as x1, y1, x2, y2: three of four would overflow as x, y, width, height."""
     rng = np.random.default_rng(0)
     for note in data['annotations']:
-        width, height = next((image['width'], image['height']) for image in data['images']
-                             if image['id'] == note['image_id'])
-        x, y = rng.uniform(0, width / 2), rng.uniform(0, height / 2)
-        note['bbox'] = [x, y, rng.uniform(x + 5, width), rng.uniform(y + 5, height)]
+        size = next((image['width'], image['height']) for image in data['images'] if image['id'] == note['image_id'])
+        corner = rng.uniform(0, 0.8, 2) * size
+        note['bbox'] = [*corner, *(corner + rng.uniform(0.1, 0.2, 2) * size)]
 
 
 REFUSED = {
-    'cut off': (lambda: json.dumps(data_set())[:-200], r'is cut off, damaged or no COCO JSON \(.*char \d+\)\); copy'),
-    'more behind': (lambda: json.dumps(data_set()) + '{}', 'is cut off, damaged or no COCO JSON .Extra data'),
-    'no list': (lambda: json.dumps(data_set() | {'images': {'1': 2}}), 'Expecting a list of images'),
+    'cut off': (lambda: json.dumps(coco_data())[:-200], r'is cut off, damaged or no COCO JSON \(.*char \d+\)\); copy'),
+    'more behind': (lambda: json.dumps(coco_data()) + '{}', 'is cut off, damaged or no COCO JSON .Extra data'),
+    'no list': (lambda: json.dumps(coco_data() | {'images': {'1': 2}}), 'Expecting a list of images'),
     'results': (lambda: json.dumps([{'image_id': 1, 'bbox': [1, 2, 3, 4], 'score': 0.5}]), 'is a list, as results are'),
     'LabelMe': (lambda: json.dumps({'shapes': [], 'imagePath': 'a.jpg'}), 'LabelMe.s file of one image'),
     'no categories': (lambda: json.dumps({'images': [], 'annotations': []}), 'has no "categories" and is no COCO'),
-    'no object': (lambda: json.dumps(data_set() | {'images': ['0.jpg']}), '"images" holds .*0.jpg.* where COCO has an'),
+    'no object': (lambda: json.dumps(coco_data() | {'images': ['0.jpg']}), '"images" holds .*0.jpg.* where COCO has'),
     'no images': (lambda: changed(lambda data: data['images'].clear()), 'has no images'),
     'no names': (lambda: changed(lambda data: data['images'][2].pop('file_name')), 'image 110 has no file_name'),
     'image ids': (lambda: changed(lambda data: data['images'][2].update(id='a7')), "2.jpg has the id 'a7'"),
@@ -210,6 +185,9 @@ REFUSED = {
     'no box': (lambda: changed(lambda data: data['annotations'][1].pop('bbox')),
                'annotation 1003 of image 110 has the bbox None'),
     'five numbers': (lambda: changed(set_note(bbox=[1, 2, 3, 4, 5])), 'annotation 1003 .*bbox .1, 2, 3, 4, 5.'),
+    'no end': (lambda: changed(set_note(image_id=float('inf'))), 'annotation 1003 has the image_id inf'),
+    'huge': (lambda: changed(set_note(bbox=[1, 2, 10**400, 4])), 'annotation 1003 of image 110 has the bbox'),
+    'no file can': (lambda: changed(lambda data: data['images'][2].update(file_name='a\0/\ud800.jpg')), 'are not in'),
     'no number': (lambda: changed(set_note(bbox=[1, 2, 'NaN', 4])), 'annotation 1003 of image 110 has the bbox'),
     'corners': (lambda: changed(as_corners), '% of the boxes leave their image as x, y, width, height, .*annotation 1'),
     'shares': (lambda: changed(lambda data: [note.update(bbox=[0.1, 0.2, 0.3, 0.4]) for note in data['annotations']]),
@@ -240,7 +218,7 @@ def test_missing_images_are_told_with_the_flag_that_names_their_folder(tmp_path)
 
 
 def test_boxes_that_teach_nothing_are_dropped_from_the_training_and_kept_for_the_evaluation(tmp_path):
-    data = data_set()
+    data = coco_data()
     bad = [[70, 1, 5, 5], [-20, 1, 15, 10], [2, 2, 0.5, 30], [2, 2, 30, 0], [5, 5, -3, 9]]
     for number, box in enumerate(bad):
         data['annotations'].append({'id': number, 'image_id': 130, 'category_id': 3, 'bbox': box, 'area': 9})
@@ -259,6 +237,23 @@ def test_boxes_that_teach_nothing_are_dropped_from_the_training_and_kept_for_the
     _, warnings = coco.check_coco(made, val)
     assert any('leaves out 1 crowds, 7 boxes outside' in line for line in warnings)
     assert any("1 of its 3 classes have no box (none yet)" in line for line in warnings)
+
+
+def test_a_box_over_the_edge_does_not_make_corners_of_a_file(tmp_path):
+    data = coco_data()
+    for note in data['annotations'][:5]:  # five of eleven, and all of them could be corners
+        note['bbox'] = [10, 10, 39, 39]
+    for note in data['annotations'][5:]:
+        note['bbox'] = [2, 2, 20, 20]
+    assert len(source(tmp_path, data)) == 6
+
+
+def test_a_name_may_be_a_whole_path(tmp_path):
+    data = coco_data()
+    for image in data['images']:
+        image['file_name'] = str(tmp_path / 'train2017' / image['file_name'])
+    made = source(tmp_path, data)
+    assert made.name(0) == data['images'][1]['file_name'] and made.read(0)[0]
 
 
 def test_two_halves_that_do_not_fit_are_told(tmp_path):
@@ -291,7 +286,7 @@ def test_an_outline_whose_json_changed_meanwhile_is_told(tmp_path):
 
 def test_check_dataset_knows_coco(tmp_path, capsys):
     for split in ('train', 'val'):
-        write(tmp_path, data_set(), split=split)
+        write_coco(tmp_path, coco_data(), split=split)
     (tmp_path / 'val2017' / '4.jpg').write_bytes(b'no image')
     Image.new('RGB', (10, 10)).save(tmp_path / 'train2017' / '1.jpg')
     words = ['--recipe', 'retinanet_moganet_tiny_1x', '--data_path', str(tmp_path)]
@@ -452,6 +447,75 @@ def test_a_damaged_image_is_a_bad_image(tmp_path):
         Transform((64, 64))((b'\xff\xd8no image', notes), 1)
 
 
+# ---- Masks ----------------------------------------------------------------------------------------------------------
+
+UNITS = dense_reference.load('units')
+
+
+def test_polygons_become_the_recorded_masks_and_are_resized_and_mirrored_as_recorded():
+    size = tuple(UNITS['masks/size'])
+    masks = coco.rasterise(UNITS['masks/polygons'], size, range(3))
+    smaller, larger = ([dense.resize_labels(mask, size) for mask in masks] for size in ((57, 91), (200, 300)))
+    mirrored = [dense.mirror(mask) for mask in masks]
+    recorded = UNITS['masks/rle'], *(UNITS[f'masks/{name}']['rle'] for name in (
+        'resized_57x91', 'resized_200x300', 'flipped'))
+    for found, codes in zip((masks, smaller, larger, mirrored), recorded, strict=True):
+        for mask, (height, width, text) in zip(found, codes, strict=True):
+            assert np.array_equal(mask, coco.rasterise([{'size': [height, width], 'counts': text}], (height, width),
+                                                       [0])[0])
+
+
+def test_all_forms_of_masks_give_the_made_up_sets_areas_and_boxes(tmp_path):
+    digits_coco.write(tmp_path, train=12, val=1)
+    made, forms = CocoSource(*find_json(tmp_path, 'train'), training=True), set()
+    for index in range(len(made)):
+        notes = made.annotations(index)
+        segments = notes.segments()
+        for mask, box, area in zip(coco.rasterise(segments, notes.size, notes.ids), notes.boxes, notes.areas,
+                                   strict=True):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            assert mask.sum() == area
+            assert box.tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        forms |= {'polygons' if isinstance(one, list) else type(one['counts']).__name__ for one in segments}
+    assert forms == {'polygons', 'str', 'list'}
+
+
+@pytest.mark.parametrize('multi_scale', [False, True])
+def test_masks_go_where_the_pixels_go_and_leave_with_their_boxes(multi_scale):
+    image, notes = squares((420, 640), [[100, 120, 300, 280], [500, 10, 520, 40]])
+    outlines = [[[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in notes.boxes.tolist()]
+    item = image, replace(notes, segments=lambda: outlines, ids=np.arange(2))
+    transform = Transform((1333, 800), hflip=0.5, multi_scale=multi_scale, masks=True)
+    plain, counts = Transform((1333, 800), hflip=0.5, multi_scale=multi_scale), Counter()
+    for seed in range(12):
+        sample = transform(item, seed)
+        masks = sample['masks']
+        assert masks.dtype == bool and masks.shape == (len(sample['boxes']), *sample['size'])
+        bright = sample['pixels'][..., 0] > 127
+        # The nearest pixel and the middle of a blur differ by two along the edges at most
+        assert (masks.any(0) != bright).sum() <= 2 * 2 * sum(
+            right - left + bottom - top for left, top, right, bottom in sample['boxes'].tolist())
+        for mask, box in zip(masks, sample['boxes'], strict=True):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            # To the nearest twice: by up to a pixel of the smaller image, 2 of the larger, and one of its own
+            assert np.abs([columns[0] - box[0], rows[0] - box[1], columns[-1] + 1 - box[2], rows[-1] + 1 - box[3]]
+                          ).max() <= 3
+        without = plain(item, seed)
+        assert 'masks' not in without and (without['pixels'] == sample['pixels']).all()
+        counts[len(masks)] += 1
+    assert counts.keys() == ({2} if not multi_scale else {1, 2} | counts.keys())
+    assert 'masks' not in transform(item, None)
+
+
+@pytest.mark.parametrize('segment,said', [
+    (None, 'has no mask in annotation 7; train boxes alone by --network_kwargs masks=false'),
+    ([[1, 2]], 'cannot be read in annotation 7'), ({'counts': 'zz'}, 'cannot be read in annotation 7'),
+    ({'size': [4, 4], 'counts': [16]}, r'annotation 7 \(a mask of 4 x 4 pixels\)')])
+def test_a_mask_that_is_missing_or_broken_is_a_bad_label(segment, said):
+    with pytest.raises(BadLabel, match=said):
+        coco.rasterise([segment], (60, 80), [7])
+
+
 # ---- Loaders --------------------------------------------------------------------------------------------------------
 
 class Shapes(tasks.Task):
@@ -474,9 +538,9 @@ ROW = replace(RECIPES['moganet_xtiny'], total_batch_size=8, micro_batch_size=2, 
 @pytest.fixture(scope='module')
 def many(tmp_path_factory) -> CocoSource:
     """61 images that can be trained on: 20 or 21 of each shape, so 40 high or square and 21 wide."""
-    data = data_set(0)
+    data = coco_data(0)
     for place in range(61):
-        width, height = SIZES[place % 3]
+        width, height = COCO_SIZES[place % 3]
         data['images'].append({'id': place, 'file_name': f'{place}.jpg', 'width': width, 'height': height})
         data['annotations'].append({'id': place, 'image_id': place, 'category_id': 3, 'bbox': [1, 1, 9, 9]})
     with pytest.MonkeyPatch.context() as patch:
@@ -515,7 +579,7 @@ def test_micro_batches_are_of_one_shape_and_the_same_for_any_number_of_ranks(man
 
 def test_too_few_images_of_one_shape_and_repeated_images_are_refused(many, tmp_path):
     with pytest.raises(UserError, match='2 training images in whole micro-batches of one shape are fewer'):
-        train_loader(source(tmp_path, data_set(6)))  # three high ones, and a wide one alone
+        train_loader(source(tmp_path, coco_data(6)))  # three high ones, and a wide one alone
     with pytest.raises(UserError, match='--repeated_aug spreads the copies of an image'):
         train_loader(many, replace(ROW, repeated_aug=2))
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from recipes import coco
+from recipes import ade20k, coco
 from tools import complexity
 from utils import UserError
 
@@ -41,9 +41,9 @@ def test_command_prints_json_or_a_table_by_size(capsys):
 
 @pytest.mark.parametrize('row', [
     pytest.param(row, marks=() if 'xtiny' in row.name else pytest.mark.slow, id=row.name)
-    for row in coco.ROWS if row.expected_flops])
-def test_detectors_count_within_1_percent_of_the_published(row):
-    counted = complexity.complexity(row.name, complexity.DENSE_SIZE)
+    for row in (*coco.ROWS, *ade20k.ROWS) if row.expected_flops])
+def test_dense_models_count_within_1_percent_of_the_published(row):
+    counted = complexity.complexity(row.name, row.count_size())
     assert counted['macs'] / 1e9 == pytest.approx(row.expected_flops, rel=0.01)
     assert counted['parameters'] / 1e6 == pytest.approx(row.expected_parameters, rel=0.01)
 

@@ -11,11 +11,11 @@ from torchvision.ops import batched_nms, box_iou, nms
 
 import dense_reference
 import models
-from dense_reference import compare_gradients, relative
+from dense_reference import CASES, compare_gradients, compare_losses, compare_map, image, relative
 from models import boxes as box
 from models import detection
 from models.detection import RetinaNet
-from recipes import coco
+from recipes import RECIPES, coco
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -73,18 +73,7 @@ def test_the_state_dict_has_the_released_names_and_shapes_in_order(row):
 
 def test_fresh_weights_are_distributed_as_the_recorded_ones():
     torch.manual_seed(0)
-    recorded = dense_reference.load('init')['retinanet']
-    state = {name: value.double() for name, value in models.create_dense(XT).state_dict().items()
-             if not name.startswith('backbone.')}
-    assert state.keys() == recorded.keys() and len(recorded) == 36
-    for name, (mean, std, largest, count) in recorded.items():
-        value = state[name]
-        assert value.numel() == count
-        # Two draws of n: means differ by std * sqrt(2 / n), standard deviations by less; 5 such are one in a million
-        assert value.mean().item() == pytest.approx(mean, abs=1e-3 * abs(mean) + 5 * std * math.sqrt(2 / count)), name
-        assert value.std().item() == pytest.approx(std, rel=0.03, abs=1e-6), name
-        # Of a uniform distribution the largest is the bound; of a normal one it varies by a fifth
-        assert value.abs().max().item() == pytest.approx(largest, rel=0.01 if name.startswith('neck') else 0.3), name
+    dense_reference.compare_fresh(models.create_dense(XT), dense_reference.load('init')['retinanet'], count=36)
 
 
 # ---- Anchors, coder, assigner, NMS, losses --------------------------------------------------------------------------
@@ -210,33 +199,19 @@ def test_the_losses_equal_the_recorded_ones():
 
 # ---- The whole model ------------------------------------------------------------------------------------------------
 
-# Of each image the recorded size without padding, the original size and the seed
-CASES = {'plain': ([256, 320], [256, 320], 0), 'padded': ([240, 300], [173, 217], 100)}
-
-
-def image(tag: str) -> Tensor:
-    size, _, seed = CASES[tag]
-    return dense_reference.images(1, 3, 256, 320, seed=seed, valid=[size])
-
-
 @pytest.mark.parametrize('tag', CASES)
 def test_the_maps_equal_the_recorded_ones(model, tag):
     with torch.inference_mode():
         backbone = model.backbone(image(tag))
         levels = model.neck(backbone[1:])
         logits, deltas = model.bbox_head(levels)
-    # Float32 sums in another order, through 40 to 100 layers: 1e-5; measured 1.2e-6
     compared = 0
     for i, x in enumerate(backbone):
         assert relative(x.mean((0, 2, 3)), RECORDED[f'{tag}/backbone{i}']) <= 1e-5
         compared += 1
     for name, maps, count in (('neck', levels, 200), ('cls', logits, 400), ('reg', deltas, 400)):
         for i, x in enumerate(maps):
-            assert list(x.shape) == RECORDED['shapes'][f'{tag}/{name}{i}']
-            assert relative(dense_reference.sample(x, count), RECORDED[f'{tag}/{name}{i}/sample']) <= 1e-5
-            norm, mean = RECORDED[f'{tag}/{name}{i}/stat'].tolist()
-            assert x.double().norm().item() == pytest.approx(norm, rel=1e-5)
-            assert x.mean().item() == pytest.approx(mean, abs=1e-5 * norm / math.sqrt(x.numel()))
+            compare_map(RECORDED, f'{tag}/{name}{i}', x, count)
             compared += 2
     assert compared == len([key for key in RECORDED if key.startswith(f'{tag}/') and 'detections' not in key]) == 34
 
@@ -253,26 +228,16 @@ def test_the_detections_equal_the_recorded_ones(model, tag, scale):
     assert (detections['scores'] - scores[:, 0]).abs().max() <= 1e-5
 
 
-def compare_losses(tag: str, losses: dict[str, Tensor]) -> None:
-    recorded = RECORDED[f'{tag}/losses']
-    assert losses.keys() == recorded.keys()
-    for name, value in losses.items():  # two runs of the original differ by 2e-6 under round-off of the images
-        assert value.item() == pytest.approx(sum(recorded[name]), rel=1e-5), name
-    assert sum(losses.values()).item() == pytest.approx(RECORDED[f'{tag}/total'], rel=1e-5)
-
-
 def test_the_heads_losses_and_gradients_on_given_features_equal_the_recorded_ones(model, batch):
     model = copy.deepcopy(model)
     images, targets = batch
     with torch.no_grad():
         levels = model.features(images)
     for i, level in enumerate(levels):
-        assert relative(dense_reference.sample(level, 200), RECORDED[f'given/neck{i}/sample']) <= 1e-5
-        norm, _ = RECORDED[f'given/neck{i}/stat'].tolist()
-        assert level.double().norm().item() == pytest.approx(norm, rel=1e-5)
+        compare_map(RECORDED, f'given/neck{i}', level, 200)
         level.requires_grad_()
     losses = model.losses(*model.bbox_head(levels), targets)
-    compare_losses('given', losses)
+    compare_losses(RECORDED, 'given', losses)
     sum(losses.values()).backward()
     # Measured 5e-6, where the original's own runs under round-off differ by up to 6e-5
     compare_gradients(RECORDED['given/grad_norm'], model, tolerance=2e-5)
@@ -287,16 +252,11 @@ def test_a_step_in_training_mode_equals_the_recorded_one(model, batch, tag, firs
     model = copy.deepcopy(model).train()
     images, targets = batch
     losses = model(images[first:], targets[first:])
-    compare_losses(tag, losses)
+    compare_losses(RECORDED, tag, losses)
     sum(losses.values()).backward()
     compare_gradients(RECORDED[f'{tag}/grad_norm'], model, tolerance)
     assert all(parameter.grad is not None for parameter in model.parameters())
-    state = model.state_dict()
-    for kind in ('mean', 'var'):
-        recorded = RECORDED[f'{tag}/running_{kind}_norm']
-        assert len(recorded) == 45
-        for name, norm in recorded.items():
-            assert state[name].norm().item() == pytest.approx(norm, rel=1e-5), name
+    dense_reference.compare_statistics(RECORDED, tag, model, count=45)
 
 
 # ---- What a user relies on ------------------------------------------------------------------------------------------
@@ -455,3 +415,25 @@ def test_the_pyramid_adds_the_nearest_value_of_the_level_above():
     low, high = fpn(maps)
     assert torch.equal(high, maps[1])
     assert torch.allclose(low, maps[0] + F.interpolate(maps[1], size=(5, 3), mode='nearest'))
+
+
+# ---- The rows -------------------------------------------------------------------------------------------------------
+
+
+def test_the_rows_hold_the_published_values():
+    table = {  # AP, parameters in millions, GMACs, drop path
+        'retinanet_moganet_xtiny_1x': (39.7, 12.1, 167.2, 0.05), 'retinanet_moganet_tiny_1x': (41.4, 14.4, 173.4, 0.1),
+        'retinanet_moganet_small_1x': (45.8, 35.1, 253.0, 0.1), 'retinanet_moganet_base_1x': (47.7, 53.5, 354.5, 0.2),
+        'retinanet_moganet_large_1x': (48.7, 92.4, 476.8, 0.3)}
+    assert list(table) == ROWS
+    for name, values in table.items():
+        row = RECIPES[name]
+        assert (row.expected_box_ap, row.expected_parameters, row.expected_flops, row.drop_path) == values
+        assert (row.lr, row.epochs, row.milestones, row.gamma, row.weight_decay) == (1e-4, 12, (8, 11), 0.1, 0.05)
+        assert (row.micro_batch_size, row.total_batch_size, row.image_scale, row.hflip) == (2, 16, (1333, 800), 0.5)
+        assert (row.precision, row.model_ema, row.clip_grad, row.sync_bn) == ('fp32', False, None, False)
+
+
+@pytest.mark.parametrize('row', ROWS)
+def test_the_rows_have_the_recorded_groups_and_rates(row):
+    dense_reference.compare_optimizer(RECIPES[row], file=FILES[row], schedule='1x')

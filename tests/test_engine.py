@@ -1,6 +1,7 @@
 """The training step, its health checks and evaluation, in one process."""
 import copy
 import itertools
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -311,6 +312,25 @@ def test_precise_bn_takes_the_mean_of_the_batches_and_leaves_the_rest():
     assert torch.allclose(model.patch_embed1.projection[1].running_mean, expected, atol=1e-6)  # float32 means
     assert largest_difference(model, before) == 0 and model.training
     assert model.norm1.momentum == 0.1 and model.norm1.num_batches_tracked == 0
+
+
+def test_precise_bn_of_a_compiled_model_compiles_nothing_and_is_that_of_a_plain_one():
+    """Compiled, each norm would break the graph, and each batch compile it anew: momentum None reads a count."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled, eager, stream = tiny(), tiny(), list(itertools.islice(batches(8), 3))
+    compiled.compile(backend=backend)
+    for model in (compiled, eager):
+        precise_bn(model, stream, forward)
+    assert not graphs
+    assert all(torch.equal(a, b) for a, b in zip(compiled.buffers(), eager.buffers(), strict=True))
+    compiled(stream[0].images)
+    assert graphs  # what was looked for is there to be seen
 
 
 def test_buffers_come_back_after_what_was_made_of_them():

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,9 @@ import main
 import recipes
 import runs
 from builders import log_of, make_image_folder, open_loaders, smooth, state_of
-from pipeline import loaders
+from pipeline import digits_coco, loaders
 from pipeline.files import cache_folder
+from recipes.coco import Detection
 from recipes.command_line import parser_of
 from tasks import create_task
 from training import trainer
@@ -407,6 +409,29 @@ def test_batch_size_auto_finds_one_that_divides_the_batch(train, tmp_path, capsy
     assert '--batch_size auto: 16' in capsys.readouterr().out
 
 
+def test_small_batches_under_batch_norm_are_told_with_the_cures_that_help(monkeypatch):
+    recipe, _ = recipes.resolve([*MODEL])
+    model, told = torch.nn.Sequential(torch.nn.BatchNorm2d(3)), []
+    monkeypatch.setattr(trainer.log, 'warning', lambda text, *values: told.append(text % values))
+
+    def said(batch_size: int, world_size: int = 1, model: torch.nn.Module = model, **changes: Any) -> str:
+        told.clear()
+        run = dataclasses.replace(recipes.Run(), batch_size=batch_size, world_size=world_size, update_freq=2)
+        trainer.warn_of_small_batches(dataclasses.replace(recipe, **changes), run, model)
+        return ''.join(told)
+
+    assert said(16, 4) == (
+        'Batch norm takes its statistics over 16 images at a time: fewer than 32 make a worse model. Give --batch_size '
+        '32, with fewer micro-steps, or --sync_bn, which takes them over all GPUs, or fewer processes, or a larger '
+        '--total_batch_size.')
+    assert 'processes' not in said(31) and 'over 31 images' in said(31) and 'over 1 image at' in said(1)
+    assert said(8, 4, sync_bn=True) == said(32) == '' and '--sync_bn' not in said(8, 2, sync_bn=True)
+    assert said(16, micro_batch_size=16) == ''  # a row that is for so few
+    assert said(4, model=torch.nn.LayerNorm(3)) == ''
+    model[0].requires_grad_(False)  # keeps the statistics that it has
+    assert said(4) == ''
+
+
 @proves('compile')
 def test_compile_compiles_the_model_and_keeps_its_names(train, tmp_path, monkeypatch):
     torch._dynamo.reset()
@@ -477,9 +502,11 @@ def test_backend_switches_are_set_before_training(train, monkeypatch):
     try:
         train('--deterministic')
         assert switches() == (False, False, True, True)
+        assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @proves('model_ema_force_cpu')
@@ -786,6 +813,149 @@ def test_what_is_printed(train, tmp_path, capsys):
     train('--print_param_groups', '--layer_decay', '0.7', folder=tmp_path / 'groups')
     printed = capsys.readouterr().out
     assert 'lr scale' in printed and 'patch_embed1' in printed and '0.7000' in printed and 'lr scale' not in lines['1']
+
+
+@proves('plan', 'card', 'gpus', 'price')
+def test_a_plan_is_printed_and_nothing_is_trained(data, tmp_path, capsys):
+    def planned(*flags: str, status: int = 0) -> str:
+        command = [*BASE, '--plan', '--data_path', str(data), '--output_dir', str(tmp_path / 'run'), *flags]
+        assert main.main(command) == status and not (tmp_path / 'run').exists()
+        return ''.join(capsys.readouterr())
+
+    assert 'the recipe\'s batch is 8' in planned(status=2)  # of the recipe's eight GPUs
+    one = planned('--gpus', '1')
+    assert '2 updates of 8 images (1 x 8 x 1), fp32' in one and f'18 images of {data}' in one
+    assert one.count(' GB  ') == 4 and 'hours on 1' in one and 'price' not in one
+    one = planned('--gpus', '1', '--card', 'a100', '--price', '2.5')
+    assert one.count(' GB  ') == 1 and 'A100' in one and 'price' in one
+
+
+# ---- Detectors ------------------------------------------------------------------------------------------------------
+
+DETECTOR = ('--recipe', 'retinanet_moganet_digits', '--data_set', 'coco', '--model_kwargs', 'dims=[8,8,16,16]',
+            'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]', 'layer_scale_init_value=0.5', '--network_kwargs', 'channels=8',
+            'depth=1', '--image_scale', '64', '64', '--device', 'cpu', '--num_workers', '0', '--total_batch_size', '4',
+            '--epochs', 'none', '--updates', '2', '--warmup_steps', '0', '--model_ema', 'false')
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory) -> Path:
+    """12 images of digits in COCO's form to train, 4 to test."""
+    folder = tmp_path_factory.mktemp('digits')
+    digits_coco.write(folder, train=12, val=4)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def detect(digits, tmp_path_factory):
+    """Trains a detector for two updates by `main.main` and returns the run's folder; the same flags train once."""
+    done: dict[str, Path] = {}
+
+    def start(flags: str = '') -> Path:
+        if flags not in done:
+            done[flags] = tmp_path_factory.mktemp('detector')
+            words = [*DETECTOR, '--data_path', str(digits), '--disable_eval', '--output_dir', str(done[flags])]
+            assert main.main([*words, *flags.split()]) == 0
+        return done[flags]
+
+    return start
+
+
+DETECTOR_WEIGHTS: dict[str, tuple[str, str]] = {
+    'network_kwargs': ('--network_kwargs channels=8 depth=1 anchor_scale=2', ''),
+    'gate': ('--gate double', ''),
+    'gate_fp32': ('--precision bf16 --gate_fp32', '--precision bf16'),
+    'drop_path': ('--drop_path 0.9', ''),
+    'precision': ('--precision bf16', ''),
+    'image_scale': ('--image_scale 96 96', ''),
+    'resize': ('--resize multi_scale', ''),
+    'hflip': ('--hflip 1', ''),
+    'batch_size': ('--batch_size 2', ''),  # BN sees smaller batches, the losses other normalisers
+}
+OF_DETECTORS = set(DETECTOR_WEIGHTS) | {'data_set', 'freeze_bn'}
+
+
+@pytest.mark.parametrize('case', DETECTOR_WEIGHTS)
+def test_option_changes_the_weights_of_a_detector(case, detect):
+    flags, other = DETECTOR_WEIGHTS[case]
+    assert not same(state_of(detect(flags))['model'], state_of(detect(other))['model'])
+
+
+def test_recomputed_activations_change_no_bit_of_a_detector(detect):
+    assert same(state_of(detect('--grad_checkpointing'))['model'], state_of(detect())['model'])
+
+
+def test_what_is_frozen_of_a_detector_stays(detect):
+    begin = detect()
+    before = state_of(begin)['model']
+
+    def moved(flags: str) -> set[str]:
+        after = state_of(detect(f'--finetune {begin}/checkpoint-last.pth {flags}'))['model']
+        return {name for name in after if not torch.equal(after[name], before[name])}
+
+    norms = {f'{name.rpartition(".")[0]}.' for name in before if name.endswith('running_mean')}
+    free, frozen, stage = moved(''), moved('--freeze_bn'), moved('--freeze_stages 1')
+    assert all(any(name.startswith(norm) for name in free) for norm in norms) and len(norms) > 4
+    assert frozen and not any(name.startswith(tuple(norms)) for name in frozen)
+    first = ('backbone.patch_embed1.', 'backbone.blocks1.', 'backbone.norm1.')
+    assert any(name.startswith(first) for name in free) and not any(name.startswith(first) for name in stage)
+    assert any(name.startswith('backbone.blocks2.') for name in stage)
+
+
+def test_synchronised_norms_of_a_detector_are_plain_ones_off_cuda_and_that_is_said(detect, capsys):
+    assert same(state_of(detect('--sync_bn'))['model'], state_of(detect())['model'])
+    assert '--sync_bn: off CUDA, on this cpu, the batch norms are plain ones' in capsys.readouterr().out
+
+
+@proves('train_json', 'val_json', 'image_dir')
+def test_files_of_ones_own_are_read_in_place_of_cocos(digits, tmp_path):
+    named = {split: tmp_path / f'{split}.json' for split in ('train', 'val')}
+    for split, path in named.items():
+        facts = json.loads((digits / 'annotations' / f'instances_{split}2017.json').read_text())
+        facts['images'] = facts['images'][:5 if split == 'train' else 3]
+        kept = {image['id'] for image in facts['images']}
+        facts['annotations'] = [note for note in facts['annotations'] if note['image_id'] in kept]
+        path.write_text(json.dumps(facts))
+        for image in facts['images']:
+            shutil.copy(digits / f'{split}2017' / image['file_name'], tmp_path / f'{split}-{image["file_name"]}')
+
+    def counts(*flags: str) -> tuple[int, int]:
+        recipe, run = recipes.resolve([*DETECTOR, '--data_path', str(digits), *flags])
+        opened = open_loaders(recipe, run)
+        return opened.train.count, opened.val.count
+
+    assert counts() == (12, 4)
+    folders = ('--image_dir', str(digits / 'train2017'))
+    assert counts('--train_json', str(named['train']), *folders, '--val_json', str(named['train'])) == (5, 5)
+    with pytest.raises(UserError, match='give their folder by --image_dir'):
+        counts('--val_json', str(named['val']))
+
+
+@proves('save_predictions')
+def test_predictions_are_saved_where_they_are_wanted(detect, digits, tmp_path, capsys):
+    state = torch.load(detect() / 'checkpoint-last.pth', weights_only=True)
+    state['model']['bbox_head.retina_cls.bias'] += 4  # sure of many boxes
+    torch.save(state, tmp_path / 'file.pth')
+    words = ['--eval', '--checkpoint', str(tmp_path / 'file.pth'), '--data_path', str(digits), '--device', 'cpu',
+             '--num_workers', '0', '--output_dir', str(tmp_path / 'out')]
+    assert main.main(words) == 0 and not (tmp_path / 'found.json').exists()
+    assert main.main([*words, '--save_predictions', str(tmp_path / 'found.json')]) == 0
+    assert {'image_id', 'category_id', 'bbox', 'score'} == json.loads((tmp_path / 'found.json').read_text())[0].keys()
+    (tmp_path / 'file').touch()
+    assert main.main([*words, '--save_predictions', str(tmp_path / 'file' / 'found.json')]) == 2
+    assert '--save_predictions' in capsys.readouterr().err
+
+
+def test_made_up_digits_are_read_by_their_name(digits, monkeypatch):
+    monkeypatch.setattr(digits_coco, 'root', lambda: digits)
+    recipe, run = recipes.resolve([*DETECTOR, '--data_set', 'digits_coco'])
+    assert open_loaders(recipe, run).train.count == 12
+
+
+def test_every_option_of_detectors_alone_has_a_case():
+    shared = {field.name for field in dataclasses.fields(recipes.Recipe)}
+    own = {field.name for field in dataclasses.fields(Detection) if field.metadata['flag']} - shared
+    assert own <= OF_DETECTORS, f'no case: {own - OF_DETECTORS}'
 
 
 # ---- All of them ----------------------------------------------------------------------------------------------------

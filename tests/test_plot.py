@@ -15,7 +15,7 @@ from PIL import Image
 import main
 import runs
 from builders import make_image_folder
-from models.released import LOGS, RELEASED
+from models.released import LOGS, RELEASED, RELEASED_DENSE
 from tools import plot
 from training import published
 from utils import UserError
@@ -251,7 +251,8 @@ def test_what_is_no_log_is_one_line(content, trained, tmp_path):
 
 def test_released_logs_have_addresses_beside_their_files(cache, trained, tmp_path, capsys):
     for name, url in LOGS.items():
-        assert url == RELEASED[name].url.removesuffix('.pth') + '.log.json'
+        assert url == (RELEASED | RELEASED_DENSE)[name].url.removesuffix('.pth') + '.log.json'
+    assert {'moganet_small_openmixup', 'retinanet_moganet_tiny_1x'} <= LOGS.keys()
     mmcv_log(cache / LOGS['moganet_xtiny_openmixup'].rsplit('/', 1)[1], {1: {'head0_top1': 3.5}}, by_epoch=True)
     plot.main([str(trained), '--published', 'released:moganet_xtiny_openmixup', '--output', str(tmp_path / 'x')])
     assert capsys.readouterr().out.splitlines()[2].split()[2] == '3.50'

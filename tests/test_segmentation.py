@@ -14,6 +14,7 @@ import optim_factory
 import reference
 from dense_reference import compare_gradients, relative
 from models import segmentation
+from models.detection import SyncedNorm
 from models.segmentation import IGNORED, Pool, SemanticFPN, UPerNet
 from recipes import RECIPES
 from recipes.ade20k import ROWS
@@ -255,7 +256,7 @@ def test_the_rows_hold_the_published_values():
             (2e-4, 1e-4, 32, 4) if semantic else (1e-4, 0.01, 16, 2))
         assert (row.crop_size, row.scale_range, row.max_class_share, row.image_scale, row.align_resize) == (
             512, (0.5, 2.0), 0.75, (2048, 512), True)
-        assert row.sync_bn and not row.sync_bn_backbone and 'plain batch norms in the backbone' in row.source
+        assert not row.sync_bn and 'plain batch norms in the backbone' in row.source
     assert 'no file' in RECIPES['upernet_moganet_xlarge_160k'].source
 
 
@@ -335,3 +336,15 @@ def test_flips_and_views_average_probabilities():
     padded = torch.cat([image, F.pad(image[..., :32, :48], (0, 48, 0, 32))])
     found, = model.predict(padded, [(64, 96), (32, 48)], [(64, 96)])
     assert torch.equal(found['labels'], wanted)
+
+
+def test_the_heads_norms_are_those_over_all_ranks_and_the_backbones_plain():
+    with torch.device('meta'):
+        model = models.create_dense(XT['upernet'])
+    kinds = {name: {type(module) for module in part.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+             for name, part in model.named_children()}
+    assert kinds == {'backbone': {nn.BatchNorm2d}, 'decode_head': {SyncedNorm}, 'auxiliary_head': {SyncedNorm}}
+    x = torch.randn(4, 3, 5, 5)
+    ours, torchs = SyncedNorm(3), nn.SyncBatchNorm(3)  # of one process, which exchange nothing
+    assert torch.equal(nn.SyncBatchNorm.forward(ours, x), torchs(x)) and torch.equal(ours(x), torchs(x))
+    assert torch.equal(ours.running_var, torchs.running_var)

@@ -18,6 +18,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, create_transform
 from torch import Tensor
 from torch.nn import functional as F
 
+import angle_task
 import main
 import recipes
 import reference
@@ -136,6 +137,14 @@ def evaluate(folder: Path, output: Path, *words: Any) -> list[dict[str, Any]]:
     return json.loads((output / 'eval.json').read_text())
 
 
+def some(folder: Path, place: Path, *names: str) -> Path:
+    """A folder of some of the sets."""
+    place.mkdir()
+    for name in names:
+        (place / name).symlink_to(folder / name)
+    return place
+
+
 def counted(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What no number of processes may change: counts exactly, sums of float32 to round-off."""
     exact = ('set', 'count', 'acc1', 'acc5', 'real_acc1', 'interval_acc1', 'worst_classes', 'confusions', 'bits',
@@ -162,20 +171,21 @@ def test_each_set_is_evaluated_by_its_rules(folder, pair, tmp_path, capsys):
 
 
 def test_val_is_judged_by_timms_reassessed_labels_too(folder, pair, tmp_path):
-    row = evaluate(folder, tmp_path, '--checkpoint', pair[0])[0]
+    sets = some(folder, tmp_path / 'sets', 'val')
+    (row,) = evaluate(sets, tmp_path, '--checkpoint', pair[0])
     files = files_of(folder / 'val')
     judge = RealLabelsImagenet([file.with_suffix('.JPEG').name for file in files] + [''] * (50000 - len(files)))
     judge.add_result(logits_of(pair[0], files))
     assert row['real_acc1'] == pytest.approx(judge.get_accuracy(k=1), abs=1e-9)
     assert len(judge.is_correct[1]) == 22 and 0 < row['real_acc1'] < 100 and row['real_acc1'] != row['acc1']
     (tmp_path / 'real.json').write_text(json.dumps([VAL] * 50000))
-    assert evaluate(folder, tmp_path, '--checkpoint', pair[0], '--real_labels',
-                    tmp_path / 'real.json')[0]['real_acc1'] == 100
+    (row,) = evaluate(sets, tmp_path, '--checkpoint', pair[0], '--real_labels', tmp_path / 'real.json')
+    assert row['real_acc1'] == 100
 
 
 def test_images_of_imagenet_c_are_taken_as_they_are_and_are_no_mce_while_some_are_missing(folder, pair, tmp_path,
                                                                                           capsys):
-    row = evaluate(folder, tmp_path, '--checkpoint', pair[0])[-1]
+    (row,) = evaluate(some(folder, tmp_path / 'sets', 'imagenet-c'), tmp_path, '--checkpoint', pair[0])
     assert '2 of the 75 folders of ImageNet-C are there' in capsys.readouterr().out
     errors = []
     for severity in (1, 5):
@@ -209,14 +219,11 @@ def test_mce_is_the_mean_of_the_errors_over_alexnets(factor, tmp_path):
 
 
 def test_any_number_of_processes_counts_the_same(folder, pair, tmp_path):
-    (tmp_path / 'sets').mkdir()
-    for name in ('val', 'imagenet-c', 'ImageNet_Sketch'):
-        (tmp_path / 'sets' / name).symlink_to(folder / name)
+    sets = some(folder, tmp_path / 'sets', 'val', 'imagenet-c')
     found = {}
     for world_size in (1, 2, 3):
         output = tmp_path / str(world_size)
-        words = ('--eval', '--suite', str(tmp_path / 'sets'), *CPU, '--checkpoint', *map(str, pair), '--output_dir',
-                 str(output))
+        words = ('--eval', '--suite', str(sets), *CPU, '--checkpoint', *map(str, pair), '--output_dir', str(output))
         if world_size == 1:
             assert main.main(list(words)) == 0
         else:
@@ -224,17 +231,17 @@ def test_any_number_of_processes_counts_the_same(folder, pair, tmp_path):
         found[world_size] = (json.loads((output / 'eval.json').read_text()),
                              (output / 'eval-classes.csv').read_text(), dict(np.load(output / 'eval-bits.npz')))
     results, classes, bits = found[1]
-    assert len(results) == 6 and len(bits) == 4
+    assert len(results) == 4 and len(bits) == 2
     for other in (2, 3):
         assert counted(found[other][0]) == counted(results)
         assert found[other][1] == classes
         assert all(np.array_equal(found[other][2][name], value) for name, value in bits.items())
-    right = [np.unpackbits(bits[results[i]['bits']], count=23).astype(bool) for i in (0, 3)]
+    right = [np.unpackbits(bits[results[i]['bits']], count=23).astype(bool) for i in (0, 2)]
     files = files_of(folder / 'val')
     for path, ours in zip(pair, right, strict=True):
         top = logits_of(path, files).argmax(1).tolist()
         assert ours.tolist() == [IDS[guess] == file.parent.name for guess, file in zip(top, files, strict=True)]
-    (compared,) = results[3]['compared']
+    (compared,) = results[2]['compared']
     assert (compared['with'], compared['right_there_alone'], compared['right_here_alone']) == (
         str(pair[0]), int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum()))
     rows = [row for row in csv.DictReader(classes.splitlines())
@@ -270,15 +277,14 @@ def test_mirror_images_take_half_of_the_logits(folder, pair, tmp_path, capsys):
 def test_corruptions_made_here_are_the_same_on_any_number_of_processes_and_are_called_corruption_error(
         folder, pair, tmp_path, capsys):
     pytest.importorskip('imagecorruptions')
-    (tmp_path / 'sets').mkdir()
-    (tmp_path / 'sets' / 'validation').symlink_to(folder / 'val')
-    words = ('--corruptions', 'impulse_noise', 'contrast', '--checkpoint', str(pair[0]))
-    clean, corrupted = evaluate(tmp_path / 'sets', tmp_path / '1', *words)
+    sets = some(folder, tmp_path / 'sets', 'val')
+    words = ('--corruptions', 'impulse_noise', '--checkpoint', str(pair[0]))
+    clean, corrupted = evaluate(sets, tmp_path / '1', *words)
     assert 'corruption error' in capsys.readouterr().out.splitlines()[-3]
-    assert corrupted['set'] == 'val, corrupted here' and 'mce' not in corrupted and corrupted['count'] == 10 * 23
-    assert {name: len(values) for name, values in corrupted['errors'].items()} == {'impulse_noise': 5, 'contrast': 5}
+    assert corrupted['set'] == 'val, corrupted here' and 'mce' not in corrupted and corrupted['count'] == 5 * 23
+    assert {name: len(values) for name, values in corrupted['errors'].items()} == {'impulse_noise': 5}
     assert any(error != pytest.approx(100 - clean['acc1']) for error in corrupted['errors']['impulse_noise'])
-    runs.run(('--eval', '--suite', str(tmp_path / 'sets'), *CPU, '--output_dir', str(tmp_path / '2'), *words),
+    runs.run(('--eval', '--suite', str(sets), *CPU, '--output_dir', str(tmp_path / '2'), *words),
              tmp_path / 'log', world_size=2)
     assert counted(json.loads((tmp_path / '2' / 'eval.json').read_text())) == counted([clean, corrupted])
 
@@ -297,7 +303,7 @@ def test_corruptions_change_the_crops_and_glass_is_the_same_twice():
 
 @pytest.mark.parametrize('words,said', [
     ('--suite {empty}', 'holds no set that is known; call them val, imagenetv2'),
-    ('--suite {none}', 'does not exist'),
+    ('--suite {none}', 'is no folder; give'), ('--suite {folder}/v.txt', 'is no folder; give'),
     ('--suite {folder} --class_map x', '--suite knows its sets; leave --class_map'),
     ('--suite {folder} --valid_labels {folder}/v.txt', '--valid_labels are of one set'),
     ('--suite {folder}/val --corruptions fog', 'holds no set that is known'),
@@ -311,8 +317,7 @@ def test_corruptions_change_the_crops_and_glass_is_the_same_twice():
     ('--test_size 32 0', 'give values above 0'), ('--tta vflip', 'choose from hflip')])
 def test_what_cannot_be_is_one_line(words, said, folder, pair, tmp_path, capsys):
     (tmp_path / 'empty').mkdir()
-    (tmp_path / 'alone').mkdir()
-    (tmp_path / 'alone' / 'sketch').symlink_to(folder / 'ImageNet_Sketch')
+    some(folder, tmp_path / 'alone', 'ImageNet_Sketch')
     (folder / 'v.txt').write_text('1\n')
     places = {name: tmp_path / name for name in ('alone', 'empty', 'none')} | {'folder': folder}
     words = words.format(**places).split()
@@ -330,6 +335,18 @@ def test_a_model_of_other_classes_is_evaluated_on_val_alone(tmp_path, capsys):
     (row,) = evaluate(data, tmp_path / 'run', '--checkpoint', tmp_path / 'run' / 'checkpoint-last.pth')
     assert (row['set'], row['count']) == ('val', 9) and 'real_acc1' not in row
     assert "A want a model of ImageNet's 1000 classes, and this one has 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('flag,value', [('suite', '.'), ('tta', 'hflip'), ('test_sizes', (32, 48))])
+def test_another_task_is_refused_what_is_of_classifiers(flag, value):
+    run = dataclasses.replace(recipes.Run(eval=True), **{flag: value})
+    with pytest.raises(UserError, match=f'--{flag.removesuffix("s")} is of classifiers, and angle_tiny is none'):
+        suite.parts(angle_task.ROW, run)
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path):
+    with pytest.raises(UserError, match='cannot be read'):
+        suite.find_sets(tmp_path / 'gone')
 
 
 def test_corruptions_without_their_package_name_it(folder, monkeypatch):

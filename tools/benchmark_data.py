@@ -7,7 +7,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,35 +69,64 @@ class _Worker:
         self._process.join(timeout=60)
 
 
-def photos(count: int = 256) -> Path:
-    """A folder with JPEGs of 500x375 pixels and some 70 kB, as ImageNet's are on average; made once, in the cache.
+def alternate_workers(pipelines: dict[str, Callable[[int], None]], *, batches: int,
+                      rounds: int) -> list[dict[str, float]]:
+    """Seconds of processor time that each pipeline takes for all batches, by round, each in a process of its own."""
+    workers = {name: _Worker(work) for name, work in pipelines.items()}
+    taken = []
+    for number in range(-1, rounds):  # the first does not count
+        # In turns of all batches: after another process on its core, one runs a third slower for its first images
+        seconds = {name: sum(map(worker, range(batches))) for name, worker in workers.items()}
+        if number >= 0:
+            taken.append(seconds)
+    for worker in workers.values():
+        worker.close()
+    return taken
+
+
+def draw_photos(count: int, size: tuple[int, int]) -> Iterator[Image.Image]:
+    """Photographs of a width and height, as a camera gives them.
 
     Parts of scikit-image's photographs at random scales, with a camera's noise of 4 grey levels, without which they
     would be enlarged and smooth, and their files small.
     """
-    folder = cache_folder() / 'photos'
-    if folder.exists():
-        return folder
     try:
         from skimage import data
     except ImportError:
         raise UserError('without --data_path, photographs come from scikit-image: pip install scikit-image') from None
     originals = [Image.fromarray(getattr(data, name)()) for name in ('astronaut', 'chelsea', 'coffee', 'rocket')]
-    rng = np.random.default_rng(0)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-        target = Path(beside) / 'photos' / 'train' / 'all'
-        target.mkdir(parents=True)
-        for number in range(count):
-            photo = originals[number % len(originals)]
-            width = rng.uniform(0.6, 1.0) * min(photo.width, photo.height * 4 / 3)
-            left, top = rng.uniform(0, photo.width - width), rng.uniform(0, photo.height - width * 3 / 4)
-            pixels = np.asarray(photo.resize((500, 375), Image.Resampling.BICUBIC,
-                                             box=(left, top, left + width, top + width * 3 / 4)))
-            noisy = np.clip(pixels + rng.normal(0, 4, (375, 500, 1)), 0, 255).astype(np.uint8)
-            Image.fromarray(noisy).save(target / f'{number}.jpg', quality=93)
-        (Path(beside) / 'photos').rename(folder)
+    rng, shape = np.random.default_rng(0), size[1] / size[0]
+    for number in range(count):
+        photo = originals[number % len(originals)]
+        width = rng.uniform(0.6, 1.0) * min(photo.width, photo.height / shape)
+        left, top = rng.uniform(0, photo.width - width), rng.uniform(0, photo.height - width * shape)
+        pixels = np.asarray(photo.resize(size, Image.Resampling.BICUBIC,
+                                         box=(left, top, left + width, top + width * shape)))
+        noisy = np.clip(pixels + rng.normal(0, 4, (*pixels.shape[:2], 1)), 0, 255).astype(np.uint8)
+        yield Image.fromarray(noisy)
+
+
+def in_cache(name: str, write: Callable[[Path], None]) -> Path:
+    """A folder in the user's cache, written once and as a whole."""
+    folder = cache_folder() / name
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+            target = Path(beside) / name
+            target.mkdir()
+            write(target)
+            target.rename(folder)
     return folder
+
+
+def photos(count: int = 256) -> Path:
+    """A folder with JPEGs of 500x375 pixels and some 70 kB, as ImageNet's are on average; made once, in the cache."""
+    def write(folder: Path) -> None:
+        (folder / 'train' / 'all').mkdir(parents=True)
+        for number, image in enumerate(draw_photos(count, (500, 375))):
+            image.save(folder / 'train' / 'all' / f'{number}.jpg', quality=93)
+
+    return in_cache('photos', write)
 
 
 def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'], images: int = 256, rounds: int = 7,
@@ -160,15 +189,7 @@ def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'],
         'timm_uint8': lambda batch: theirs(batch, common_uint8),
         'this_test': lambda batch: ours(batch, uint8=True, batches=tests),
         'timm_test': lambda batch: theirs(batch, common_test)}
-    workers = {name: _Worker(work) for name, work in pipelines.items()}
-    taken = []
-    for number in range(-1, rounds):  # the first does not count
-        # In turns of all batches: after another process on its core, one runs a third slower for its first images
-        seconds = {name: sum(map(worker, range(len(keys)))) for name, worker in workers.items()}
-        if number >= 0:
-            taken.append(seconds)
-    for worker in workers.values():
-        worker.close()
+    taken = alternate_workers(pipelines, batches=len(keys), rounds=rounds)
     rates = {name: len(chosen) / statistics.median(each[name] for each in taken) for name in pipelines}
     result = {
         'recipe': recipe.name, 'images': len(chosen), 'rounds': rounds,

@@ -1,9 +1,10 @@
-"""Parameters and multiply-accumulates (MACs) of the MogaNets, any timm models, or detectors by their recipes, as a
-table or as JSON.
+"""Parameters and multiply-accumulates (MACs) of the MogaNets, any timm models, or detectors and segmentors by
+their recipes, as a table or as JSON.
 
     python tools/complexity.py [moganet_small retinanet_moganet_small_1x ...] [--sizes 224 256] [--json]
 
-A detector is counted at 1280 x 800, where the papers count it, up to its heads' last maps.
+A detector is counted at 1280 x 800 and a segmentor at 2048 x 512, where the papers count them, up to the heads' last
+maps.
 
 Nothing is computed: the models run on torch's meta device, XL in seconds and without memory for its weights.
 """
@@ -26,8 +27,6 @@ import models
 from recipes import RECIPES
 from recipes.dense import Dense
 from utils import UserError, nearest, run_cli
-
-DENSE_SIZE = (800, 1280)  # height and width
 
 
 def _norm_flops(shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
@@ -86,13 +85,13 @@ def complexity(name: str, size: int | tuple[int, int]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='*', metavar='NAME',
-                        help='timm models, or recipes of detectors (default: the six MogaNets)')
+                        help='timm models, or recipes of detectors and segmentors (default: the six MogaNets)')
     parser.add_argument('--sizes', nargs='+', type=int, metavar='N', help='sides of square images in pixels')
     parser.add_argument('--json', action='store_true', help='a JSON list in place of the table')
     args = parser.parse_args(argv)
     names = args.names or timm.list_models(module='moganet')
     rows = [complexity(name, size) for name in names for size in args.sizes or (
-        [DENSE_SIZE] if isinstance(RECIPES.get(name), Dense) else [224, 256])]
+        [RECIPES[name].count_size()] if isinstance(RECIPES.get(name), Dense) else [224, 256])]
     rows.sort(key=lambda row: row['parameters'])
     if args.json:
         print(json.dumps(rows, indent=1))

@@ -1,4 +1,4 @@
-"""Writes what the documents say about the recipes: blocks of TRAINING.md, the results table of README.md.
+"""Writes what the documents say about recipes and model: blocks of TRAINING.md, tables of README.md.
 
     python tools/docs.py            # rewrites what is stale
     python tools/docs.py --check    # names what is stale, with exit status 1, and changes nothing
@@ -18,11 +18,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipes import RECIPES, Classification, Run, fit_batch
+from recipes.coco import Detection
+from recipes.dense import Dense
+from recipes.fields import Recipe
 from recipes.imagenet import S
 from utils import UserError, run_cli, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-# {model: {image side: parameters, GMACs, and MB that a training step moves for an image, in bf16 and in fp32}}
+# {model: {image side: parameters, GMACs, and MB that a training step moves for an image, in bf16 and in fp32}}; of the
+# rows of dense tasks {recipe: {WIDTHxHEIGHT: parameters and GMACs}}
 COSTS = ROOT / 'tools' / 'docs.json'
 Costs = dict[str, dict[str, dict[str, float]]]
 
@@ -38,10 +42,6 @@ def all_rows() -> list[Classification]:
     return [row for row in RECIPES.values() if isinstance(row, Classification)]
 
 
-CARDS = {'A100': 2.04e12, 'H100': 3.35e12}  # SXM, 80 GB: bytes a second of their memory, by the data sheet
-# The share of it that a training step reaches: timm's published rates, by the same count of bytes, come to 0.48 to 0.65
-# on an RTX 3090 (ResNet-50, EfficientNet-B0, ConvNeXt nano to base) and to 0.41 on an A100 (ConvNeXt-B)
-REACHED = (0.40, 0.55)
 PROCESSES = {1: '1 GPU', 2: '2 GPUs', 4: '4 GPUs', 8: '8 GPUs', 16: '2 nodes of 8'}
 
 
@@ -56,10 +56,22 @@ def count(model: str, size: int) -> dict[str, float]:
 
 def count_all() -> Costs:
     """Counts every model at every image size of its recipes."""
+    from tools.complexity import complexity
     sizes: dict[str, set[int]] = {}
     for row in all_rows():
         sizes.setdefault(row.model, set()).update((row.input_size, row.test_size))
-    return {model: {str(size): count(model, size) for size in sorted(chosen)} for model, chosen in sizes.items()}
+    counted = {model: {str(size): count(model, size) for size in sorted(chosen)} for model, chosen in sizes.items()}
+    for row in RECIPES.values():
+        if isinstance(row, Detection):
+            counts = complexity(row.name, row.count_size())
+            counted[row.name] = {size_of(row): {'parameters': counts['parameters'],
+                                                'gmacs': round(counts['macs'] / 1e9, 1)}}
+    return counted
+
+
+def size_of(row: Dense) -> str:
+    """The image for which a dense row's multiply-accumulates are told, as WIDTHxHEIGHT."""
+    return 'x'.join(map(str, reversed(row.count_size())))
 
 
 def load_costs() -> Costs:
@@ -70,6 +82,9 @@ def load_costs() -> Costs:
             if str(size) not in costs.get(row.model, {}):
                 raise UserError(f'{COSTS.name} has no counts of {row.model} at {size} pixels; run tools/docs.py '
                                 '--count')
+    for row in RECIPES.values():
+        if isinstance(row, Detection) and size_of(row) not in costs.get(row.name, {}):
+            raise UserError(f'{COSTS.name} has no counts of {row.name}; run tools/docs.py --count')
     return costs
 
 
@@ -77,19 +92,20 @@ def load_costs() -> Costs:
 
 def predicted(row: Classification, costs: Costs, *, precision: str) -> str:
     """The images a second that a training step may take on each card, to two digits, by what its memory moves."""
+    from training.plan import BANDWIDTH, CARDS
     moved = 1e6 * costs[row.model][str(row.input_size)]['fp32_mb' if precision == 'fp32' else 'mb']
     ranges = []
-    for card, memory in CARDS.items():
-        rates = [share * memory / moved for share in REACHED]
+    for name in ('a100', 'h100'):
+        rates = [share * CARDS[name].bandwidth / moved for share in BANDWIDTH]
         digits = 10 ** (math.floor(math.log10(rates[0])) - 1)
         low, high = (round(rate / digits) * digits for rate in rates)
-        ranges.append(f'{low:,}-{high:,} on an {card}')
+        ranges.append(f'{low:,}-{high:,} on an {name.upper()}')
     return f'{precision} {", ".join(ranges)}'
 
 
 def command(row: Classification) -> str:
     """The command line that trains a row on the hardware of the row."""
-    gpus = int(row.hardware.split()[0]) if 'GPU' in row.hardware else 1
+    gpus = row.gpus()
     words = ['python' if gpus == 1 else f'torchrun --nproc_per_node={gpus}', 'main.py',
              f'--model {row.model}' if row.name == row.model else f'--recipe {row.name}']
     if row.name.endswith(('_ft384', '_transfer')):
@@ -97,6 +113,54 @@ def command(row: Classification) -> str:
     if row.data_set != 'digits':
         words.append(f'--data_path /path/to/{"own/classes" if row.name.endswith("_transfer") else "imagenet"}')
     return ' '.join(words)
+
+
+def batches(row: Recipe) -> list[str]:
+    """A table of the processes, micro-batches and micro-steps of a row, as lines."""
+    fitted = [fit_batch(row, Run(world_size=processes)) for processes in PROCESSES]
+    cells = [f'{run.world_size} x {run.batch_size} x {run.update_freq}' for run in fitted]
+    return [f'| {" | ".join(PROCESSES.values())} |', '|---' * len(PROCESSES) + '|', f'| {" | ".join(cells)} |', '']
+
+
+# Where the pages say that the images of a data set lie
+DENSE_DATA = {'coco': '/path/to/coco', 'ade20k': '/path/to/ade20k'}
+
+
+def dense_block(row: Dense, costs: Costs) -> str:
+    """Command, batches and figures of a row of detection or segmentation."""
+    cost = costs[row.name][size_of(row)]
+    words = [f'torchrun --nproc_per_node=8 main.py --recipe {row.name} --finetune released:{row.model} --data_path '
+             f'{DENSE_DATA[row.data_set]}'] if row.data_set in DENSE_DATA else [f'python main.py --recipe {row.name}']
+    published = [f'{row.metrics[name][0]} {value:g}{row.metrics[name][1]}' for name, value in row.expected().items()
+                 if value is not None]
+    figures = [', '.join(published) or 'no accuracy was published', row.hardware,
+               f'{cost["parameters"] / 1e6:.2f} M parameters', f'{cost["gmacs"]:.1f} GMACs at {size_of(row)}']
+    spread = batches(row) if row.hardware.startswith('8') else []
+    return '\n'.join([f'#### `{row.name}`', '', f'    {words[0]}', '', *spread,
+                      f'{"; ".join(figures)}. Source: {row.source}.'])
+
+
+def dense_blocks(kind: type[Dense]) -> str:
+    """The blocks of the rows of a task."""
+    costs = load_costs()
+    return '\n\n'.join(dense_block(row, costs) for row in RECIPES.values() if type(row) is kind)
+
+
+def dense_results(kind: type[Dense]) -> str:
+    """The table of the published rows of a task."""
+    costs, rows = load_costs(), [row for row in RECIPES.values() if type(row) is kind and any(row.expected().values())]
+    names = list(rows[0].expected())
+    heads = [f'{kind.metrics[name][0]}{"," if kind.metrics[name][1] else ""}{kind.metrics[name][1]}' for name in names]
+    lines = [f'| recipe | parameters, M (published) | GMACs at {size_of(rows[0])} (published) | {" | ".join(heads)} |',
+             '|---' * (3 + len(names)) + '|']
+    for row in rows:
+        cost = costs[row.name][size_of(row)]
+        values = [f'{row.expected()[name]:.1f}' if row.expected()[name] else '-' for name in names]
+        parameters, gmacs = (f' ({value:g})' if value else ''
+                             for value in (row.expected_parameters, row.expected_flops))
+        lines.append(f'| [`{row.name}`](TRAINING.md#{row.name}) | {cost["parameters"] / 1e6:.2f}{parameters} | '
+                     f'{cost["gmacs"]:.1f}{gmacs} | {" | ".join(values)} |')
+    return '\n'.join(lines)
 
 
 def block(row: Classification, costs: Costs) -> str:
@@ -109,10 +173,7 @@ def block(row: Classification, costs: Costs) -> str:
     figures = [accuracy, row.hardware, f'{cost["parameters"] / 1e6:.2f} M parameters',
                f'{cost["gmacs"]:.3f} GMACs at {row.test_size}']
     if row.hardware.startswith('8'):
-        fitted = [fit_batch(row, Run(world_size=processes)) for processes in PROCESSES]
-        batches = [f'{run.world_size} x {run.batch_size} x {run.update_freq}' for run in fitted]
-        lines += [f'| {" | ".join(PROCESSES.values())} |', '|---' * len(PROCESSES) + '|', f'| {" | ".join(batches)} |',
-                  '']
+        lines += batches(row)
         precisions = (row.precision, *(('bf16',) if row.precision == 'fp32' else ()))
         rates = [predicted(row, costs, precision=precision) for precision in precisions]
         figures.append(f'predicted images/s of one GPU: {"; ".join(rates)}')
@@ -175,12 +236,72 @@ def speed() -> str:
         f'figures are in [BENCHMARKS.md](BENCHMARKS.md){gpu}.', 120)
 
 
+# What the paper calls a thing, and a piece of the one line of the model that is it
+MODEL = 'models/moganet.py'
+SOURCE = ROOT / MODEL
+SYMBOLS = (
+    ('`Y = X + SMixer(Norm(X))`', 'torch.addcmul(x, scale, self.attn(u) + u)'),
+    ('`Z = Y + CMixer(Norm(Y))`', 'torch.addcmul(x, scale, self.mlp(self.norm2(x)))'),
+    ('`Norm`, batch normalisation', 'self.norm1 = nn.BatchNorm2d(dim'),
+    ('`FD(.)`, feature decomposition: `Y + gamma_s (Y - GAP(Y))` of `Y = Conv1x1(X)`',
+     '.mean((2, 3), keepdim=True), scaled)'),
+    ('`gamma_s` and `gamma_c`, learned scales', 'self.scale = nn.Parameter('),
+    ('`Moga(.)`, multi-order gated aggregation', 'class MultiOrderGatedAggregation('),
+    ('`DW 5x5, d = 1`', 'self.DW_conv0 = nn.Conv2d('),
+    ('`DW 5x5, d = 2`', 'self.DW_conv1 = nn.Conv2d('),
+    ('`DW 7x7, d = 3`', 'self.DW_conv2 = nn.Conv2d('),
+    ('`C_l : C_m : C_h = 1 : 3 : 4`', 'mid, high = dim * 3 // 8, dim // 2'),
+    ('`Y_C = Concat(Y_l, Y_m, Y_h)`, and the 1x1 after it', 'torch.cat([low, self.DW_conv1(mid), self.DW_conv2(high)]'),
+    ('`F_phi`, gating branch; `G_psi`, context branch', 'gate, value = self.gate(y), self.value(y)'),
+    ('`SiLU(Conv1x1(X)) * SiLU(Conv1x1(Y_C))`', 'self.proj_2(F.silu(gate) * F.silu(value))'),
+    ('`DW 3x3` of the channel mixer', 'self.dwconv = nn.Conv2d('),
+    ('`CA(X) = X + gamma_c (X - GELU(X W_r))`, with the 1x1 after it', 'self.fc2.bias) + '),
+    ('`W_r`, from all channels to one', 'self.decompose = nn.Conv2d('),
+    ('`GELU(X W_r)`', 'common = F.gelu(self.decompose(x))'),
+    ('embedding stem', 'class Stem('),
+)
+
+
+def symbols() -> str:
+    """Where in the code each symbol of the paper is. Raises UserError where a piece is not in one line."""
+    lines = SOURCE.read_text().splitlines()
+    rows = ['| in the paper | in the code |', '|---|---|']
+    for symbol, piece in SYMBOLS:
+        places = [number for number, line in enumerate(lines, 1) if piece in line]
+        if len(places) != 1:
+            raise UserError(f'{MODEL} has {len(places)} lines with {piece!r}; make it one in SYMBOLS')
+        rows.append(f'| {symbol} | [`{lines[places[0] - 1].strip().rstrip(":")}`]({MODEL}#L{places[0]}) |')
+    return '\n'.join(rows)
+
+
+def memory() -> str:
+    """The allocator's peak by recipe, precision and checkpointing, as benchmarks/memory.json has it."""
+    from tools.benchmark_memory import FIGURES, FORMS
+    from tools.benchmark_report import table
+    kept, rows = json.loads(FIGURES.read_text()), []
+    for name, row in RECIPES.items():
+        if name not in kept:
+            continue
+        figures = kept[name]
+        if (figures['micro_batch'], figures['precision']) != (row.micro_batch_size, row.precision):
+            raise UserError(f'{FIGURES.name} is of another micro-batch or precision of {name}; on a GPU run '
+                            f'tools/benchmark.py memory {name}')
+        rows.append([f'`{name}`, {row.precision}', str(row.micro_batch_size), *(
+            f'{found["allocated"]:.1f} ({found["reserved"]:.1f})' if found else 'too much'
+            for found in map(figures.get, FORMS))])
+    return table(('row', 'micro-batch', *FORMS), rows)
+
+
 PARTS = {
     ('README.md', 'results'): results,
+    ('README.md', 'coco'): lambda: dense_results(Detection),
     ('README.md', 'speed'): speed,
+    ('README.md', 'symbols'): symbols,
     ('TRAINING.md', 'feeding'): feeding,
+    ('TRAINING.md', 'memory'): memory,
     ('TRAINING.md', 'demo'): lambda: blocks('_digits'),
     ('TRAINING.md', 'recipes'): lambda: blocks('', '_256', '_3aug_256', '_rsb_a3'),
+    ('TRAINING.md', 'detection'): lambda: dense_blocks(Detection),
     ('TRAINING.md', 'fine-tuning'): lambda: blocks('_ft384', '_transfer'),
 }
 

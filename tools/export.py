@@ -4,7 +4,8 @@
 
 Formats: `safetensors`, weights that `load_weights` and timm read; `huggingface`, a model folder (config.json,
 model.safetensors, README.md) that `timm.create_model('local-dir:...')` opens; `onnx` and `torch_export`, programs with
-a dynamic batch that need nothing of this repository.
+a dynamic batch that need nothing of this repository. A segmentor's program gives logits [B, classes, H, W] of square
+images, by default of the side of its training crops.
 """
 import argparse
 import dataclasses
@@ -26,8 +27,10 @@ from timm.data import ImageNetInfo
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from models.detection import Detector
 from models.download import sha256_of
 from models.moganet import MogaNet, fuse
+from models.segmentation import Segmentor
 from models.weights import Weights
 from predict import Predictor
 from utils import UserError, as_path, run_cli, write_atomically
@@ -37,6 +40,18 @@ from utils import UserError, as_path, run_cli, write_atomically
 TOLERANCE = 1e-4
 
 Exported = tuple[bytes, Callable[[Tensor], Tensor]]  # a file's content, and what it computes when read back
+
+
+class Logits(nn.Module):
+    """A segmentor as a function of images alone."""
+
+    def __init__(self, model: Segmentor) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> logits [B, classes, H, W]."""
+        return self.model.logits(images)
 
 
 class Normalized(nn.Module):
@@ -53,14 +68,20 @@ class Normalized(nn.Module):
         return self.model((images - self.mean) / self.std)
 
 
-def describe(weights: Weights, model: nn.Module, size: int | None) -> dict[str, Any]:
+def describe(source: Predictor, weights: Weights, size: int | None) -> dict[str, Any]:
     """All that the user of a file must know, in JSON's types: the checkpoint's word before timm's defaults."""
+    model, recipe = source.model, source.recipe
     cfg = model.pretrained_cfg
-    about = {'model': cfg['architecture'], 'test_size': cfg['input_size'][-1], 'weights': weights.which}
-    about |= {key: cfg[key] for key in ('crop_pct', 'interpolation', 'mean', 'std')}
+    about = {'model': cfg['architecture'], 'weights': weights.which}
+    if isinstance(model, Segmentor):
+        about |= {'network': recipe.name, 'test_size': recipe.crop_size, 'mean': recipe.mean, 'std': recipe.std,
+                  'classes': source.task.classes}
+    else:
+        about |= {'test_size': cfg['input_size'][-1]} | {
+            key: cfg[key] for key in ('crop_pct', 'interpolation', 'mean', 'std')}
     if isinstance(model, MogaNet):
         about['gate'] = weights.gate or 'single'
-    if 'released' in weights.meta:
+    if 'released' in weights.meta and not isinstance(model, Segmentor):
         names = ImageNetInfo('imagenet-1k')
         about['classes'] = [names.index_to_description(index) for index in range(names.num_classes())]
     # what describes the source file rather than the model stays behind
@@ -89,6 +110,16 @@ def check(run: Callable[[Tensor], Tensor], model: nn.Module, shape: tuple[int, i
     return max(errors)
 
 
+def program_of(model: nn.Module) -> nn.Module:
+    """The model as a function of images alone: itself, or a segmentor's logits. Raises UserError for a detector."""
+    if isinstance(model, Segmentor):
+        return Logits(model)
+    if isinstance(model, Detector):
+        raise UserError(f'{model.pretrained_cfg["architecture"]} is a detector, whose boxes are no fixed number of '
+                        'outputs; export is for classifiers and segmentors')
+    return model
+
+
 # ---- The formats ----------------------------------------------------------------------------------------------------
 
 def to_safetensors(model: nn.Module, weights: Weights, about: dict[str, Any]) -> Exported:
@@ -99,7 +130,7 @@ def to_safetensors(model: nn.Module, weights: Weights, about: dict[str, Any]) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'model.safetensors'
         path.write_bytes(data)
-        return data, Predictor(str(path), device='cpu').model
+        return data, program_of(Predictor(str(path), device='cpu').model)
 
 
 def to_onnx(program: nn.Module, images: Tensor, about: dict[str, Any]) -> Exported:
@@ -197,9 +228,12 @@ def main(argv: list[str] | None = None) -> None:
     settings = {'model': args.model, 'gate': args.gate}
     source = Predictor(args.checkpoint, device='cpu', weights=args.weights,
                        settings={name: value for name, value in settings.items() if value is not None})
-    model = program = source.model
+    model = program = program_of(source.model)
+    if args.format == 'huggingface' and isinstance(model, Logits):
+        raise UserError('--format huggingface is for classifiers, which timm opens; choose safetensors, onnx or '
+                        'torch_export')
     weights = dataclasses.replace(source.weights, gate=args.gate or source.weights.gate)
-    about = describe(weights, model, args.input_size)
+    about = describe(source, weights, args.input_size)
     channels = next(value.shape[1] for value in model.parameters() if value.ndim == 4)  # of the first convolution
     shape = (channels, about['test_size'], about['test_size'])
     if args.fuse:
@@ -219,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
                 os.rename(folder, args.output)
         else:
             images = torch.zeros(2, *shape)
-            data, run = (to_safetensors(model, weights, about) if args.format == 'safetensors' else
+            data, run = (to_safetensors(source.model, weights, about) if args.format == 'safetensors' else
                          to_onnx(program, images, about) if args.format == 'onnx' else
                          to_torch_export(program, images, about))
             error = check(run, model, shape)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm  # torch's drops the activation of timm's BatchNormAct2d
 from torch import nn
 
 import engine
@@ -184,6 +185,14 @@ def follow_gate(recipe: Recipe, run: Run, gate: str | None) -> Recipe:
     return dataclasses.replace(recipe, gate=gate)
 
 
+def set_grad_checkpointing(model: nn.Module, recipe: Recipe) -> None:
+    """Recomputes a model's activations in the backward pass. Raises UserError where the model has no way to it."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise UserError(f'{recipe.model} has no gradient checkpointing; leave --grad_checkpointing out') from None
+
+
 def prepare_model(task: Task, run: Run, device: torch.device, *, initial: Weights | None = None,
                   pretrained: bool = False) -> nn.Module:
     """The task's model on the device, with its own initial weights or those of `initial` (the head where it fits).
@@ -197,12 +206,9 @@ def prepare_model(task: Task, run: Run, device: torch.device, *, initial: Weight
         log.info('Starting from %s: %s', initial, apply_weights(model, initial, drop_classifier=True))
     task.freeze(model)
     if run.grad_checkpointing:
-        try:
-            model.set_grad_checkpointing(True)
-        except (AttributeError, AssertionError):
-            raise UserError(f'{recipe.model} has no gradient checkpointing; leave --grad_checkpointing out') from None
+        set_grad_checkpointing(model, recipe)
     if recipe.sync_bn:
-        model = task.synchronise(model)
+        model = convert_sync_batchnorm(model)
     layout = torch.channels_last if settle_arithmetic(run, device).channels_last else torch.contiguous_format
     return model.to(device, memory_format=layout)
 

@@ -151,10 +151,19 @@ def parts_of_set(name: str, path: Path, recipe: Recipe, run: Run) -> list[Part]:
 
 
 def find_sets(folder: Path) -> dict[str, Path]:
-    """The sets in a folder by their names in the table, in its order; what is no set is told in the log."""
+    """The sets in a folder by their names in the table, in its order; what is no set is told in the log.
+
+    Raises:
+        UserError: where the folder cannot be read.
+    """
     named: dict[str, Path] = {}
     others = []
-    for path in sorted(folder.iterdir()):
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f'--suite {folder} cannot be read ({error.strerror}); give the folder that holds the sets'
+                        ) from None
+    for path in entries:
         name = set_of(path)
         if name is not None:
             named.setdefault(name, path)
