@@ -1,5 +1,6 @@
 # make demo       train moganet_xtiny on handwritten digits, and evaluate it in a fresh process
 # make demo-detection  train a small detector on digits pasted onto photographs, and evaluate it in a fresh process
+# make demo-segmentation  train a small segmentor on the same digits, and evaluate it in a fresh process
 # make test       the tests that need neither GPU nor Slurm, but for the slow ones; make test-all adds those, make
 #                 test-slow runs those of kills, submitted jobs and models alone
 # make test-slurm the tests on a Slurm of this machine alone; needs root, and apt where Slurm is not installed
@@ -12,7 +13,7 @@ PYTHON := $(VENV)/bin/python
 # Tests run on two cores, a file on one of them; tests/conftest.py says which files share a core
 BESIDE := --numprocesses 2 --dist loadgroup
 
-.PHONY: demo demo-detection test test-all test-slow test-slurm lint golden benchmark
+.PHONY: demo demo-detection demo-segmentation test test-all test-slow test-slurm lint golden benchmark
 
 # Made anew when the dependencies change; a broken installation leaves no stamp
 $(VENV)/installed: pyproject.toml
@@ -27,6 +28,11 @@ demo: $(VENV)/installed
 demo-detection: $(VENV)/installed
 	$(PYTHON) main.py --recipe retinanet_moganet_digits --val_interval 8 --output_dir runs/demo-detection
 	$(PYTHON) main.py --eval --checkpoint runs/demo-detection/checkpoint-best-ema.pth --output_dir runs/demo-detection
+
+demo-segmentation: $(VENV)/installed
+	$(PYTHON) main.py --recipe semantic_fpn_moganet_digits --val_interval 4 --output_dir runs/demo-segmentation
+	$(PYTHON) main.py --eval --checkpoint runs/demo-segmentation/checkpoint-best-ema.pth \
+	--output_dir runs/demo-segmentation
 
 test: $(VENV)/installed
 	$(PYTHON) -m pytest $(BESIDE)

@@ -71,11 +71,6 @@ class Segmentation(Dense):
         """Height and width of the image for which multiply-accumulates are told: as published, 2048 x 512."""
         return min(self.image_scale), max(self.image_scale)
 
-    def check_micro_batch(self, size: int) -> None:
-        """Refuses a micro-batch for which the model is not defined. Raises UserError."""
-        check(size > 1 or self.network != 'upernet', '--batch_size 1 leaves the batch norm of the pyramid pooling one '
-                                                     'value a channel; give at least 2')
-
     def expected(self) -> dict[str, float | None]:
         """The published values of the row by metric, None where none was published."""
         return {'miou': self.expected_miou, 'macc': self.expected_macc}
