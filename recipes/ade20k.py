@@ -22,8 +22,6 @@ class Segmentation(Dense):
     expected_miou: float | None = doc(None, 'published mean IoU, %', flag=False)
     expected_macc: float | None = doc(None, 'published mean accuracy of the classes, %', flag=False)
 
-    # Batch norm
-    sync_bn_backbone: bool = doc(False, "with --sync_bn: of the backbone too, and not of the heads' alone")
 
     # Data and augmentation
     data_set: str = doc('ade20k', "ade20k: ADE20K's folder, or one's own with images/ and labels/; digits_ade: digits "
@@ -54,7 +52,6 @@ class Segmentation(Dense):
         super().check()
         check(self.data_set in DATA_SETS, f'--data_set {self.data_set} has no label pictures; say ade20k (any folder '
                                           'with images and labels) or digits_ade')
-        check(self.sync_bn or not self.sync_bn_backbone, '--sync_bn_backbone goes with --sync_bn')
         check(min(self.image_scale) > 0, f'--image_scale {self.image_scale}: give two sides above 0')
         check(len(self.scale_range) == 2 and 0 < self.scale_range[0] <= self.scale_range[1],
               f'--scale_range {self.scale_range}: give the smallest and the largest factor, above 0')

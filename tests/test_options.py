@@ -903,7 +903,7 @@ def segment(digits, tmp_path_factory):
     def start(flags: str = '') -> Path:
         if flags not in done:
             done[flags] = tmp_path_factory.mktemp('segmentor')
-            words = [*SEGMENTOR, '--data_path', str(digits), '--num_classes', '11', '--disable_eval', '--output_dir',
+            words = [*SEGMENTOR, '--data_path', str(digits), '--num_classes', '12', '--disable_eval', '--output_dir',
                      str(done[flags])]
             assert main.main([*words, *flags.split()]) == 0
         return done[flags]
