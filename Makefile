@@ -3,6 +3,8 @@
 # make demo-segmentation  train a small segmentor on the same digits, and evaluate it in a fresh process
 # make test       the tests that need neither GPU nor Slurm, but for the slow ones; make test-all adds those, make
 #                 test-slow runs those of kills, submitted jobs and models alone
+# make test-standin STANDIN=FOLDER  the tests that need a GPU, without one: FOLDER/run puts a stand-in for CUDA's
+#                 libraries in front of torch (CONTRIBUTING.md)
 # make test-slurm the tests on a Slurm of this machine alone; needs root, and apt where Slurm is not installed
 # make lint       ruff
 # make golden     whether this checkout computes the same bits as an older commit: make golden BASE=<commit>
@@ -13,7 +15,11 @@ PYTHON := $(VENV)/bin/python
 # Tests run on two cores, a file on one of them; tests/conftest.py says which files share a core
 BESIDE := --numprocesses 2 --dist loadgroup
 
-.PHONY: demo demo-detection demo-segmentation test test-all test-slow test-slurm lint golden benchmark
+# Without one, and on another torch than it is made for, its tests are left out
+STANDIN :=
+STANDIN_TORCH := 2.14.1, CUDA 13.0
+
+.PHONY: demo demo-detection demo-segmentation test test-all test-slow test-standin test-slurm lint golden benchmark
 
 # Made anew when the dependencies change; a broken installation leaves no stamp
 $(VENV)/installed: pyproject.toml
@@ -43,6 +49,15 @@ test-all: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(PYTHON) -m pytest $(BESIDE) -m slow tests/test_resume.py tests/test_submitit.py tests/test_command_line.py \
 	tests/test_models.py tests/test_export.py
+
+test-standin: $(VENV)/installed
+	@found=$$($(PYTHON) -c 'import torch; print(torch.__version__.split("+")[0] + ", CUDA", torch.version.cuda)'); \
+	if [ -z '$(STANDIN)' ]; then echo 'skipped: no STANDIN=FOLDER is given'; \
+	elif [ "$$found" != '$(STANDIN_TORCH)' ]; then \
+	    echo "skipped: the stand-in is for torch $(STANDIN_TORCH), and this is torch $$found"; \
+	else set -ex; export PY=$(abspath $(PYTHON)); \
+	    $(STANDIN)/run -0 $(PYTHON) -m pytest -m gpu tests/test_streams.py; \
+	    $(STANDIN)/run $(PYTHON) -m pytest -m gpu --ignore tests/test_streams.py; fi
 
 test-slurm: $(VENV)/installed
 	$(PYTHON) -m pytest -m slurm tests/slurm

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from pipeline.files import indexing
 from pipeline.loaders import TrainLoader, ValLoader
 from recipes import Run
-from utils import UserError, log, rank_zero_first
+from utils import UserError, log
 
 
 def __getattr__(name: str) -> Any:
@@ -71,7 +72,7 @@ def build_loaders(task: Any, run: Run, *, rank: int = 0, device: torch.device | 
     Raises:
         UserError: for data that is missing, too small or does not fit the recipe, with the cure.
     """
-    with rank_zero_first('index'):  # builds the index of the files, which the other ranks then read
+    with indexing():
         train, val = (task.open(split) if split in splits else None for split in ('train', 'val'))
     errors, warnings = task.check_data(train, val)
     for warning in warnings if rank == 0 else ():

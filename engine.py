@@ -71,19 +71,20 @@ def wrap_distributed(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class Buffers:
-    """The BN statistics of a model, and of its moving average, as one flat tensor.
+    """The BN statistics of a model, and of its moving average, as one flat tensor: a few launches, not some a norm.
 
     They differ between the ranks and take no part in training, which normalises by the batch; so what is made of them
     for evaluating and saving is put back afterwards, and the course of training does not depend on how often that is.
     """
 
-    def __init__(self, *models: nn.Module | None):
+    def __init__(self, *models: nn.Module | None, counts: bool = False):
         """
         Args:
             models: the first is on the process's device; others may be missing, or elsewhere.
+            counts: take the counts of batches in place of the statistics.
         """
         self._buffers = [buffer for model in models if model is not None for buffer in model.buffers()
-                         if buffer.is_floating_point()]
+                         if buffer.is_floating_point() != counts]
         self._device = next(models[0].parameters()).device
         self._own: torch.Tensor | None = None  # this rank's statistics, while others stand in their place
 
@@ -151,7 +152,9 @@ def precise_bn(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.M
         norm.reset_running_stats()
         norm.momentum = None  # the cumulative mean
         norm.train()
-    with autocast(device, precision):
+    # Compiled, each norm would break the graph, since a momentum of None reads the count of batches
+    eager = torch.compiler.set_stance('force_eager') if model._compiled_call_impl else contextlib.nullcontext()
+    with eager, autocast(device, precision):
         for batch in batches:
             forward(model, batch)
     for norm, momentum, count in zip(norms, momenta, counts, strict=True):
@@ -213,7 +216,7 @@ class TrainStep:
         self.update_freq, self.seed, self.rank = update_freq, seed, rank
         self.unwrapped: nn.Module = getattr(model, 'module', model)
         self.buffers = Buffers(self.unwrapped)
-        self._counts = [buffer for buffer in self.unwrapped.buffers() if not buffer.is_floating_point()]
+        self._kept = (self.buffers, Buffers(self.unwrapped, counts=True))
         self.sums = Sums(('loss', 'images', 'bad_images', *task.losses), device, sum_dtype(device))
         self.skips = Sums(('all', 'in_a_row'), device)
 
@@ -264,13 +267,11 @@ class TrainStep:
             self.skips.add(all=skipped)
             self.skips['in_a_row'].add_(1).mul_(skipped)
 
-    def _snapshot(self) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
+    def _snapshot(self) -> list[torch.Tensor] | None:
         """The BN buffers before an update that may overflow."""
-        if not self.scaler.is_enabled():
-            return None
-        return self.buffers.get(), [count.clone() for count in self._counts]
+        return [buffers.get() for buffers in self._kept] if self.scaler.is_enabled() else None
 
-    def _undo_if_skipped(self, before: tuple[torch.Tensor, list[torch.Tensor]] | None) -> torch.Tensor | None:
+    def _undo_if_skipped(self, before: list[torch.Tensor] | None) -> torch.Tensor | None:
         """Puts the BN buffers back where the scaler skipped the update. Returns its flag, on the device.
 
         The overflowing forward pass has left inf or NaN in the running statistics. They never leave again, and do not
@@ -280,10 +281,8 @@ class TrainStep:
             return None
         # The scaler keeps the flag that its own step and update go by; the public get_scale() would wait for the device
         skipped = sum(self.scaler._found_inf_per_device(self.optimizer).values()).to(self.device).clamp(max=1).squeeze()
-        statistics, counts = before
-        self.buffers.set(torch.where(skipped > 0, statistics, self.buffers.get()))
-        for count, old in zip(self._counts, counts, strict=True):
-            count.copy_(torch.where(skipped > 0, old, count))
+        for buffers, old in zip(self._kept, before, strict=True):
+            buffers.set(torch.where(skipped > 0, old, buffers.get()))
         return skipped
 
     def warm_up(self, batch: Any) -> None:
@@ -295,15 +294,14 @@ class TrainStep:
         """
         if not isinstance(self.model, DistributedDataParallel) and self.unwrapped._compiled_call_impl is None:
             return
-        kept, counts = self.buffers.get(), [count.clone() for count in self._counts]
+        before = [buffers.get() for buffers in self._kept]
         train_mode(self.model)
         with autocast(self.device, self.precision):
             loss = total(self.task.loss(self.model, batch))
         loss.backward()
         self.optimizer.zero_grad()
-        self.buffers.set(kept)
-        for count, old in zip(self._counts, counts, strict=True):
-            count.copy_(old)
+        for buffers, old in zip(self._kept, before, strict=True):
+            buffers.set(old)
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:
@@ -421,7 +419,7 @@ def train_updates(step: TrainStep, batches: Iterable[Any], *, begin: int, end: i
 
 @torch.no_grad()
 def evaluate(models: dict[str, nn.Module], batches: Iterable[Any], metric: Any, *, count: int, device: torch.device,
-             exact: bool = True, precision: str = 'fp32') -> dict[str, dict[str, Any]]:
+             exact: bool = True, precision: str = 'fp32', compiling: bool = False) -> dict[str, dict[str, Any]]:
     """Evaluates several models in one pass over a data set that the ranks share out, each image once.
 
     Args:
@@ -430,6 +428,8 @@ def evaluate(models: dict[str, nn.Module], batches: Iterable[Any], metric: Any, 
         batches: this rank's.
         metric: a new `tasks.Metric`.
         count: images of the whole data set.
+        compiling: whether the first batch may compile the models, which are made for it alone; else what was compiled
+            for training stays the one graph, since another would cost minutes an evaluation takes seconds.
         exact: whether `count` is sure; a stream only says how many images it has, and another number is a warning.
 
     Returns:
@@ -442,8 +442,10 @@ def evaluate(models: dict[str, nn.Module], batches: Iterable[Any], metric: Any, 
     training = [model for model in models.values() if model.training]
     for model in models.values():
         model.eval()
-    for batch in batches:
-        with autocast(device, precision):
+    for number, batch in enumerate(batches):
+        # The last batch has a size of its own, for which torch would compile a second, dynamic graph
+        stance = 'default' if compiling and number == 0 else 'eager_on_recompile'
+        with torch.compiler.set_stance(stance), autocast(device, precision):
             metric.update(models, batch)
     for model in training:
         train_mode(model)

@@ -54,6 +54,10 @@ def main(argv: list[str] | None = None, *, report: Callable[[str], None] = utils
     utils.setup_logging(rank)
     processes = None
     try:
+        if run.plan:
+            from training.plan import plan
+            print(plan(recipe, run))
+            return 0
         processes = utils.init_processes(run.device)
         if run.eval:  # with torch, which takes seconds to import: only now that the flags are known to be right
             from training.evaluation import evaluate

@@ -309,7 +309,9 @@ class ModelEma:
             device: where the average lives; the model's device by default. Another one waits for the device each
                 update.
         """
-        self.module = copy.deepcopy(model).eval().requires_grad_(False).to(device)
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        if device is not None:
+            self.module.to(device)
         self.decay, self.warmup = decay, warmup
         pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
         averaged = [pair for pair in pairs if pair[0].is_floating_point()]

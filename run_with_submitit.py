@@ -244,6 +244,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def resolve(argv: list[str], world_size: int) -> tuple[Recipe, Run]:
     """What main.py will make of its flags in the job. Raises UserError as it does."""
     try:
+        if any(word.replace('-', '_').startswith('__plan') for word in argv):
+            raise UserError('--plan costs no job: python main.py, with the same flags')
         with environment_variables(WORLD_SIZE=world_size):
             return recipes.resolve(argv)
     except UserError as error:  # a misspelt flag may have been meant for this script

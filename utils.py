@@ -49,6 +49,13 @@ def reason_of(error: BaseException) -> str:
     return ' '.join(str(error).split()) or type(error).__name__
 
 
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)
+
+
 def to_stderr(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # a terminal that was closed
         print(text.rstrip(), file=sys.stderr, flush=True)
@@ -229,10 +236,16 @@ def choose_device(name: str, local_rank: int = 0) -> 'torch.device':
         if not torch.cuda.is_available():
             raise UserError('--device cuda: torch finds no CUDA device here; try --device auto, and see INSTALL.md')
         if device.index is None:
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(f'local rank {local_rank} has no GPU: there are {torch.cuda.device_count()} here; '
-                                'start that many processes on this machine')
+            count = torch.cuda.device_count()
+            # A launcher may show each process a GPU of its own (srun --gpus-per-task=1)
+            local_rank = 0 if count == 1 and ',' not in os.environ.get('CUDA_VISIBLE_DEVICES', ',') else local_rank
+            if local_rank >= count:
+                raise UserError(f'local rank {local_rank} has no GPU: there are {count} here; start that many '
+                                'processes on this machine')
             device = torch.device('cuda', local_rank)
+        elif number_of('WORLD_SIZE', 1) > 1:
+            raise UserError(f'--device {name} is one GPU for all {number_of("WORLD_SIZE", 1)} processes; say --device '
+                            'cuda, which gives each its own')
         torch.cuda.set_device(device)
     if device.type == 'mps' and not torch.backends.mps.is_available():
         raise UserError('--device mps: torch finds no Apple GPU here; try --device auto')
@@ -279,7 +292,8 @@ def init_processes(device: str) -> Processes:
     world_size = number_of('WORLD_SIZE', 1)
     if world_size == 1:
         return Processes(device=chosen)
-    # A rank that dies closes its connections, or its launcher stops the others, long before
+    # A rank that dies closes its connections, or its launcher stops the others, long before. NCCL has the same
+    # patience, though a device that hangs costs it: rank 0 may wait as long for its disk, and the others for rank 0
     patience = datetime.timedelta(seconds=RANK_PATIENCE)
     try:
         if chosen.type != 'cuda':
@@ -311,37 +325,51 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-def _wait_for_rank_zero(store: Any, key: str) -> None:
-    """Waits until rank 0 has set a key. Raises UserError after a day."""
+def _wait_for_rank(store: Any, key: str, rank: int = 0) -> None:
+    """Waits until a rank has set a key. Raises UserError after a day."""
     import datetime
 
     import torch.distributed as dist
     try:
-        with waiting_for(f'rank 0 ({key})', saving=key == 'moganet/written'):
+        with waiting_for(f'rank {rank} ({key})', saving=key == 'moganet/written'):
             store.wait([key], datetime.timedelta(seconds=STORE_PATIENCE))
     except dist.DistStoreError:
-        raise UserError(f'rank 0 has not come on for {STORE_PATIENCE} s (the others wait for its {key}): start again, '
-                        'and see what its node does') from None
+        raise UserError(f'rank {rank} has not come on for {STORE_PATIENCE} s (the others wait for its {key}): start '
+                        'again, and see what its node does') from None
+
+
+_turns: collections.Counter[str] = collections.Counter()  # of `rank_zero_first` by name, the same on all ranks
 
 
 @contextlib.contextmanager
-def rank_zero_first(name: str) -> Iterator[None]:
-    """Lets rank 0 through the body first; the others wait for it, up to a day, and then follow.
+def rank_zero_first(name: str, tell: Callable[[], str] = str) -> Iterator[str]:
+    """Lets rank 0 through the body first, then the first rank of each other node, then all others.
 
-    The wait is on the launcher's key-value store and not a collective, which would time out over a long index build.
+    What the body leaves in the user's cache, the others find there, whether the nodes share the home folder or not. The
+    waits, up to a day each, are on the launcher's key-value store and not collectives, which would time out over a long
+    index build.
+
+    Args:
+        tell: what rank 0 says to the others after its body.
+
+    Yields:
+        what it said; '' on rank 0 itself, and in a single process.
     """
     import torch.distributed as dist
     if not dist.is_initialized():
-        yield
+        yield ''
         return
-    store, key = dist.distributed_c10d._get_default_store(), f'moganet/{name}'
-    if dist.get_rank() > 0:
-        _wait_for_rank_zero(store, key)
+    _turns[name] += 1  # each turn waits for itself: of several data sets, each is indexed by rank 0 first
+    store, key = dist.distributed_c10d._get_default_store(), f'moganet/{name}{_turns[name] if _turns[name] > 1 else ""}'
+    rank = dist.get_rank()
+    # Ranks are counted node by node, so that this one's node begins so many before it; each says when it is done
+    before = {0, max(rank - number_of('LOCAL_RANK', 0), 0)} - {rank} if rank else ()
+    for other in sorted(before):
+        _wait_for_rank(store, f'{key} {other}' if other else key, other)
     try:
-        yield
+        yield store.get(key).decode() if rank else ''
     finally:
-        if dist.get_rank() == 0:
-            store.set(key, 'done')
+        store.set(f'{key} {rank}' if rank else key, '' if rank else tell())
 
 
 def from_rank_zero(name: str, compute: Callable[[], str]) -> str:
@@ -353,7 +381,7 @@ def from_rank_zero(name: str, compute: Callable[[], str]) -> str:
     if dist.get_rank() == 0:
         store.set(key, compute())
     else:
-        _wait_for_rank_zero(store, key)
+        _wait_for_rank(store, key)
     return store.get(key).decode()
 
 

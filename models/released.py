@@ -105,6 +105,10 @@ _SEGMENTORS = {
 RELEASED_DENSE = {
     name: ReleasedDense(f'{_RELEASES}/moganet-{kind}-weights/{file}.pth')
     for kind, files in (('det', _DETECTORS), ('seg', _SEGMENTORS)) for name, file in files.items()}
+# Beside the files of mmcv's programs lie their logs, by the same stem. Those of the authors' own repository are timm's
+# summary.csv, under names that are not known here
+LOGS = {name: row.url.removesuffix('.pth') + '.log.json' for name, row in (*RELEASED.items(), *RELEASED_DENSE.items())
+        if row.url.endswith('.pth')}
 RELEASED_BY_FILE = {row.url.rsplit('/', 1)[1]: name for name, row in (*RELEASED.items(), *RELEASED_DENSE.items())}
 
 

@@ -101,7 +101,7 @@ class LabelFile:
                            f'{numbers.shape[0]}: make both of one size')
         table = label_table(num_classes, reduce_zero_label=self.reduce_zero_label, ignore_label=self.ignore_label,
                             order=self.order)
-        found = np.take(table, numbers, mode='clip')
+        found = dense.relabel(numbers, table)
         if (found == UNKNOWN).any():
             first = int(self.reduce_zero_label)
             raise BadLabel(f'has the label {numbers[found == UNKNOWN].max()} in {self.path}, but the classes are '
@@ -326,8 +326,11 @@ class Transform:
         """
         self.scale, self.crop, self.ratios, self.max_class = scale, crop, ratios, max_class
         self.hflip, self.photometric, self.aligned, self.test_ratios = hflip, photometric, aligned, test_ratios
-        distort(TINY, np.random.default_rng(0), 1.0)  # compiles it and `mirror`, before the workers start
-        dense.mirror(TINY)
+        # Compiles them, before the workers start
+        distort(dense.mirror(TINY), np.random.default_rng(0), 1.0)
+        tiny = dense.relabel(TINY[..., 0], label_table(None, reduce_zero_label=False, ignore_label=None))
+        for labels_of in (tiny, tiny[:, 1:]):  # a whole image, and a part of one
+            dense.count_labels(labels_of)
 
     def __call__(self, item: tuple[Any, LabelFile], seed: int | None, *, num_classes: int | None) -> dict[str, Any]:
         """The sample of an image as `LabelledImages.read` gives it.
@@ -379,7 +382,7 @@ class Transform:
             top, left = (int(rng.integers(max(side - self.crop, 0) + 1)) for side in found.shape)
             if attempt == 10 or self.max_class >= 1:
                 break
-            counts = np.bincount(found[top:top + self.crop, left:left + self.crop].ravel(), minlength=256)[:IGNORED]
+            counts = dense.count_labels(found[top:top + self.crop, left:left + self.crop])[:IGNORED]
             if (counts > 0).sum() > 1 and counts.max() / counts.sum() < self.max_class:
                 break
         return top, left

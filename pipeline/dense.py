@@ -25,7 +25,9 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
 
 def _turn(image: bytes) -> Image.Transpose | None:
     """What makes an image file upright by its EXIF data, which most have not: then the file is not opened."""
-    if not any(mark in image for mark in (b'Exif\0\0', b'eXIf', b'EXIF', b'II*\0', b'MM\0*')):
+    # Of a JPEG one mark is enough; to look for one takes 0.05 ms of a photograph's 2
+    marks = (b'Exif\0\0',) if image.startswith(b'\xff\xd8') else (b'Exif\0\0', b'eXIf', b'EXIF', b'II*\0', b'MM\0*')
+    if not any(mark in image for mark in marks):
         return None
     return TURNS.get(Image.open(io.BytesIO(image)).getexif().get(ORIENTATION, 1))
 
@@ -57,7 +59,7 @@ def fit(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:
         scale: bounds of the longer and of the shorter side, in any order.
     """
     factor = min(max(scale) / max(size), min(scale) / min(size))
-    height, width = (int(side * factor + 0.5) for side in size)
+    height, width = (max(int(side * factor + 0.5), 1) for side in size)
     return height, width
 
 
@@ -84,6 +86,18 @@ def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     rows, columns = (np.minimum(np.arange(new) * (1 / (new / old)), old - 1).astype(np.intp)
                      for old, new in zip(labels.shape, size, strict=True))
     return np.take(np.take(labels, rows, 0), columns, 1)
+
+
+def relabel(numbers: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The entry of each number, [H, W] of integers from 0, in a table, uint8 [65536]; larger ones take the last."""
+    if kernels is None or numbers.dtype not in (np.uint8, np.uint16):
+        return np.take(table, numbers, mode='clip')
+    return kernels.relabel(np.ascontiguousarray(numbers), table)
+
+
+def count_labels(labels: np.ndarray) -> np.ndarray:
+    """How often each label occurs, uint8 [H, W] to int64 [256]."""
+    return np.bincount(labels.ravel(), minlength=256) if kernels is None else kernels.count(labels)
 
 
 def mirror(pixels: np.ndarray) -> np.ndarray:

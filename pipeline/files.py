@@ -6,6 +6,7 @@ import json
 import os
 import posixpath
 import re
+import socket
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils import UserError, expand, log, write_atomically, write_json
+from utils import UserError, expand, log, rank_zero_first, write_atomically, write_json
 
 Split = Literal['train', 'val']
 # The endings of what Pillow reads, but for documents, drawings, films and scientific data
@@ -430,6 +431,33 @@ def _unchanged(root: str, stamps: dict[str, int]) -> bool:
         return False
 
 
+_found: dict[str, str] = {}  # by identity, the digest of the index that this process has read or built
+_told: dict[str, str] = {}  # within `indexing`, the same of rank 0
+
+
+@contextlib.contextmanager
+def indexing() -> Iterator[None]:
+    """Within it, rank 0 looks through the data first; a rank that finds rank 0's index in its cache takes it as it is.
+
+    So the folders are looked at once, and not by hundreds of ranks. Where the home folder is not shared, the first rank
+    of each node builds the index anew.
+    """
+    with rank_zero_first('index', lambda: json.dumps(_found)) as told:
+        _told.update(json.loads(told or '{}'))
+        try:
+            yield
+        finally:
+            _told.clear()
+
+
+def _note_index(identity: str, digest: str) -> None:
+    """Notes which index this process takes. Raises UserError where rank 0 has another: they would mix up the images."""
+    _found[identity] = digest
+    if _told.get(identity, digest) != digest:
+        raise UserError(f'{identity} holds other images here, on {socket.gethostname()}, than where rank 0 is; copy '
+                        'the data anew, or give a --data_path that all nodes share')
+
+
 def keep_index(identity: str, stem: str, *, rules: str, unchanged: Callable[[dict[str, Any]], bool],
                build: Callable[[], tuple[dict[str, np.ndarray], dict[str, Any], bool]]
                ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -444,19 +472,27 @@ def keep_index(identity: str, stem: str, *, rules: str, unchanged: Callable[[dic
 
     Returns:
         the arrays, mapped into memory where they are kept, and the facts.
+
+    Raises:
+        UserError: for another index than rank 0 has.
     """
     note = cache_folder() / f'{stem}-{hashlib.blake2b(os.fsencode(identity), digest_size=8).hexdigest()}.json'
     try:
         facts = json.loads(note.read_text())
-        if facts['root'] == identity and facts['rules'] == rules and unchanged(facts):
-            return {name: np.load(note.with_name(file), mmap_mode='r') for name, file in facts['arrays'].items()}, facts
+        digest = ' '.join(file.removesuffix('.npy')[-16:] for file in facts['arrays'].values())
+        if facts['root'] == identity and facts['rules'] == rules and (
+                _told.get(identity) == digest or unchanged(facts)):
+            arrays = {name: np.load(note.with_name(file), mmap_mode='r') for name, file in facts['arrays'].items()}
+            _note_index(identity, digest)
+            return arrays, facts
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):  # none yet, or a damaged one
         pass
     arrays, facts, lasting = build()
+    digests = {name: hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest() for name, array in arrays.items()}
+    _note_index(identity, ' '.join(digests.values()))
     if not lasting:
         return arrays, facts
-    files = {name: f'{note.stem}-{name}-{hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest()}.npy'
-             for name, array in arrays.items()}
+    files = {name: f'{note.stem}-{name}-{digest}.npy' for name, digest in digests.items()}
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         for name, file in files.items():
@@ -490,7 +526,7 @@ def load_index(root: Path) -> tuple[np.ndarray, dict[str, Any]]:
         (images outside of any class), `others` (how many files were left out, by their endings).
 
     Raises:
-        UserError: for what cannot be read.
+        UserError: for what cannot be read, and for other images than rank 0 has.
     """
     resolved = str(root.resolve())
 

@@ -86,6 +86,31 @@ def equalize(image):
     return lookup(image, table)
 
 
+@compiled
+def relabel(numbers, table):
+    """Replaces every number, [H, W] of unsigned integers, by its entry in table, uint8 [65536]."""
+    out = np.empty(numbers.shape, np.uint8)
+    source, target = numbers.reshape(-1), out.reshape(-1)
+    for i in range(source.size):
+        target[uintp(i)] = table[uintp(source[uintp(i)])]
+    return out
+
+
+@compiled
+def count(labels):
+    """How often each label occurs, uint8 [H, W] to int64 [256]."""
+    counts = np.zeros((2, 256), np.int64)
+    even, odd = counts[0], counts[1]  # neighbours are mostly equal, and one counter would wait for itself
+    for y in range(labels.shape[0]):
+        row = labels[y]
+        for x in range(0, row.size - 1, 2):
+            even[row[uintp(x)]] += 1
+            odd[row[uintp(x + 1)]] += 1
+        if row.size % 2:
+            even[row[uintp(row.size - 1)]] += 1
+    return even + odd
+
+
 # ---- Blends ---------------------------------------------------------------------------------------------------------
 
 @compiled
@@ -349,6 +374,130 @@ def affine(image, a, b, c, d, e, f, fill):
             target[i], target[i + uintp(1)], target[i + uintp(2)] = _byte(red), _byte(green), _byte(blue)
     return out
 
+
+# ---- Resizing -------------------------------------------------------------------------------------------------------
+
+BITS = 22  # of the fraction in Pillow's weights
+
+
+@compiled
+def _taps(size, out_size, first, count, cubic):
+    """Pillow's antialiasing weights for `count` of `out_size` output pixels from `first` on, as whole numbers.
+
+    Returns:
+        the first input pixel of each, their number, and their weights, int32 [count, K]; of a cubic (a = -1/2) or a
+        triangle, computed in Pillow's order, for its rounding.
+    """
+    scale = size / out_size
+    wide = max(scale, 1.0)
+    support = (2.0 if cubic else 1.0) * wide
+    length = math.ceil(support) * 2 + 1
+    starts, lengths = np.empty(count, np.int64), np.empty(count, np.int64)
+    weights, exact = np.zeros((count, length), np.int32), np.empty(length)
+    for i in range(count):
+        centre, total = (first + i + 0.5) * scale, 0.0
+        low = max(int(centre - support + 0.5), 0)
+        lengths[i] = min(int(centre + support + 0.5), size) - low
+        starts[i] = low
+        for k in range(lengths[i]):
+            x = abs((k + low - centre + 0.5) * (1.0 / wide))
+            if not cubic:
+                exact[k] = 1.0 - x if x < 1.0 else 0.0
+            elif x < 1.0:
+                exact[k] = (1.5 * x - 2.5) * x * x + 1
+            else:
+                exact[k] = (((x - 5) * x + 8) * x - 4) * -0.5 if x < 2.0 else 0.0
+            total += exact[k]
+        for k in range(lengths[i]):
+            weight = exact[k] / total * (1 << BITS)
+            weights[i, k] = int(weight - 0.5) if weight < 0 else int(weight + 0.5)
+    return starts, lengths, weights
+
+
+def _filter_of(pieces, size):
+    """A filter's sum over neighbours for `pieces` x `size` bytes at once, rounded and stored.
+
+    Written out, as `_bicubic` is, since LLVM keeps neither the sums nor the weight in registers by itself.
+    Arguments of what it returns: source, uint8 [N], the place of the first byte in it, and the way to the next piece
+    and to the next neighbour; weights, int32 [K], and how many of them count; target, uint8 [M], the place of the first
+    byte there, and the way to the next piece.
+    """
+    lanes, word = pieces * size, ir.IntType(8 * size)
+    whole, byte = ir.VectorType(ir.IntType(32), lanes), ir.VectorType(ir.IntType(8), lanes)
+    words = ir.VectorType(word, pieces)
+
+    @intrinsic
+    def weighted(_typing, source, first, across, step, weights, length, target, place, down):
+        def generate(context, builder, signature, arguments):
+            inputs, factors, outputs = (
+                context.make_array(signature.args[i])(context, builder, arguments[i]).data for i in (0, 4, 6))
+
+            def places(array, start, way):
+                positions = [builder.add(start, builder.mul(way, ir.Constant(way.type, i))) for i in range(pieces)]
+                return [builder.bitcast(builder.gep(array, [position]), word.as_pointer()) for position in positions]
+
+            def joined(values, kind):
+                vector = ir.Constant(kind, ir.Undefined)
+                for i, value in enumerate(values):
+                    vector = builder.insert_element(vector, value, ir.Constant(ir.IntType(32), i))
+                return vector
+
+            total = cgutils.alloca_once_value(builder, ir.Constant(whole, [1 << BITS - 1] * lanes))
+            with cgutils.for_range(builder, arguments[5]) as loop:
+                position = builder.add(arguments[1], builder.mul(loop.index, arguments[3]))
+                loads = [builder.load(one, align=1) for one in places(inputs, position, arguments[2])]
+                values = builder.zext(builder.bitcast(joined(loads, words), byte), whole)
+                weight = joined([builder.load(builder.gep(factors, [loop.index]))], whole)
+                weight = builder.shuffle_vector(weight, weight, ir.Constant(whole, [0] * lanes))
+                builder.store(builder.add(builder.load(total), builder.mul(values, weight)), total)
+            result = builder.ashr(builder.load(total), ir.Constant(whole, [BITS] * lanes))
+            for bound, beyond in ((0, '<'), (255, '>')):
+                bound = ir.Constant(whole, [bound] * lanes)
+                result = builder.select(builder.icmp_signed(beyond, result, bound), bound, result)
+            result = builder.bitcast(builder.trunc(result, byte), words)
+            for i, one in enumerate(places(outputs, arguments[7], arguments[8])):
+                builder.store(builder.extract_element(result, ir.Constant(ir.IntType(32), i)), one, align=1)
+            return context.get_dummy_value()
+
+        number = types.intp
+        return types.void(source, number, number, number, weights, number, target, number, number), generate
+    return weighted
+
+
+ROWS, STRETCH = 4, 32  # rows of pixels, and bytes of a row, that are filtered at once
+_filter_pixels, _filter_stretch = _filter_of(ROWS, 4), _filter_of(1, STRETCH)
+
+
+@compiled
+def resized_crop(image, height, width, top, left, rows, columns, cubic):
+    """Part of an image of at least `ROWS` rows, resized by Pillow's bicubic or bilinear filter to [height, width].
+
+    The bits are Pillow's. Only that part is computed, by vectors: the middle 224x224 of 500x375 at 330x248 takes
+    0.3 ms, where Pillow and the copies to and from it take 1.8.
+    """
+    starts, lengths, weights = _taps(image.shape[0], height, top, rows, cubic)
+    firsts, counts, factors = _taps(image.shape[1], width, left, columns, cubic)
+    in_row, out_row, last = 3 * image.shape[1], 3 * columns, image.shape[0] - ROWS
+    row = out_row + 1  # a vector of a pixel has a byte more: of the row's last one, it goes nowhere
+    lowest = min(starts[0], last)
+    needed = max(starts[rows - 1] + lengths[rows - 1] - lowest, ROWS)
+    between, out = np.empty(needed * row + STRETCH, np.uint8), np.empty(rows * out_row + STRETCH, np.uint8)
+    source, ending = image.reshape(-1), np.zeros(ROWS * in_row + 1, np.uint8)
+    ending[:ROWS * in_row] = source[last * in_row:]
+    for group in range(0, needed, ROWS):  # Pillow resizes the rows first, and rounds
+        y = min(group, needed - ROWS)
+        pixels, start = (source, (lowest + y) * in_row) if lowest + y < last else (ending, 0)
+        for x in range(columns):
+            _filter_pixels(pixels, start + 3 * firsts[x], in_row, 3, factors[x], counts[x],
+                           between, y * row + 3 * x, row)
+    for y in range(rows):
+        start = (starts[y] - lowest) * row
+        for x in range(0, out_row, STRETCH):
+            _filter_stretch(between, start + x, 0, row, weights[y], lengths[y], out, y * out_row + x, 0)
+    return out[:rows * out_row].reshape(rows, columns, 3)
+
+
+# ---- On the CPU as a device -----------------------------------------------------------------------------------------
 
 @compiled
 def normalise(rows, mean, scale, out):

@@ -228,6 +228,28 @@ def check_sockets() -> None:
                         'TMPDIR to a shorter path that is writable, as TMPDIR=/tmp, or say --num_workers 0') from None
 
 
+SHARED_MEMORY = '/dev/shm'
+MORE_SHARED_MEMORY = ('enlarge it (docker run --shm-size=16g; in Kubernetes an emptyDir of medium Memory there), or '
+                      'give fewer --num_workers, or a smaller --batch_size')
+
+
+def check_shared_memory(size: int) -> None:
+    """Refuses a /dev/shm that cannot hold the batches which the workers of this machine prepare ahead.
+
+    A container has 64 MB unless told otherwise, of which two workers with 128 images of 224 pixels take 77.
+
+    Args:
+        size: bytes of the batches that this process's workers hold, two each.
+    """
+    size *= max(number_of('LOCAL_WORLD_SIZE', 1), 1)
+    if size and os.path.isdir(SHARED_MEMORY):
+        found = os.statvfs(SHARED_MEMORY)
+        room = found.f_blocks * found.f_frsize
+        if room < size:
+            raise UserError(f'the data workers of this machine share up to {size / 1e6:,.0f} MB of batches, and '
+                            f'{SHARED_MEMORY} has {room / 1e6:,.0f}: {MORE_SHARED_MEMORY}')
+
+
 def abandon_loader(error: BaseException) -> None:
     """Ends the workers of a DataLoader that failed as it started; its own end would fail too, and print that."""
     trace = error.__traceback__
@@ -255,8 +277,7 @@ def why_lost(error: BaseException, workers: Iterable[Any]) -> WorkersLost | None
         return WorkersLost('the data workers have too few file descriptors: raise the limit by ulimit -n 65536, or '
                            'give fewer --num_workers')
     if found(r'shared memory|/torch_\d+_\d+_\d+|Bus error', errno.ENOSPC, -signal.SIGBUS):
-        return WorkersLost('the data workers have no room left in the shared memory /dev/shm: enlarge it (docker run '
-                           '--shm-size=16g), or give fewer --num_workers, or a smaller --batch_size')
+        return WorkersLost(f'the data workers have no room left in the shared memory /dev/shm: {MORE_SHARED_MEMORY}')
     if isinstance(error, MemoryError) or found(r'Cannot allocate memory', errno.ENOMEM):
         return WorkersLost('there is no memory left for the data workers: give fewer --num_workers, or more memory')
     if found(r"Resource temporarily unavailable|can't start new thread", errno.EAGAIN):
@@ -288,14 +309,14 @@ class _Keys:
 class _Workers:
     """A DataLoader of whole micro-batches whose workers persist over the epochs and end with the process."""
 
-    def __init__(self, data: Any, *, workers: int, persistent: bool, pin_memory: bool):
+    def __init__(self, data: Any, *, workers: int, pin_memory: bool):
         self._keys, self._iterator = _Keys(), None
         streaming = isinstance(data, IterableDataset)
         if workers:
             check_sockets()
         self._loader = DataLoader(
             data, batch_size=None, sampler=None if streaming else self._keys, num_workers=workers,
-            persistent_workers=persistent and workers > 0, pin_memory=pin_memory, worker_init_fn=_start_worker)
+            persistent_workers=workers > 0, pin_memory=pin_memory, worker_init_fn=_start_worker)
         # Workers ignore SIGTERM, so that Python's own end of them would wait for ever
         atexit.register(self.close)
 
@@ -386,6 +407,7 @@ class _Loader:
                  batch_size: int):
         self._task, self._recipe, self._run, self._rank, self._device = task, task.recipe, run, rank, device
         workers = count_workers(run, source)
+        check_shared_memory(2 * workers * batch_size * task.sample_bytes(training=training))  # of DataLoader, two each
         self._stream, self._groups = None, getattr(source, 'groups', None)
         if isinstance(source, IterableDataset):
             self.count = int(getattr(source.reader, 'num_samples', 0) or len(source))
@@ -395,8 +417,7 @@ class _Loader:
         else:
             self.count = len(source)
             batches = MapBatches(source, task, training=training)
-        self._workers = _Workers(batches, workers=workers, persistent=training,
-                                 pin_memory=run.pin_mem and device.type == 'cuda')
+        self._workers = _Workers(batches, workers=workers, pin_memory=run.pin_mem and device.type == 'cuda')
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -556,6 +577,7 @@ def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
         yield from batches
         return
     stream, waiting = torch.cuda.Stream(device), None
+    stream.wait_stream(torch.cuda.current_stream(device))  # for what earlier streams have left, as the task's constants
     while True:
         with torch.cuda.stream(stream):
             batch = next(batches, None)

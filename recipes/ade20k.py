@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from recipes.dense import Dense
-from recipes.fields import COUNT, NOT_NEGATIVE, POSITIVE, RATE, Bound, Run, check, doc
+from recipes.fields import COUNT, NOT_NEGATIVE, POSITIVE, RATE, Bound, DataSet, Run, check, doc
 
 DATA_SETS = ('ade20k', 'digits_ade')
 
@@ -17,11 +17,11 @@ class Segmentation(Dense):
         'miou': ('mIoU', ' %'), 'macc': ('mAcc', ' %'), 'pixel_acc': ('pixel accuracy', ' %')}
     best = 'miou'
     known_classes = 150
+    published_data = DataSet('ADE20K', classes=known_classes, images=20_210, gigabytes=1)
     descriptive = (*Dense.descriptive, 'expected_miou', 'expected_macc')
 
     expected_miou: float | None = doc(None, 'published mean IoU, %', flag=False)
     expected_macc: float | None = doc(None, 'published mean accuracy of the classes, %', flag=False)
-
 
     # Data and augmentation
     data_set: str = doc('ade20k', "ade20k: ADE20K's folder, or one's own with images/ and labels/; digits_ade: digits "

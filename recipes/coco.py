@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from recipes.dense import Dense
-from recipes.fields import RATE, Run, check, doc
+from recipes.fields import RATE, DataSet, Run, check, doc
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Detection(Dense):
         'box_ar_medium': ('AR medium', ''), 'box_ar_large': ('AR large', '')}
     best = 'box_ap'
     known_classes = 80
+    published_data = DataSet('COCO 2017', classes=known_classes, images=117_266, gigabytes=20.4)  # those with boxes
     descriptive = (*Dense.descriptive, 'expected_box_ap', 'expected_mask_ap')
 
     expected_box_ap: float | None = doc(None, 'published AP of the boxes, in hundredths', flag=False)
@@ -41,9 +42,6 @@ class Detection(Dense):
     def check_run(self, run: Run) -> None:
         """Refuses a way to run that this task cannot take. Raises UserError that names the flag."""
         super().check_run(run)
-        check(run.eval or self.network == 'retinanet' or self.network_kwargs.get('masks') is False,
-              f'{self.name} trains masks, which the data do not give yet; train its boxes alone by --network_kwargs '
-              'masks=false')
         check(run.save_predictions is None or run.eval, '--save_predictions goes with --eval')
         check(run.eval_data_path is None, '--eval_data_path is for classification; give --val_json and --image_dir')
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes.batch import fit_batch
-from recipes.fields import UNIONS, Recipe, Run
+from recipes.fields import MADE_UP, UNIONS, Recipe, Run
 from recipes.imagenet import Classification, is_moganet
 from recipes.rows import RECIPES
 from recipes.saved import check_parts, load_recipe, to_dict
-from utils import UserError, expand, nearest, number_of
+from utils import UserError, align, expand, nearest, number_of
 
 # The first release's flags that are gone, each with its successor
 RETIRED = {
@@ -115,6 +115,9 @@ class _Store(argparse.Action):
                 if inner[-1] is not Ellipsis and len(words) != len(inner):
                     raise ValueError(f'{len(inner)} values are wanted')
                 value = tuple(_parse(word, inner[0]) for word in words)
+            elif isinstance(values, list):  # several test sizes
+                value = tuple(_parse(word, kind) for word in values)
+                value = value if len(value) > 1 else value[0]
             else:
                 value = _parse(values, kind)
         except ValueError as error:
@@ -156,6 +159,8 @@ def parser_of(kind: type[Recipe]) -> argparse.ArgumentParser:
                 options['metavar'] = '|'.join(typing.get_args(base))
             else:
                 options['metavar'] = base.__name__.upper()
+                if field.name == 'test_size':  # an evaluation takes several
+                    options['nargs'] = '+'
             group.add_argument(f'--{field.name}', default=argparse.SUPPRESS, **options)
     # Kept from the first release under their old meaning; said in terms of the fields above
     for name in ('use_amp', 'imagenet_default_mean_and_std'):
@@ -225,6 +230,11 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
             if field.metadata['path'] and given.get(field.name):
                 value = given[field.name]
                 given[field.name] = tuple(map(expand, value)) if isinstance(value, tuple) else expand(value)
+    sizes = given.get('test_size')
+    if isinstance(sizes, tuple) and given.get('eval'):
+        given |= {'test_size': sizes[0], 'test_sizes': sizes}
+    elif isinstance(sizes, tuple):
+        raise UserError(f'--test_size takes no further value {sizes[1]}; {SQUARE}')
     recipe, overridden = _resolve_recipe(given)
     run_fields = {field.name for field in fields(Run)}
     run = Run(**{name: value for name, value in given.items() if name in run_fields})
@@ -235,12 +245,18 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
     if print_recipe:
         print(json.dumps(to_dict(recipe), indent=2))
         raise SystemExit(0)
+    if run.plan:
+        run = replace(run, world_size=run.gpus or recipe.gpus())
     return recipe, run if run.eval else fit_batch(recipe, run)
 
 
 def check_start(recipe: Recipe, run: Run) -> None:
     """Refuses what can be seen to fail, at once and not after torch is imported: files and folders that are not there,
     stages frozen before they have learnt anything. Raises UserError."""
+    if run.plan:  # needs neither images nor weights
+        return check_data_path(recipe, run)
+    if run.suite and not os.path.isdir(run.suite):
+        raise UserError(f'--suite {run.suite} is no folder; give the one that holds the sets')
     if recipe.freezes() and not (run.eval or run.finetune or run.pretrained or run.resume):
         raise UserError('what is frozen would stay at its random initial values; give --finetune FILE or --pretrained, '
                         'or --freeze_stages 0')
@@ -253,7 +269,7 @@ def check_start(recipe: Recipe, run: Run) -> None:
     for name, path in named:
         if path and not re.match(r'released:|https?://', path) and not os.path.exists(path):
             raise UserError(f'--{name} {path} does not exist; check the path')
-    elsewhere = run.checkpoint or (run.eval and run.eval_data_path)  # a checkpoint says what data it is of
+    elsewhere = run.checkpoint or (run.eval and run.eval_data_path) or run.suite  # a checkpoint says what data it is of
     if recipe.data_set == 'image_folder' and not elsewhere and not Path(run.data_path).exists():
         raise UserError(f'{run.data_path} does not exist; give --data_path the folder that has train/ and val/')
     named_json = run.val_json and (run.eval or run.train_json)
@@ -264,8 +280,7 @@ def check_start(recipe: Recipe, run: Run) -> None:
 
 def check_data_path(recipe: Recipe, run: Run) -> None:
     """Refuses a path of images beside a data set that reads none. Raises UserError."""
-    made_up = recipe.data_set in ('digits', 'fake', 'digits_coco', 'digits_ade')
-    if made_up and (run.data_path != Run.data_path or run.eval_data_path):
+    if recipe.data_set in MADE_UP and (run.data_path != Run.data_path or run.eval_data_path):
         raise UserError(f'--data_set {recipe.data_set} reads no --data_path; for a folder of images say --data_set '
                         'image_folder')
 
@@ -337,8 +352,5 @@ def table() -> str:
     tables = []
     for kind in dict.fromkeys(map(type, RECIPES.values())):
         rows = [row.cells() for row in RECIPES.values() if type(row) is kind]
-        lines = [tuple(rows[0]), *(tuple(row.values()) for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        tables.append('\n'.join('  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                                for line in lines))
+        tables.append(align([tuple(rows[0]), *(tuple(row.values()) for row in rows)]))
     return '\n\n'.join(tables)

@@ -14,6 +14,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# ImageNet-C's 15 (arXiv 1903.12261), in its order; its authors' extra four count nowhere
+Corruption = Literal[
+    'gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur', 'zoom_blur', 'snow',
+    'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate', 'jpeg_compression']
 UNIONS = (types.UnionType, typing.Union)  # int | None, and what typing makes of int | Literal['auto'] | None
 
 
@@ -30,6 +34,19 @@ NOT_NEGATIVE = Bound(lambda value: value >= 0, ' {value} is negative')
 POSITIVE = Bound(lambda value: value > 0, ' {value}: give a value above 0')
 COUNT = Bound(lambda value: value > 0, ' {value}: give a whole number above 0')
 MICRO_BATCH = Bound(lambda value: value == 'auto' or value > 0, ' {value}: give at least 1')
+
+
+MADE_UP = ('digits', 'fake', 'digits_coco', 'digits_ade')  # data sets that read no --data_path
+
+
+class DataSet(NamedTuple):
+    """The data set that a task's published rows were trained on."""
+
+    name: str
+    classes: int
+    images: int  # to train on
+    gigabytes: float  # of all its files, 1e9 bytes
+    benchmark: str = ''  # the subject of benchmarks/*.json that says how many images a second one core prepares
 
 
 def doc(default: Any, text: str, *bounds: Bound, flag: bool = True, path: bool = False) -> Any:
@@ -70,6 +87,7 @@ class Recipe:
     task: ClassVar[str] = ''  # the class that carries it out, as `module:Class`
     metrics: ClassVar[dict[str, tuple[str, str]]] = {}  # those of the log; for people, their names and units
     best: ClassVar[str] = ''  # the metric that decides which checkpoint is the best; higher is better
+    published_data: ClassVar[DataSet | None] = None  # that of the rows with a published value
     # Fields that compute nothing: they say where a row comes from, or have been carried out when it was resolved
     descriptive: ClassVar[tuple[str, ...]] = ('name', 'source', 'hardware', 'micro_batch_size', 'scale_lr')
     # What a checkpoint's state depends on, so that a run cannot be resumed with other values
@@ -175,6 +193,10 @@ class Recipe:
         """The published values of the row by metric, None where none was published."""
         return {}
 
+    def gpus(self) -> int:
+        """The number of GPUs that the row was trained on; 1 for what is at home on a CPU."""
+        return int(self.hardware.split()[0]) if 'GPU' in self.hardware else 1
+
     def settings(self) -> dict[str, Any]:
         """How the model and its images are prepared for a test, as eval.json holds it."""
         return {}
@@ -240,10 +262,12 @@ class Run:
                                   NOT_NEGATIVE)
     pin_mem: bool = doc(True, 'load into pinned memory (CUDA)')
     compile: bool = doc(False, 'torch.compile the model')
-    channels_last: bool | None = doc(None, 'memory layout; on by default on CUDA')
+    channels_last: bool | None = doc(None, 'memory layout; by default channels-last on CUDA and the CPU, and in a '
+                                           'resumed run as it was')
     grad_checkpointing: bool = doc(False, 'recompute activations in the backward pass to save memory')
     deterministic: bool = doc(False, 'deterministic CUDA kernels: two runs are bit-identical, and slower')
-    tf32: bool = doc(False, 'TensorFloat-32 in float32 matrix products and convolutions (CUDA)')
+    tf32: bool | None = doc(None, 'TensorFloat-32 in float32 matrix products and convolutions; by default where the '
+                                  'device has it (CUDA from Ampere on), and in a resumed run as it was')
     model_ema_force_cpu: bool = doc(False, 'keep the moving average on the CPU')
 
     # Starting
@@ -273,6 +297,13 @@ class Run:
     valid_labels: str | None = doc(None, "file of the model's classes that the test set has, one index a line, in the "
                                          'order of its labels', path=True)
     real_labels: str | None = doc(None, 'JSON of the reassessed labels of the ImageNet test images (ReaL)', path=True)
+    suite: str | None = doc(None, 'folder of ImageNet sets to evaluate on, each by its usual name: val, V2, A, R, '
+                                  'Sketch, C', path=True)
+    corruptions: tuple[Literal[Corruption, 'all'], ...] = doc(
+        (), 'with --suite: evaluate val under these corruptions too, made on the fly')
+    corruption: tuple[str, int] | None = doc(None, 'corruption of the test crops, and its severity', flag=False)
+    test_sizes: tuple[int, ...] = doc((), 'the test sizes, where --test_size gives several', flag=False)
+    tta: Literal['hflip'] | None = doc(None, 'evaluate the mean of the logits of an image and of its mirror image')
     throughput: bool = doc(False, 'measure the images/s of the model alone too')
     results_file: str | None = doc(None, 'CSV file to which the results are appended', path=True)
     save_predictions: str | None = doc(None, "JSON file for what a detector finds in the test images, in COCO's form",
@@ -282,6 +313,12 @@ class Run:
     val_steps: int | None = doc(None, 'updates between evaluations, instead of --val_interval', COUNT)
     disable_eval: bool = doc(False, 'do not evaluate while training')
     model_ema_eval: bool = doc(True, 'evaluate the moving average beside the raw weights')
+
+    # Planning
+    plan: bool = doc(False, 'print what the run will cost, counted without a GPU and without images, and exit')
+    card: Literal['h100', 'a100', 'v100', '4090'] | None = doc(None, '--plan for one of these; for all by default')
+    gpus: int | None = doc(None, "--plan for so many GPUs; the recipe's own hardware by default", COUNT)
+    price: float | None = doc(None, '--plan: what one GPU costs an hour, in any currency', NOT_NEGATIVE)
 
     # Reporting
     print_freq: int = doc(50, 'updates between log lines, and between checks for NaN', COUNT)
@@ -293,8 +330,14 @@ class Run:
     def check(self) -> None:
         """Refuses values that cannot be meant. Raises UserError that names the flag."""
         check_bounds(self)
-        for name in ('valid_labels', 'real_labels', 'throughput', 'results_file'):
+        for name in ('valid_labels', 'real_labels', 'suite', 'tta', 'throughput', 'results_file'):
             check(self.eval or not getattr(self, name), f'--{name} goes with --eval')
+        for name in ('data_path', 'eval_data_path', 'class_map'):
+            check(not self.suite or getattr(self, name) == getattr(Run, name),
+                  f'--suite knows its sets; leave --{name} out')
+        check(all(size > 0 for size in self.test_sizes), f'--test_size {self.test_sizes}: give values above 0')
+        check(self.suite is not None or not self.corruptions, '--corruptions go with --suite FOLDER')
+        check('all' not in self.corruptions or len(self.corruptions) == 1, '--corruptions all has all of them')
         check(not (self.eval and not self.checkpoint and not self.pretrained), 'evaluate what? say --checkpoint FILE')
         check(not (self.checkpoint and self.pretrained),
               '--checkpoint and --pretrained both name the weights; give one')
@@ -309,6 +352,13 @@ class Run:
         check(self.eval or self.finetune is not None or self.pretrained or self.weights == 'auto',
               '--weights chooses from a file: it goes with --eval, --finetune FILE or --pretrained')
         check(self.resume is not None or not self.no_resume_opt, '--no_resume_opt goes with --resume FILE')
+        for name in ('card', 'gpus', 'price'):
+            check(self.plan or getattr(self, name) is None, f'--{name} goes with --plan')
+        check(not (self.plan and self.eval), '--plan says what a training costs; leave --eval out')
+        check(not (self.plan and self.world_size > 1),
+              '--plan needs no GPU and no second process: start it by python main.py, and say --gpus N')
+        check(not (self.plan and self.batch_size == 'auto'),
+              '--batch_size auto tries a GPU; leave it out, and --plan says which micro-batch fits which card')
         check(self.val_steps is None or self.val_interval == 1,
               '--val_steps and --val_interval both say when to evaluate; give one')
         check(not (self.wandb and self.eval), '--wandb shows a training; leave it out with --eval')

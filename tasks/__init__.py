@@ -74,6 +74,8 @@ class Metric(Protocol):
     def result(self, models: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The values of all ranks together by model: 'count' of images, the recipe's `metrics`, and what else there is.
 
+        Where the metric is detailed, 'right' may say which images are right, bool [images] in the order of the source,
+        by which two models are compared, and 'classes' may be rows of a table, a dict each; they go to files.
         Every rank calls it, also one that had no batch.
         """
 
@@ -193,6 +195,10 @@ class Task:
         """The batch of some samples, on the CPU."""
         raise NotImplementedError
 
+    def sample_bytes(self, *, training: bool) -> int:
+        """What a sample takes of the memory that workers share with their process, about; 0 where that is not known."""
+        return 0
+
     def finish(self, batch: Batch, device: torch.device, position: Any) -> Batch:
         """A worker's batch as the model's input on the device.
 
@@ -242,6 +248,10 @@ class Task:
     def show_result(self, result: dict[str, Any]) -> str:
         """An evaluation's result in a line."""
         return '  '.join(f'{label} {result[name]:.4g}{unit}' for name, (label, unit) in self.recipe.metrics.items())
+
+    def show_details(self, result: dict[str, Any]) -> list[str]:
+        """Further lines on the result of a detailed evaluation."""
+        return []
 
     def show_batch(self, batch: Batch) -> Image.Image:
         """What the network sees, drawn."""

@@ -18,6 +18,7 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import optim_factory
 from models import create_model
@@ -31,12 +32,13 @@ from pipeline.augmentation import (
     refusing_bad_images,
     seed_image,
 )
+from pipeline.corruptions import corrupt
 from pipeline.labels import BadLabel
 from pipeline.loaders import Position
 from pipeline.sources import ImageFiles, check_files, class_names, open_source
 from recipes import Classification as Recipe
 from recipes import Run
-from tasks import Batch, Task, pictures
+from tasks import Batch, Task, evidence, pictures
 from utils import UserError, derive_seed, seed_everything, sum_dtype
 
 MAX_CONFUSION = 100  # classes of which a confusion matrix is still one that a person reads
@@ -93,8 +95,7 @@ class Classification(Task):
         image, label = item
         label = self._check_label(label)
         if seed is None:
-            with refusing_bad_images():
-                return self._test(image), label, None, 0
+            return self.prepare(image), label, None, 0
         seed_image(seed)
         with refusing_bad_images():
             pixels = self._train(image)
@@ -123,6 +124,9 @@ class Classification(Task):
                 if value is not None:
                     array[i] = value
         return Crops(images, targets, boxes, seeds)
+
+    def sample_bytes(self, *, training: bool) -> int:
+        return 3 * (self.recipe.input_size if training else self.recipe.test_size) ** 2
 
     def finish(self, batch: Crops, device: torch.device, position: Position | None) -> Labelled:
         if self._finish is None:
@@ -169,20 +173,39 @@ class Classification(Task):
         if self.run.real_labels:
             real = read_real_labels(self.run.real_labels, names(), num_classes=self.recipe.num_classes)
             real = real if valid is None else real[:, valid]
-        classes = self.recipe.num_classes if valid is None else len(valid)
-        return Accuracy(device, valid_labels=valid, real_labels=real,
-                        confusion=classes if detailed and classes <= MAX_CONFUSION else 0)
+        count = self.recipe.num_classes if valid is None else len(valid)
+        numbers = range(count) if valid is None else valid
+        names = describe(self.classes) + [str(number) for number in numbers[len(self.classes):]]
+        return Accuracy(device, valid_labels=valid, real_labels=real, mirrored=self.run.tta == 'hflip',
+                        classes=names if detailed else None)
 
     # ---- For people
 
     def show_settings(self) -> str:
         recipe, gate = self.recipe, self.recipe.settings()['gate']
         return (f'{recipe.model}{f", {gate} gate" if gate else ""}, at {recipe.test_size}, crop {recipe.crop_pct:g} '
-                f'({recipe.crop_mode}), {recipe.interpolation}')
+                f'({recipe.crop_mode}), {recipe.interpolation}{", with mirror images" if self.run.tta else ""}')
 
     def show_result(self, result: dict[str, Any]) -> str:
         real = f'  top-1 by the reassessed labels {result["real_acc1"]:.3f} %' if 'real_acc1' in result else ''
         return f'top-1 {result["acc1"]:.3f} %  top-5 {result["acc5"]:.3f} %  loss {result["loss"]:.4f}{real}'
+
+    def show_details(self, result: dict[str, Any]) -> list[str]:
+        bounds = {label: result[f'interval_{name}'] for name, label in
+                  (('acc1', 'top-1'), ('acc5', 'top-5'), ('real_acc1', 'top-1 by the reassessed labels'))
+                  if f'interval_{name}' in result}
+        fitted = result['temperature']
+        lines = ['95 % intervals: ' + ', '.join(f'{label} {low:.2f} to {high:.2f} %'
+                                                for label, (low, high) in bounds.items()),
+                 f'calibration error {result["ece"]:.2f} %, '
+                 f'{"no temperature fits" if fitted is None else f"fitted temperature {fitted:.3f}"}',
+                 'worst classes: ' + ', '.join(f'{row["name"].split(",")[0]} {row["acc1"]:.0f} %'
+                                               for row in result['worst_classes'])]
+        if result['confusions']:
+            lines.append('commonest confusions: ' + ', '.join(
+                f'{row["name"].split(",")[0]} taken for {row["taken_for"].split(",")[0]} {row["times"]} times'
+                for row in result['confusions']))
+        return lines
 
     def draw_result(self, result: dict[str, Any]) -> dict[str, Image.Image]:
         if 'confusion' not in result:
@@ -199,7 +222,8 @@ class Classification(Task):
         """The test crop, uint8 [H, W, 3], of an image that `augmentation.decode` takes. Raises BadImage."""
         self._test = self._test or TestTransform(self.recipe)
         with refusing_bad_images():
-            return self._test(image)
+            pixels = self._test(image)
+        return corrupt(pixels, *self.run.corruption) if self.run.corruption else pixels
 
     def to_input(self, crops: Sequence[np.ndarray], device: torch.device) -> Tensor:
         """The model's input, float32 [B, 3, H, W] on the device, from test crops."""
@@ -231,19 +255,43 @@ class Classification(Task):
         """
         subset = infer_imagenet_subset(model)
         imagenet = ImageNetInfo(subset or 'imagenet-1k')
-        names = list(classes) or (imagenet.label_names() if subset else [])
-        if all(re.fullmatch(r'n\d{8}', name) for name in names):
-            with contextlib.suppress(KeyError):  # ids that are not ImageNet's stay as they are
-                names = [imagenet.label_name_to_description(name) for name in names]
+        names = describe(list(classes) or (imagenet.label_names() if subset else []), imagenet)
         self.classes = names + [str(number) for number in range(len(names), model.num_classes)]
+
+
+def describe(names: list[str], imagenet: ImageNetInfo | None = None) -> list[str]:
+    """WordNet ids in words, where all are ImageNet's; other names as they are."""
+    if names and all(re.fullmatch(r'n\d{8}', name) for name in names):
+        imagenet = imagenet or ImageNetInfo()
+        with contextlib.suppress(KeyError):  # ids that are not ImageNet's stay as they are
+            return [imagenet.label_name_to_description(name) for name in names]
+    return names
 
 
 # ---- On the device --------------------------------------------------------------------------------------------------
 
+class WithoutWait(TorchFunctionMode):
+    """Within it, what `torch.tensor` puts on a CUDA device goes there from pinned memory: else the host would wait."""
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.tensor and torch.device(kwargs.get('device') or 'cpu').type == 'cuda':
+            device = kwargs.pop('device')
+            return torch.tensor(*args, **kwargs).pin_memory().to(device, non_blocking=True)
+        return function(*args, **kwargs)
+
+
 class BatchMixup(Mixup):
-    """timm's mixup and CutMix, for odd batches too: the image in the middle would be mixed with itself."""
+    """timm's mixup and CutMix, without a wait for the device, and for odd batches too.
+
+    The image in the middle would be mixed with itself.
+    """
 
     def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        with WithoutWait() if x.is_cuda else contextlib.nullcontext():
+            return self._mix(x, target)
+
+    def _mix(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if len(x) % 2 == 0:
             return super().__call__(x, target)
         if self.mode == 'batch':
@@ -300,27 +348,31 @@ class Accuracy:
     """Accuracy and cross-entropy over a data set that the ranks share out, each image once.
 
     `result` gives, by model, 'acc1' and 'acc5' in % (top-5 is top-k where there are k < 5 classes), 'loss' per image,
-    'count', with `real_labels` 'real_acc1' in %, and with `confusion` 'confusion', the images [true][predicted].
+    'count', and with `real_labels` 'real_acc1' in %. With `classes` also 'interval_' of each accuracy (95 %), 'ece' in
+    %, the fitted 'temperature', 'worst_classes' and 'confusions', up to 100 classes 'confusion', the images
+    [true][predicted], and for files 'right', bool [images] in the order of the source, and 'classes', a row each.
     """
 
     names = ('right1', 'right5', 'loss', 'real_right', 'real_count')
 
     def __init__(self, device: torch.device, *, valid_labels: Sequence[int] | None = None,
-                 real_labels: Tensor | None = None, confusion: int = 0):
+                 real_labels: Tensor | None = None, classes: Sequence[str] | None = None, mirrored: bool = False):
         """
         Args:
             valid_labels: the model's classes that the data set has, in the order of its labels; all of them by default.
             real_labels: bool [images of this rank, classes], all the labels that are right for an image; an image
                 without any is left out (ReaL, arXiv 2006.07159).
-            confusion: the number of classes, where their confusion matrix is wanted.
+            classes: the names of the classes, where the result shall tell what single images and classes say.
+            mirrored: whether the logits are the mean of those of an image and of its mirror image.
         """
-        self._device, self._valid, self._real, self._confusion = device, valid_labels, real_labels, confusion
-        self._seen = 0
-        self._sums: dict[str, Tensor] = {}  # [names + confusion ** 2] by model
+        self._device, self._valid, self._real, self._classes = device, valid_labels, real_labels, classes
+        self._mirrored, self._seen = mirrored, 0
+        self._sums: dict[str, Tensor] = {}  # [names + sharpnesses] by model
+        self._images: dict[str, list[Tensor]] = {}  # by model: target, likeliest class, its probability; [B, 3] a batch
 
     def _sums_of(self, model: str) -> Tensor:
         if model not in self._sums:
-            self._sums[model] = torch.zeros(len(self.names) + self._confusion**2, device=self._device,
+            self._sums[model] = torch.zeros(len(self.names) + len(evidence.SHARPNESS), device=self._device,
                                             dtype=sum_dtype(self._device))
         return self._sums[model]
 
@@ -329,6 +381,8 @@ class Accuracy:
         for name, model in models.items():
             sums = self._sums_of(name)
             logits = model(images).float()
+            if self._mirrored:
+                logits = (logits + model(images.flip(3)).float()) / 2
             if self._valid is not None:
                 logits = logits[:, self._valid]
             top = logits.topk(min(5, logits.shape[1])).indices
@@ -338,9 +392,10 @@ class Accuracy:
                 real = self._real[self._seen:self._seen + len(images)].to(self._device)
                 found += [real.gather(1, top[:, :1]).sum(), real.any(1).sum()]
             sums[:len(found)] += torch.stack(found)
-            if self._confusion:
-                matrix = sums[len(self.names):].view(self._confusion, self._confusion)
-                matrix.index_put_((targets, top[:, 0]), sums.new_ones(()), accumulate=True)
+            if self._classes is not None:
+                sums[len(self.names):] += evidence.slopes(logits, targets)
+                self._images.setdefault(name, []).append(
+                    torch.stack([targets.to(sums), top[:, 0].to(sums), logits.softmax(1).amax(1).to(sums)], 1))
         self._seen += len(images)
 
     def result(self, models: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -355,11 +410,45 @@ class Accuracy:
                       'loss': total['loss'] / count, 'count': int(packed[-1])}
             if self._real is not None:
                 result['real_acc1'] = 100 * total['real_right'] / max(total['real_count'], 1)
-            if self._confusion:
-                matrix = packed[len(self.names):-1].view(self._confusion, self._confusion)
-                result['confusion'] = matrix.long().tolist()
+            if self._classes is not None and result['count']:
+                images = gather([packed.new_zeros(0, 3), *self._images.get(model, ())])
+                result |= self._details(total, images.cpu(), packed[len(self.names):-1].tolist())
             results[model] = result
         return results
+
+    def _details(self, total: dict[str, float], images: Tensor, slopes: list[float]) -> dict[str, Any]:
+        """What the result holds with `classes`, from the images of all ranks, [images, 3]."""
+        targets, guesses, confidences = images[:, 0].long(), images[:, 1].long(), images[:, 2]
+        right, rows = targets == guesses, evidence.class_rows(targets, guesses, self._classes)
+        counts = {'acc1': (total['right1'], len(images)), 'acc5': (total['right5'], len(images))}
+        if self._real is not None and total['real_count']:
+            counts['real_acc1'] = (total['real_right'], total['real_count'])
+        details = {f'interval_{name}': list(evidence.wilson(round(hits), round(of)))
+                   for name, (hits, of) in counts.items()}
+        details |= {'ece': evidence.calibration_error(confidences, right), 'temperature': evidence.temperature(slopes),
+                    'worst_classes': evidence.worst(rows), 'right': right, 'classes': rows,
+                    'confusions': evidence.confusions(targets, guesses, self._classes)}
+        if (size := len(self._classes)) <= MAX_CONFUSION:
+            details['confusion'] = (targets * size + guesses).bincount(minlength=size**2).view(size, size).tolist()
+        return details
+
+
+def gather(batches: Sequence[Tensor]) -> Tensor:
+    """The rows of all ranks' batches, [images, columns], in the order of a source that the ranks share out.
+
+    Its image i is on rank i % world size. The first column is nowhere negative.
+    """
+    rows = torch.cat(list(batches))
+    if not dist.is_initialized():
+        return rows
+    longest = torch.tensor(len(rows), device=rows.device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    padded = rows.new_full((int(longest), rows.shape[1]), -1)
+    padded[:len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, padded)
+    rows = torch.stack(parts, 1).flatten(0, 1)
+    return rows[rows[:, 0] >= 0]
 
 
 def read_valid_labels(path: str, recipe: Recipe, classes: list[str]) -> list[int]:

@@ -62,7 +62,8 @@ class Detection(Task):
         super().__init__(recipe, run)
         masks = recipe.network_kwargs.get('masks', True)
         self.losses = tuple(shorten(name) for name in NETWORKS[recipe.network].LOSSES if masks or 'mask' not in name)
-        self._transform = coco.Transform(recipe.image_scale, hflip=recipe.hflip,
+        self._masks = any('mask' in name for name in self.losses)
+        self._transform = coco.Transform(recipe.image_scale, hflip=recipe.hflip, masks=self._masks,
                                          multi_scale=recipe.resize == 'multi_scale')
         self._val: Any = None  # the source of the test images, which the metric asks for the ground truth
 
@@ -78,6 +79,9 @@ class Detection(Task):
             self._val = source
         return source
 
+    def check_data(self, train: Any, val: Any) -> tuple[list[str], list[str]]:
+        return coco.check_coco(train, val)
+
     def learn_classes(self, sources: Sequence[Any]) -> None:
         if self.run.eval and not self.trained and self.recipe.num_classes == Recipe.known_classes:
             self.trained = coco_classes()  # a released file does not name them
@@ -89,8 +93,8 @@ class Detection(Task):
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> DetectionBatch:
         sizes, originals, ids = ([sample[name] for sample in samples] for name in ('size', 'original_size', 'image_id'))
-        targets = [{'boxes': torch.from_numpy(sample['boxes']), 'labels': torch.from_numpy(sample['labels']),
-                    'size': sample['size']} for sample in samples]
+        targets = [{name: torch.from_numpy(sample[name]) for name in ('boxes', 'labels', 'masks') if name in sample} | {
+            'size': sample['size']} for sample in samples]
         images = stack([sample['pixels'] for sample in samples], padded(sizes))
         return DetectionBatch(images, targets, sizes, originals, ids)
 
@@ -106,9 +110,10 @@ class Detection(Task):
     # ---- Model
 
     def build_model(self, *, pretrained: bool = False) -> nn.Module:
-        seed_everything(self.recipe.seed, 'model')
-        return build_dense(self.recipe, num_classes=self.recipe.num_classes, pretrained=pretrained,
-                           **self.recipe.arguments())
+        recipe = self.recipe
+        seed_everything(recipe.seed, 'model')
+        return build_dense(recipe, num_classes=recipe.num_classes, pretrained=pretrained,
+                           **recipe.arguments() | recipe.model_kwargs)
 
     def loss(self, model: nn.Module, batch: DetectionBatch) -> dict[str, Tensor]:
         return {shorten(name): loss for name, loss in model(batch.images, batch.targets).items()}
@@ -125,6 +130,8 @@ class Detection(Task):
         boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.3, 0.2, 0.9, 0.9]], device=device)
         target = {'boxes': boxes * torch.tensor([width, height] * 2, device=device), 'size': (height, width),
                   'labels': torch.arange(2, device=device) % self.recipe.num_classes}
+        if self._masks:
+            target['masks'] = torch.ones(2, height, width, dtype=torch.bool, device=device)
         images = torch.zeros(size, 3, *padded([(height, width)]), device=device)
         sizes = [(height, width)] * size
         return DetectionBatch(images, [target] * size, sizes, sizes, list(range(size)))

@@ -13,7 +13,8 @@ os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 
 # Of real processes, kills, ports and time limits: one after the other, on one core. The longest begin
 PROCESSES = ('test_resume', 'test_submitit', 'test_run_lock', 'test_task', 'test_benchmark_engine',
-             'test_benchmark_model', 'test_benchmark_report', 'test_data_benchmark', 'test_notebook', 'test_nodes')
+             'test_benchmark_model', 'test_benchmark_report', 'test_data_benchmark', 'test_notebook', 'test_nodes',
+             'test_detection')
 LONG = ('test_resume', 'test_options', 'test_command_line', 'test_docs', 'test_evaluate', 'test_notes')
 
 

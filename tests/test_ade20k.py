@@ -95,6 +95,19 @@ def test_two_colours_are_two_classes_and_16_bits_reach_to_65535():
     assert LabelFile('x', png(far[:, :3], 'I;16'), ignore_label=65535).decode(4, (1, 3)).tolist() == [[0, 3, 255]]
 
 
+@pytest.mark.parametrize('kind', [np.uint8, np.uint16])
+def test_the_fast_table_and_count_are_numpys(kind, monkeypatch):
+    rng = np.random.default_rng(0)
+    table = rng.integers(0, 256, 65536).astype(np.uint8)
+    numbers = rng.integers(0, np.iinfo(kind).max + 1, (31, 45)).astype(kind)[:, 1:]
+    fast = dense.relabel(numbers, table)
+    counts = [dense.count_labels(fast[:, left:]) for left in (0, 1)]
+    monkeypatch.setattr(dense, 'kernels', None)
+    np.testing.assert_array_equal(fast, dense.relabel(numbers, table))
+    for left, count in enumerate(counts):
+        np.testing.assert_array_equal(count, dense.count_labels(fast[:, left:]))
+
+
 @pytest.mark.parametrize('depth', [2, 4])
 def test_grey_pngs_of_few_bits_are_not_stretched(depth):
     """Pillow reads them as 0..255 and writes none, so this one is put together here."""
@@ -272,18 +285,24 @@ def test_labels_go_where_the_pixels_go_and_all_comes_from_the_seed():
         seen[found.shape] += 1
     assert len(seen) > 1  # smaller than the crop at small ratios: to be padded
     test = transform(item, None, num_classes=4)
-    assert test['labels'].shape == (480, 640) == test['original_size'] and test['views'][0].shape == (384, 512, 3)
+    assert test['labels'].shape == (480, 640) == test['original_size']
+    assert [view.shape for view in test['views']] == [(384, 512, 3)]
 
 
 @pytest.mark.parametrize('option', [{'hflip': 1.0}, {'ratios': (1.0, 1.0)}, {'max_class': 0.4}, {'crop': 64},
-                                    {'photometric': 1.0}, {'aligned': False}])
+                                    {'photometric': 1.0}])
 def test_each_setting_changes_the_sample(option):
     item = striped((450, 640))
     plain = {'crop': 256, 'hflip': 0.0, 'photometric': 0.0}
-    seed = None if 'aligned' in option else 3
-    before, after = (Transform((512, 384), **settings)(item, seed, num_classes=4)['pixels']
+    before, after = (Transform((512, 384), **settings)(item, 3, num_classes=4)['pixels']
                      for settings in (plain, plain | option))
     assert before.shape != after.shape or (before != after).any()
+
+
+def test_a_test_has_a_view_at_each_scale():
+    transform = Transform((512, 384), crop=256, aligned=False, test_ratios=(0.5, 1.0, 1.5))
+    views = transform(striped((450, 640)), None, num_classes=4)['views']
+    assert [view.shape[:2] for view in views] == [(180, 256), (360, 512), (540, 768)]
 
 
 def test_a_crop_has_no_class_above_the_share_unless_ten_draws_find_none():

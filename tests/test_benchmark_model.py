@@ -42,22 +42,71 @@ def test_authors_formulation_is_the_same_function_and_trains_the_same():
         assert not torch.equal(model(images), logits)  # it is another formulation
 
 
-# A quarter of a minute each for the deep ones; the ratio hardly varies between the six (0.64 to 0.66).
+# A quarter of a minute each for the deep ones; the ratio hardly varies between the six (0.60 to 0.63).
 @pytest.mark.parametrize('name', [
     XT, 'moganet_tiny', 'moganet_small', 'moganet_base',
     pytest.param('moganet_large', marks=pytest.mark.slow), pytest.param('moganet_xlarge', marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_training_step_moves_at_most_two_thirds_of_the_authors_traffic(name):
     row, = benchmark_model.measure_traffic([name])
-    assert row['convolutions_mb'] < row['mb'] <= 0.67 * row['authors_mb']
+    assert row['hidden_mb'] < row['convolutions_mb'] < row['mb'] <= 0.67 * row['authors_mb']
     assert row['kernels'] <= 1.1 * row['authors_kernels']
 
 
 # Counted independently on the authors' implementation: 569 MB an image in 1,794 kernels, the 79 allocations included.
 def test_count_of_the_authors_formulation_agrees_with_that_of_their_code():
-    row, = benchmark_model.measure_traffic([XT])
-    assert row['authors_mb'] == pytest.approx(569, rel=0.01)
-    assert row['authors_kernels'] == pytest.approx(1794 - 79, rel=0.01)
+    model = timm.create_model(XT, drop_path_rate=0.1, device='meta', dtype=torch.bfloat16).train()
+    images = torch.empty(64, 3, 224, 224, device='meta', dtype=torch.bfloat16)
+    step = benchmark_model.training_step(benchmark_model.as_authors(model), images, precision='fp32')
+    with benchmark_model.Traffic() as counted:
+        step()
+    assert counted.bytes.total() / 64e6 == pytest.approx(569, rel=0.01)
+    assert counted.kernels.total() == pytest.approx(1794 - 79, rel=0.01)
+
+
+# Counted independently with CUDA's own code under a driver that runs no kernel, at 32 images: by autocast to bf16 615
+# and 1,343 MB an image, of them 457 and 1,010 in operators; in float32 1,028 and 2,198. That count left out the second
+# copy of a gradient, 0.4 %.
+@pytest.mark.parametrize('name, mb, operators, fp32', [(XT, 615, 457, 1028), ('moganet_small', 1343, 1010, 2198)])
+def test_count_of_a_training_step_is_that_of_the_kernels_that_cuda_launches(name, mb, operators, fp32):
+    row, = benchmark_model.measure_traffic([name], batch_size=32)
+    assert row['mb'] == pytest.approx(mb, rel=0.01)
+    assert row['mb'] - row['hidden_mb'] == pytest.approx(operators, rel=0.005)
+    assert row['fp32_mb'] == pytest.approx(fp32, rel=0.01)
+
+
+def test_passes_within_a_convolution_are_counted_and_only_where_there_are_some():
+    def count(images, channels, *, groups=1, bias=True, backward=False):
+        conv = nn.Conv2d(images.shape[1], channels, 1, groups=groups, bias=bias, device='meta')
+        with benchmark_model.Traffic() as counted:
+            out = conv(images.requires_grad_())
+            if backward:
+                out.sum().backward()
+        return counted
+
+    images = torch.empty(2, 8, 4, 4, device='meta').to(memory_format=torch.channels_last)
+    channel = 4 * 2 * 16  # a channel of it, in bytes
+    assert count(images, 6, bias=False).hidden == {}
+    assert count(images, 6).hidden == {'biases': 2 * 6 * channel}
+    assert count(images[:, 2:6], 4, groups=4, bias=False).hidden == {'copies': 2 * 4 * channel}
+    assert count(images, 1, bias=False).hidden == {'copies': 2 * 8 * channel}
+    # The gradient of a sum is one number expanded, so that its reading costs next to nothing; the copies do not
+    both = count(images[:, 2:6], 4, groups=4, backward=True)
+    assert both.launches['copies'] >= 3 and both.launches['gradients read twice'] == 1 == both.launches['biases'] - 1
+    on_the_cpu = nn.Conv2d(8, 6, 1)
+    with benchmark_model.Traffic() as counted:
+        on_the_cpu(torch.zeros(2, 8, 4, 4))
+    assert counted.bytes.total() and not counted.hidden
+
+
+def test_autocast_on_meta_casts_what_cudas_does():
+    half, full = (torch.empty(2, 3, 4, 4, device='meta', dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    with benchmark_model.CudaAutocast():
+        assert nn.Conv2d(3, 3, 1, device='meta')(full).dtype == torch.bfloat16
+        assert (full.flatten(1) @ full.flatten(1).T).dtype == torch.bfloat16
+        assert torch.addcmul(full, full, half).dtype == torch.float32
+        assert F.cross_entropy(half.flatten(1), torch.zeros(2, dtype=torch.long, device='meta')).dtype == torch.float32
+        assert F.silu(half).dtype == torch.bfloat16
 
 
 def test_traffic_counts_each_tensor_once_and_views_not_at_all():

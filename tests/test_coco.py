@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 import dense_reference
 import tasks
 from builders import COCO_SIZES, coco_data, differences, encoded, open_loaders, write_coco
-from pipeline import coco, dense
+from pipeline import coco, dense, digits_coco
 from pipeline.augmentation import BadImage, refusing_bad_images
 from pipeline.coco import CocoSource, Transform, find_json
 from pipeline.labels import BadLabel
@@ -73,6 +73,13 @@ def test_a_spawned_worker_maps_the_arrays_again(tmp_path):
     made = CocoSource(made.json, made.folder, training=True)  # from the cache
     state = pickle.dumps(made)
     assert b'.npy' in state and pickle.loads(state).read(2)[1].boxes.tolist() == made.read(2)[1].boxes.tolist()
+
+
+def test_an_evaluation_needs_no_box(tmp_path):
+    data = coco_data()
+    data['annotations'] = []
+    val = source(tmp_path, data, split='val')
+    assert len(val) == 9 and val.read(4)[1].boxes.shape == (0, 4) and val.read(4)[1].segments() == []
 
 
 def test_the_labels_follow_another_order_of_the_names(tmp_path):
@@ -148,12 +155,12 @@ def set_note(**values: Any) -> Any:
 
 
 def as_corners(data: dict[str, Any]) -> None:
+    """Boxes all over the images, as x1, y1, x2, y2: three of four would overflow as x, y, width, height."""
     rng = np.random.default_rng(0)
     for note in data['annotations']:
-        width, height = next((image['width'], image['height']) for image in data['images']
-                             if image['id'] == note['image_id'])
-        x, y = rng.uniform(0, width / 2), rng.uniform(0, height / 2)
-        note['bbox'] = [x, y, rng.uniform(x + 5, width), rng.uniform(y + 5, height)]
+        size = next((image['width'], image['height']) for image in data['images'] if image['id'] == note['image_id'])
+        corner = rng.uniform(0, 0.8, 2) * size
+        note['bbox'] = [*corner, *(corner + rng.uniform(0.1, 0.2, 2) * size)]
 
 
 REFUSED = {
@@ -178,6 +185,9 @@ REFUSED = {
     'no box': (lambda: changed(lambda data: data['annotations'][1].pop('bbox')),
                'annotation 1003 of image 110 has the bbox None'),
     'five numbers': (lambda: changed(set_note(bbox=[1, 2, 3, 4, 5])), 'annotation 1003 .*bbox .1, 2, 3, 4, 5.'),
+    'no end': (lambda: changed(set_note(image_id=float('inf'))), 'annotation 1003 has the image_id inf'),
+    'huge': (lambda: changed(set_note(bbox=[1, 2, 10**400, 4])), 'annotation 1003 of image 110 has the bbox'),
+    'no file can': (lambda: changed(lambda data: data['images'][2].update(file_name='a\0/\ud800.jpg')), 'are not in'),
     'no number': (lambda: changed(set_note(bbox=[1, 2, 'NaN', 4])), 'annotation 1003 of image 110 has the bbox'),
     'corners': (lambda: changed(as_corners), '% of the boxes leave their image as x, y, width, height, .*annotation 1'),
     'shares': (lambda: changed(lambda data: [note.update(bbox=[0.1, 0.2, 0.3, 0.4]) for note in data['annotations']]),
@@ -227,6 +237,23 @@ def test_boxes_that_teach_nothing_are_dropped_from_the_training_and_kept_for_the
     _, warnings = coco.check_coco(made, val)
     assert any('leaves out 1 crowds, 7 boxes outside' in line for line in warnings)
     assert any("1 of its 3 classes have no box (none yet)" in line for line in warnings)
+
+
+def test_a_box_over_the_edge_does_not_make_corners_of_a_file(tmp_path):
+    data = coco_data()
+    for note in data['annotations'][:5]:  # five of eleven, and all of them could be corners
+        note['bbox'] = [10, 10, 39, 39]
+    for note in data['annotations'][5:]:
+        note['bbox'] = [2, 2, 20, 20]
+    assert len(source(tmp_path, data)) == 6
+
+
+def test_a_name_may_be_a_whole_path(tmp_path):
+    data = coco_data()
+    for image in data['images']:
+        image['file_name'] = str(tmp_path / 'train2017' / image['file_name'])
+    made = source(tmp_path, data)
+    assert made.name(0) == data['images'][1]['file_name'] and made.read(0)[0]
 
 
 def test_two_halves_that_do_not_fit_are_told(tmp_path):
@@ -418,6 +445,75 @@ def test_a_damaged_image_is_a_bad_image(tmp_path):
     _, notes = made.read(2)
     with pytest.raises(BadImage), refusing_bad_images():
         Transform((64, 64))((b'\xff\xd8no image', notes), 1)
+
+
+# ---- Masks ----------------------------------------------------------------------------------------------------------
+
+UNITS = dense_reference.load('units')
+
+
+def test_polygons_become_the_recorded_masks_and_are_resized_and_mirrored_as_recorded():
+    size = tuple(UNITS['masks/size'])
+    masks = coco.rasterise(UNITS['masks/polygons'], size, range(3))
+    smaller, larger = ([dense.resize_labels(mask, size) for mask in masks] for size in ((57, 91), (200, 300)))
+    mirrored = [dense.mirror(mask) for mask in masks]
+    recorded = UNITS['masks/rle'], *(UNITS[f'masks/{name}']['rle'] for name in (
+        'resized_57x91', 'resized_200x300', 'flipped'))
+    for found, codes in zip((masks, smaller, larger, mirrored), recorded, strict=True):
+        for mask, (height, width, text) in zip(found, codes, strict=True):
+            assert np.array_equal(mask, coco.rasterise([{'size': [height, width], 'counts': text}], (height, width),
+                                                       [0])[0])
+
+
+def test_all_forms_of_masks_give_the_made_up_sets_areas_and_boxes(tmp_path):
+    digits_coco.write(tmp_path, train=12, val=1)
+    made, forms = CocoSource(*find_json(tmp_path, 'train'), training=True), set()
+    for index in range(len(made)):
+        notes = made.annotations(index)
+        segments = notes.segments()
+        for mask, box, area in zip(coco.rasterise(segments, notes.size, notes.ids), notes.boxes, notes.areas,
+                                   strict=True):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            assert mask.sum() == area
+            assert box.tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        forms |= {'polygons' if isinstance(one, list) else type(one['counts']).__name__ for one in segments}
+    assert forms == {'polygons', 'str', 'list'}
+
+
+@pytest.mark.parametrize('multi_scale', [False, True])
+def test_masks_go_where_the_pixels_go_and_leave_with_their_boxes(multi_scale):
+    image, notes = squares((420, 640), [[100, 120, 300, 280], [500, 10, 520, 40]])
+    outlines = [[[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in notes.boxes.tolist()]
+    item = image, replace(notes, segments=lambda: outlines, ids=np.arange(2))
+    transform = Transform((1333, 800), hflip=0.5, multi_scale=multi_scale, masks=True)
+    plain, counts = Transform((1333, 800), hflip=0.5, multi_scale=multi_scale), Counter()
+    for seed in range(12):
+        sample = transform(item, seed)
+        masks = sample['masks']
+        assert masks.dtype == bool and masks.shape == (len(sample['boxes']), *sample['size'])
+        bright = sample['pixels'][..., 0] > 127
+        # The nearest pixel and the middle of a blur differ by two along the edges at most
+        assert (masks.any(0) != bright).sum() <= 2 * 2 * sum(
+            right - left + bottom - top for left, top, right, bottom in sample['boxes'].tolist())
+        for mask, box in zip(masks, sample['boxes'], strict=True):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            # To the nearest twice: by up to a pixel of the smaller image, 2 of the larger, and one of its own
+            assert np.abs([columns[0] - box[0], rows[0] - box[1], columns[-1] + 1 - box[2], rows[-1] + 1 - box[3]]
+                          ).max() <= 3
+        without = plain(item, seed)
+        assert 'masks' not in without and (without['pixels'] == sample['pixels']).all()
+        counts[len(masks)] += 1
+    assert counts.keys() == ({2} if not multi_scale else {1, 2} | counts.keys())
+    assert 'masks' not in transform(item, None)
+
+
+@pytest.mark.parametrize('segment,said', [
+    (None, 'has no mask in annotation 7; train boxes alone by --network_kwargs masks=false'),
+    ([[1, 2]], 'cannot be read in annotation 7'), ({'counts': 'zz'}, 'cannot be read in annotation 7'),
+    ({'size': [4, 4], 'counts': [16]}, r'annotation 7 \(a mask of 4 x 4 pixels\)')])
+def test_a_mask_that_is_missing_or_broken_is_a_bad_label(segment, said):
+    with pytest.raises(BadLabel, match=said):
+        coco.rasterise([segment], (60, 80), [7])
 
 
 # ---- Loaders --------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_several_checkpoints_make_a_table(finished, data, tmp_path, capsys):
     assert main.main(['--eval', '--checkpoint', *names, '--data_path', str(data), *CPU, '--output_dir',
                       str(tmp_path)]) == 0
     table = capsys.readouterr().out.splitlines()[-3:]
-    assert table[0].split()[:2] == ['top-1', 'top-5'] and [line.split()[-1] for line in table[1:]] == names
+    assert table[0].split()[:3] == ['top-1', 'interval', 'top-5'] and [line.split()[-1] for line in table[1:]] == names
 
 
 def test_fp16_falls_back_to_fp32_without_cuda_and_is_recorded(data, tmp_path, capsys):

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -321,6 +322,14 @@ def test_workers_ignore_the_signals_of_a_preemption():
     loader.close()
 
 
+def test_the_workers_of_an_evaluation_live_on_to_the_next():
+    loader = open_loaders(DIGITS, replace(run_of(), num_workers=2)).val
+    passes = [(list(loader), [worker.pid for worker in loader._workers._iterator._workers]) for _ in range(2)]
+    (first, workers), (second, same_workers) = passes
+    assert same(first, second) and workers == same_workers and len(set(workers)) == 2
+    loader.close()
+
+
 def test_a_process_that_forgets_to_close_its_loaders_ends():
     code = ('import datasets, tasks; from recipes import resolve\n'
             "recipe, run = resolve('--recipe moganet_xtiny_digits --num_workers 2 --val_batch_size 9'.split())\n"
@@ -442,3 +451,22 @@ def test_cuda_prefetcher_gives_what_the_cpu_gives():
         torch.testing.assert_close(images.cpu(), expected, rtol=0, atol=1e-5)  # fused multiply-add
         torch.testing.assert_close(targets.cpu(), labels)
     on_gpu.close()
+
+
+@pytest.mark.parametrize('words, wanted', [
+    (dict(num_workers=2), 2 * 2 * 12 * 3 * 64**2), (dict(num_workers=0), 0),
+    (dict(num_workers=1, val_batch_size=50), 2 * 50 * 3 * 64**2)])
+def test_shared_memory_that_cannot_hold_the_workers_batches_is_refused_before_they_start(words, wanted, monkeypatch):
+    recipe = replace(RECIPES['moganet_xtiny'], data_set='fake', input_size=64, test_size=64, num_classes=3)
+    run = replace(run_of(), batch_size=8, update_freq=128, **words)
+
+    def of(room: int) -> None:
+        monkeypatch.setattr(os, 'statvfs', lambda path: SimpleNamespace(f_blocks=room, f_frsize=1))
+        open_loaders(recipe, run).close()
+
+    of(wanted)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    if wanted:
+        with pytest.raises(UserError, match=r'share up to [12] MB of batches, and /dev/shm has [12]: .*--shm-size=16g'):
+            of(2 * wanted - 1)
+    of(2 * wanted)

@@ -208,6 +208,27 @@ def test_test_transform_equals_timms_within_one_level(changes):
         torch.testing.assert_close(got, expected, rtol=0, atol=1 / 255)
 
 
+@pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear', 'lanczos'])
+@pytest.mark.parametrize('crop_mode', ['center', 'squash'])
+def test_test_crop_has_pillows_bits_whatever_the_sizes(interpolation, crop_mode, monkeypatch):
+    """Larger and smaller, of few pixels and of many, where the crop takes the whole, a part or an odd rest of it."""
+    rng, fast = np.random.default_rng(0), []
+    kernel = augmentation.kernels.resized_crop
+    monkeypatch.setattr(augmentation.kernels, 'resized_crop', lambda *words: fast.append(words) or kernel(*words))
+    for number in range(60):
+        height, width = (int(side) for side in rng.integers(4, 60 if number % 3 else 700, 2))
+        size, crop_pct = int(rng.integers(8, 120)), float(rng.choice([0.5, 0.875, 0.9, 0.95, 1.0]))
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        recipe = replace(SMALL, test_size=size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation)
+        theirs = create_transform(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation,
+                                  use_prefetcher=True)
+        expected = theirs(Image.fromarray(pixels)).permute(1, 2, 0).numpy()
+        got = augmentation.TestTransform(recipe)(pixels)
+        assert got.flags.c_contiguous and (got == expected).all(), (height, width, size, crop_pct)
+    # Each transform calls it once beside, to have it compiled
+    assert len(fast) == (0 if interpolation == 'lanczos' else 120)
+
+
 def test_without_the_fast_packages_the_same_images_are_made(tmp_path):
     code = (
         "import sys\nfor name in sys.argv[1].split(): sys.modules[name] = None\n"

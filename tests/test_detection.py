@@ -69,6 +69,26 @@ def test_the_log_has_the_single_losses_and_cocos_numbers(trained):
     assert saved['task'] == 'tasks.detection:Detection' and recipes.from_dict(saved).image_scale == (96, 96)
 
 
+def test_masks_are_trained_beside_boxes_and_a_set_without_them_is_refused_with_the_cure(data, tmp_path, capsys):
+    words = ['--recipe', 'mask_rcnn_moganet_xtiny_1x', *NETWORK[:5], 'channels=16', 'hidden=32', 'samples=32',
+             '--image_scale', '96', '96', '--device', 'cpu', '--num_workers', '0', '--epochs', '1', '--milestones',
+             '0.5', '--warmup_steps', '2', '--total_batch_size', '4', '--batch_size', '2', '--disable_eval',
+             '--data_path']
+    assert main.main([*words, str(data), '--output_dir', str(tmp_path / 'run')]) == 0
+    entry, = log_of(tmp_path / 'run')
+    assert entry['train_mask'] > 0 and sum(entry[f'train_{name}'] for name in (
+        'rpn_cls', 'rpn_bbox', 'cls', 'bbox', 'mask')) == pytest.approx(entry['train_loss'], rel=1e-5)
+    path = data / 'annotations' / 'instances_train2017.json'
+    notes = json.loads(path.read_text())
+    for annotation in notes['annotations']:
+        del annotation['segmentation']
+    bare = tmp_path / 'bare.json'
+    bare.write_text(json.dumps(notes))
+    words += [str(data), '--train_json', str(bare), '--image_dir', str(data / 'train2017'), '--output_dir']
+    assert main.main([*words, str(tmp_path / 'other')]) == 2
+    assert 'has no mask in annotation' in capsys.readouterr().err
+
+
 def test_pictures_of_the_first_batch_and_of_the_last_detections_are_on_tensorboard(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(trained / 'tensorboard'), size_guidance={'images': 0}).Reload()
@@ -261,6 +281,36 @@ def test_a_classifiers_file_is_the_backbone_by_its_raw_weights_and_no_detector(d
     words = ['--eval', *SMALL, '--data_path', str(data), '--checkpoint', str(tmp_path / 'classifier.pth')]
     assert main.main(words) == 2
     assert 'holds a backbone alone, and no retinanet_moganet_digits' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ones_own_classes_learn_faster_from_a_detector_than_from_a_classifier(tmp_path):
+    """Even and odd digits, 40 updates from each start: the detector has seen other photographs with digits 0 to 9."""
+    digits_coco.write(tmp_path / 'first', train=400, val=8)
+    digits_coco.write(tmp_path / 'mine', train=100, val=60, seed=1)
+    for path in (tmp_path / 'mine' / 'annotations').glob('*.json'):
+        facts = json.loads(path.read_text())
+        names = {category['id']: category['name'] for category in facts['categories']}
+        for note in facts['annotations']:
+            note['category_id'] = int(names[note['category_id']]) % 2
+        facts['categories'] = [{'id': 0, 'name': 'even'}, {'id': 1, 'name': 'odd'}]
+        path.write_text(json.dumps(facts))
+    common = ('--device', 'cpu', '--num_workers', '0', '--epochs', 'none', '--model_ema', 'false')
+    starts = {
+        'detector': ('--recipe', ROW, '--data_set', 'coco', '--data_path', str(tmp_path / 'first'), '--updates', '250'),
+        'classifier': ('--recipe', 'moganet_xtiny_digits', '--model_kwargs', 'dims=[16,32,64,128]', 'depths=[1,1,3,1]',
+                       'ffn_ratios=[4,4,4,4]', 'layer_scale_init_value=0.1', '--updates', '150')}
+    found = {}
+    for name, flags in starts.items():
+        folder = tmp_path / name
+        assert main.main([*flags, *common, '--disable_eval', '--output_dir', str(folder)]) == 0
+        words = ('--recipe', ROW, '--data_set', 'coco', '--data_path', str(tmp_path / 'mine'), *common, '--updates',
+                 '40', '--warmup_steps', '10', '--finetune', str(folder / 'checkpoint-last.pth'), '--val_steps', '40',
+                 '--output_dir', str(tmp_path / f'from_{name}'))
+        assert main.main([*words]) == 0
+        found[name] = log_of(tmp_path / f'from_{name}')[-1]['test_box_ap50']
+    print(found)
+    assert found['detector'] > 5 > found['classifier']
 
 
 # ---- What cannot be -------------------------------------------------------------------------------------------------

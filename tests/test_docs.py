@@ -9,8 +9,10 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 from torch.distributed.run import get_args_parser
 
 import main
@@ -32,7 +34,7 @@ from conftest import ROOT
 from models.released import RELEASED, RELEASED_DENSE
 from recipes import RECIPES
 from recipes.command_line import parser_of
-from tools import docs
+from tools import architecture, docs
 from utils import UserError
 
 PAGES = ('README.md', 'INSTALL.md', 'TRAINING.md', 'CONTRIBUTING.md')
@@ -295,13 +297,49 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize('page', PAGES)
 def test_links_lead_somewhere_and_fences_say_their_language(page):
     text = (ROOT / page).read_text()
-    assert set(split_page(text)[1]) <= {'bash', 'text', 'json', 'python'}
+    assert set(split_page(text)[1]) <= {'bash', 'text', 'json', 'python', 'bibtex'}
     for target in re.findall(r'\]\(([^)]+)\)', text):
         if not target.startswith('https://'):
             name, _, anchor = target.partition('#')
             path = ROOT / (name or page)
             assert path.exists(), f'{page}: {target}'
-            assert not anchor or anchor in anchors(path), f'{page}: {target}'
+            if path.suffix == '.md':
+                assert not anchor or anchor in anchors(path), f'{page}: {target}'
+
+
+def test_every_symbol_of_the_paper_leads_to_its_line():
+    found = re.findall(r'\[`(.+)`\]\((models/\w+\.py)#L(\d+)\) \|$', (ROOT / 'README.md').read_text(), re.MULTILINE)
+    assert len(found) == len(docs.SYMBOLS) == 18
+    for (code, path, number), (_, piece) in zip(found, docs.SYMBOLS, strict=True):
+        line = (ROOT / path).read_text().splitlines()[int(number) - 1]
+        assert code in line and piece in line
+
+
+def test_a_symbol_without_its_line_is_refused(monkeypatch):
+    monkeypatch.setattr(docs, 'SYMBOLS', [('`Y`', 'self.no_such_layer(')])
+    with pytest.raises(UserError, match='0 lines with'):
+        docs.symbols()
+
+
+def test_the_picture_of_the_architecture_is_of_the_model(tmp_path, monkeypatch, capsys):
+    assert architecture.main(['--check']) == 0
+    text = ''.join(ElementTree.parse(architecture.TARGET).getroot().itertext())
+    assert '12 blocks' in text and '320 x H/16 x W/16' in text and len(architecture.TARGET.read_bytes()) < 20_000
+    monkeypatch.setattr(architecture, 'TARGET', tmp_path / 'architecture.svg')
+    monkeypatch.setattr(architecture, 'MODEL', 'moganet_base')
+    assert architecture.main(['--check']) == 1 and not architecture.TARGET.exists()
+    assert architecture.main([]) == 0 and b'22 blocks' in architecture.TARGET.read_bytes()
+
+
+def test_the_citation_is_of_this_version_and_names_the_papers_authors():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    project = (ROOT / 'pyproject.toml').read_text()
+    assert f'version = "{citation["version"]}"' in project and f'license = "{citation["license"]}"' in project
+    paper, bibtex = citation['preferred-citation'], (ROOT / 'README.md').read_text().partition('```bibtex')[2]
+    assert paper['title'] == re.search(r'title += \{(.*)\},', bibtex)[1].replace('{', '').replace('}', '')
+    names = [f'{author["family-names"]}, {author["given-names"]}' for author in paper['authors']]
+    assert names == re.search(r'author += \{(.*)\},', bibtex)[1].split(' and ') and len(names) == 9
+    assert {'cff-version', 'message', 'title', 'authors'} <= citation.keys()  # what the format asks for
 
 
 # ---- The generated parts --------------------------------------------------------------------------------------------
@@ -362,6 +400,9 @@ def test_a_page_without_its_markers_and_a_model_without_counts_are_refused(copy,
     (copy / 'README.md').write_text('# MogaNet\n')
     with pytest.raises(UserError, match=r'there are 0 parts `<!-- results: '):
         docs.main([])
+    monkeypatch.setitem(RECIPES, 'moganet_base', dataclasses.replace(RECIPES['moganet_base'], micro_batch_size=64))
+    with pytest.raises(UserError, match=r'memory.json is of another micro-batch or precision of moganet_base;'):
+        docs.memory()
     monkeypatch.setitem(RECIPES, 'moganet_small', dataclasses.replace(RECIPES['moganet_small'], input_size=192))
     with pytest.raises(UserError, match=r'no counts of moganet_small at 192 pixels; run tools/docs\.py --count'):
         docs.load_costs()

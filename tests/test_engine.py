@@ -1,6 +1,7 @@
 """The training step, its health checks and evaluation, in one process."""
 import copy
 import itertools
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -313,6 +314,25 @@ def test_precise_bn_takes_the_mean_of_the_batches_and_leaves_the_rest():
     assert model.norm1.momentum == 0.1 and model.norm1.num_batches_tracked == 0
 
 
+def test_precise_bn_of_a_compiled_model_compiles_nothing_and_is_that_of_a_plain_one():
+    """Compiled, each norm would break the graph, and each batch compile it anew: momentum None reads a count."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled, eager, stream = tiny(), tiny(), list(itertools.islice(batches(8), 3))
+    compiled.compile(backend=backend)
+    for model in (compiled, eager):
+        precise_bn(model, stream, forward)
+    assert not graphs
+    assert all(torch.equal(a, b) for a, b in zip(compiled.buffers(), eager.buffers(), strict=True))
+    compiled(stream[0].images)
+    assert graphs  # what was looked for is there to be seen
+
+
 def test_buffers_come_back_after_what_was_made_of_them():
     model = tiny()
     buffers = Buffers(model)
@@ -331,6 +351,32 @@ def test_a_compiled_model_keeps_its_names_and_its_losses():
     losses = [train(step, batches(), updates=3)['train_loss'] for step in (eager, compiled)]
     assert names == list(eager.model.state_dict())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the same kernels, some in another order
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_evaluating_compiles_no_second_graph(training):
+    """A graph of the training stays the one graph; an evaluation alone compiles for its batches, not for the last."""
+    torch._dynamo.reset()
+    compiled, ran = [], []
+
+    def backend(graph: torch.fx.GraphModule, _: object):
+        compiled.append(graph)
+        return lambda *inputs: ran.append(graph) or graph.forward(*inputs)
+
+    eager, model = plain(), plain()
+    model.compile(backend=backend)
+    if training:
+        step = step_of(model)
+        train(step, batches(), updates=1)
+        eager.load_state_dict(model.state_dict())
+    items = split(next(batches(11)), 4)
+    found = engine.evaluate({'': model}, items, Accuracy(CPU), count=11, device=CPU, compiling=not training)
+    assert len(compiled) == 1 and len(ran) == (1 if training else 2)  # of three batches, the last has three images
+    expected = engine.evaluate({'': eager}, items, Accuracy(CPU), count=11, device=CPU)
+    assert found['']['loss'] == pytest.approx(expected['']['loss'], rel=1e-6)  # the same kernels, some in another order
+    if training:
+        train(step, batches(), updates=1)
+        assert len(compiled) == 1 and len(ran) == 2
 
 
 def test_wrapping_without_a_process_group_changes_nothing():

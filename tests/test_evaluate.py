@@ -187,11 +187,20 @@ def test_line_before_the_result_says_what_is_evaluated_and_eval_json_holds_it_al
     confusion = result.pop('confusion')
     right = sum(row[label] for label, row in enumerate(confusion))
     assert sum(map(sum, confusion)) == 13 and 100 * right / 13 == pytest.approx(result['acc1'])
+    for line in ('95 % intervals: top-1 ', 'calibration error ', 'worst classes: ', 'commonest confusions: '):
+        assert f'\n{line}' in said
+    for name in ('acc1', 'acc5'):
+        low, high = result.pop(f'interval_{name}')
+        assert low < result[name] < high
+    assert 0 < result.pop('ece') < 100 and (result.pop('temperature') or 1) > 0  # None where none fits
+    assert [row['acc1'] for row in result['worst_classes']] == sorted(row['acc1'] for row in result['worst_classes'])
+    assert {row['name'] for row in result.pop('worst_classes')} == {f'class{i}' for i in range(6)}
+    assert sum(row['times'] for row in result.pop('confusions')) == 13 - right
     assert result == {
         'acc1': pytest.approx(wanted['acc1']), 'acc5': pytest.approx(wanted['acc5']),
         'loss': pytest.approx(wanted['loss'], rel=ROUND_OFF), 'count': 13, 'checkpoint': str(path), 'weights': 'ema',
         'model': XT, 'gate': 'double', 'test_size': 64, 'crop_pct': 0.8, 'crop_mode': 'center',
-        'interpolation': 'bicubic', 'precision': 'fp32'}
+        'interpolation': 'bicubic', 'precision': 'fp32', 'bits': 'right0'}
     assert 'published' not in said
 
 
@@ -249,8 +258,11 @@ def test_released_file_is_evaluated_as_published_and_compared(cached, data: Path
     said = capsys.readouterr().out
     assert ('Evaluating the raw weights of moganet_tiny, single gate, at 256, crop 0.9 (center), bicubic, on 13 images'
             in said)
-    assert f'top-1: published 79.6 %, difference {result["acc1"] - 79.6:+.3f}\n' in said
-    assert f'top-5: published 94.9 %, difference {result["acc5"] - 94.9:+.3f}\n' in said
+    for name, label, published in (('acc1', 'top-1', 79.6), ('acc5', 'top-5', 94.9)):
+        low, high = result[f'interval_{name}']
+        assert low < result[name] < high < published
+        assert (f'{label}: published {published} %, difference {result[name] - published:+.3f}, above the 95 % '
+                f'interval {low:.2f} to {high:.2f}\n' in said)
 
 
 def test_gate_and_crop_come_from_the_table_and_flags_win(cached, data: Path, tmp_path: Path,
@@ -308,16 +320,34 @@ def test_several_checkpoints_make_a_table_and_each_its_own_settings(
     table = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
     ours = expected_of_training(0, data)
     released = expected(0, data, size=224)
-    assert table == [
-        ['top-1', 'top-5', 'published', 'weights', 'size', 'checkpoint'],
-        [f'{ours["acc1"]:.3f}', f'{ours["acc5"]:.3f}', '-', 'ema', '64', sources[0]],
-        [f'{released["acc1"]:.3f}', f'{released["acc5"]:.3f}', '76.5', 'raw', '224', sources[1]]]
+    (head, *lines), numbers = table, [[f'{one["ece"]:.2f}', f'{one["temperature"] or 0:.3f}'] for one in both]
+    lines = [[cell if head[i] != 'T' or cell != '-' else '0.000' for i, cell in enumerate(line)] for line in lines]
+    intervals = ['{:.2f}-{:.2f}'.format(*one['interval_acc1']) for one in both]
+    assert head == ['top-1', 'interval', 'top-5', 'NLL', 'ECE', 'T', 'published', 'weights', 'size', 'checkpoint']
+    assert lines == [
+        [f'{ours["acc1"]:.3f}', intervals[0], f'{ours["acc5"]:.3f}', f'{ours["loss"]:.4f}', *numbers[0], '-', 'ema',
+         '64', sources[0]],
+        [f'{released["acc1"]:.3f}', intervals[1], f'{released["acc5"]:.3f}', f'{released["loss"]:.4f}', *numbers[1],
+         '76.5', 'raw', '224', sources[1]]]
     with open(tmp_path / 'r' / 'results.csv') as file:
         rows = list(csv.DictReader(file))
     assert [row['checkpoint'] for row in rows] == [result['checkpoint'] for result in both] == sources
     assert float(rows[0]['loss']) == both[0]['loss'] == pytest.approx(ours['loss'], rel=ROUND_OFF)
     assert float(rows[1]['loss']) == both[1]['loss'] == pytest.approx(released['loss'], rel=ROUND_OFF)
     assert [(row['gate'], row['crop_pct']) for row in rows] == [('double', '0.8'), ('single', '0.9')]
+
+
+def test_a_table_of_results_keeps_the_columns_that_it_was_begun_with(data: Path, tmp_path: Path,
+                                                                    capsys: pytest.CaptureFixture) -> None:
+    training_file(tmp_path / 'file', 0, None)
+    (tmp_path / 'old.csv').write_text('loss,checkpoint\n1.5,x\n')
+    loss = evaluate(data, tmp_path, '--checkpoint', tmp_path / 'file', '--results_file', tmp_path / 'old.csv')['loss']
+    assert (tmp_path / 'old.csv').read_text() == f'loss,checkpoint\n1.5,x\n{loss},{tmp_path / "file"}\n'
+    (tmp_path / 'mine.txt').write_text('my notes\n')
+    assert main.main(['--eval', *flags(data), '--checkpoint', str(tmp_path / 'file'), '--results_file',
+                      str(tmp_path / 'mine.txt')]) == 2
+    assert 'its first line has no column checkpoint' in capsys.readouterr().err
+    assert (tmp_path / 'mine.txt').read_text() == 'my notes\n'
 
 
 def test_results_before_a_wrong_checkpoint_are_kept(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

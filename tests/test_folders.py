@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import predict
+import runs
 import utils
 from pipeline import sources
 from pipeline.files import cache_folder, find_files
@@ -326,3 +327,51 @@ def test_find_files_tells_a_folder_that_may_not_be_entered(monkeypatch, tmp_path
     monkeypatch.setattr(Path, 'exists', refuse)
     with pytest.raises(UserError, match='cannot be read'):
         find_files(SimpleNamespace(exists=refuse), 'train')
+
+
+RANK = '''
+import os
+import utils
+from pathlib import Path
+from pipeline import files
+os.environ.update(LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE='2', XDG_CACHE_HOME={cache!r}.format(node=rank // 2))
+{lacking}
+for name in ('_scan_folder', '_unchanged'):
+    def told(*args, call=getattr(files, name), name=name):
+        print(f'{{name}} by {{rank}};', flush=True)
+        return call(*args)
+    setattr(files, name, told)
+utils.init_processes('cpu')
+try:
+    with files.indexing():
+        records, _ = files.load_index(Path({images!r}))
+    print(f'{{len(records)}} images for {{rank}};', flush=True)
+except utils.UserError as error:
+    print(f'error of {{rank}}: {{error}};', flush=True)
+utils.leave_processes()
+os._exit(0)
+'''
+
+
+def test_each_node_builds_the_index_once_and_rank_zero_alone_looks_whether_it_is_current(tmp_path):
+    """Two nodes of two ranks, whose homes are not shared; then homes that are; then nodes with other images."""
+    for name in ('a/1.jpg', 'a/2.jpg', 'b/3.jpg'):
+        write(tmp_path / 'images' / name)
+
+    def index(cache: str, lacking: str = '') -> list[str]:
+        before = RANK.format(cache=str(tmp_path / cache), images=str(tmp_path / 'images'), lacking=lacking)
+        said = runs.run((), tmp_path / 'out.txt', world_size=4, before=before)
+        return sorted(line.strip() for line in said.replace('\n', ' ').split(';') if ' by ' in line or ' for ' in line
+                      or 'error' in line)
+
+    read = [f'3 images for {rank}' for rank in range(4)]
+    assert index('cache{node}') == [*read, '_scan_folder by 0', '_scan_folder by 2']
+    assert index('cache{node}') == [*read, '_unchanged by 0']
+    assert index('shared') == [*read, '_scan_folder by 0']
+    write(tmp_path / 'images' / 'b' / '4.jpg')
+    read = [f'4 images for {rank}' for rank in range(4)]
+    assert index('shared') == [*read, '_scan_folder by 0', '_unchanged by 0']
+    said = index('own{node}', lacking='files.is_image = lambda name: name != "4.jpg" or rank < 2')
+    assert said[:3] == ['4 images for 0', '4 images for 1', '_scan_folder by 0']
+    assert [line.split(':')[0] for line in said if line.startswith('error')] == ['error of 2', 'error of 3']
+    assert 'images holds other images here, on ' in said[-1]

@@ -1,6 +1,7 @@
 """The house itself: imports run downwards, nothing unpickles, no machine path, the dependencies' known traps."""
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,7 +127,7 @@ WAITS = {'join': 'timeout', 'wait': 'timeout', 'get': 'timeout', 'result': 'time
 ALWAYS = {'run', 'check_output', 'check_call', 'urlopen', 'urlretrieve', 'FileLock', 'recv', 'waitpid',
           'init_process_group', 'new_group', 'create_connection', 'communicate'}
 # Methods of ours by these names: Buffers.get waits for nothing, CheckpointFolder.wait has its limit within
-OURS = {'self.get', 'self.buffers.get', 'self.wait', 'folder.wait', 'self.folder.wait', 'files.wait'}
+OURS = {'self.get', 'buffers.get', 'self.buffers.get', 'self.wait', 'folder.wait', 'self.folder.wait', 'files.wait'}
 PLACE = r'`([\w./]+): (\w+)`'
 SUBPROCESS = {'run', 'check_output', 'check_call', 'call'}
 
@@ -188,3 +189,16 @@ def test_a_wait_without_a_limit_is_found():
     assert len(waits_without_limit(source)) == 10
     assert not waits_without_limit('", ".join(names); values.get("a"); event.wait(5); queue.get(timeout=1)\n'
                                    'subprocess.run(["a"], timeout=3); thread.join(timeout=2); main.run()')
+
+
+# ---- Tests of GPUs --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('words, said', [
+    ([], 'skipped: no STANDIN=FOLDER is given'),
+    (['STANDIN=.', 'STANDIN_TORCH=1.0, CUDA 8'], 'skipped: the stand-in is for torch 1.0, CUDA 8, and this')])
+def test_the_tests_of_gpus_are_left_out_with_their_reason(words, said):
+    if shutil.which('make') is None:
+        pytest.skip('make is not installed')
+    made = ['-o', '.venv/installed', 'test-standin', f'PYTHON={sys.executable}', *words]
+    done = subprocess.run(['make', *made], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout.startswith(said)) == (0, True), done.stdout + done.stderr

@@ -106,14 +106,14 @@ def test_confusion_matrix_counts_true_classes_in_rows():
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.one_hot(images[:, 0].long(), 3).float()
 
-    def evaluated(confusion: int) -> dict[str, Any]:
+    def evaluated(classes: list[str] | None) -> dict[str, Any]:
         batches = [Labelled(torch.tensor([[0.], [1.], [1.]]), torch.tensor([0, 0, 1])),
                    Labelled(torch.tensor([[2.]]), torch.tensor([0]))]
         cpu = torch.device('cpu')
-        return engine.evaluate({'': Fixed(1, 1)}, batches, Accuracy(cpu, confusion=confusion), count=4, device=cpu)['']
+        return engine.evaluate({'': Fixed(1, 1)}, batches, Accuracy(cpu, classes=classes), count=4, device=cpu)['']
 
-    assert evaluated(3)['confusion'] == [[1, 1, 1], [0, 1, 0], [0, 0, 0]]
-    assert 'confusion' not in evaluated(0)
+    assert evaluated(['x', 'y', 'z'])['confusion'] == [[1, 1, 1], [0, 1, 0], [0, 0, 0]]
+    assert 'confusion' not in evaluated(None)
 
 
 def test_confusion_matrix_of_two_ranks_is_their_sum(data, tmp_path):

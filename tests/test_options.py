@@ -7,6 +7,8 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
+import platform
 import re
 import shutil
 import signal
@@ -24,12 +26,13 @@ import recipes
 import runs
 from builders import log_of, make_image_folder, open_loaders, smooth, state_of
 from pipeline import digits_coco, loaders
+from pipeline.files import cache_folder
 from recipes.ade20k import Segmentation
 from recipes.coco import Detection
 from recipes.command_line import parser_of
 from tasks import create_task
 from training import trainer
-from training.start import prepare_model
+from training.start import compile_model, prepare_model
 from utils import UserError
 
 MODEL = ('--model', 'moganet_xtiny', '--model_kwargs', 'dims=[8,8,16,16]', 'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]',
@@ -407,6 +410,29 @@ def test_batch_size_auto_finds_one_that_divides_the_batch(train, tmp_path, capsy
     assert '--batch_size auto: 16' in capsys.readouterr().out
 
 
+def test_small_batches_under_batch_norm_are_told_with_the_cures_that_help(monkeypatch):
+    recipe, _ = recipes.resolve([*MODEL])
+    model, told = torch.nn.Sequential(torch.nn.BatchNorm2d(3)), []
+    monkeypatch.setattr(trainer.log, 'warning', lambda text, *values: told.append(text % values))
+
+    def said(batch_size: int, world_size: int = 1, model: torch.nn.Module = model, **changes: Any) -> str:
+        told.clear()
+        run = dataclasses.replace(recipes.Run(), batch_size=batch_size, world_size=world_size, update_freq=2)
+        trainer.warn_of_small_batches(dataclasses.replace(recipe, **changes), run, model)
+        return ''.join(told)
+
+    assert said(16, 4) == (
+        'Batch norm takes its statistics over 16 images at a time: fewer than 32 make a worse model. Give --batch_size '
+        '32, with fewer micro-steps, or --sync_bn, which takes them over all GPUs, or fewer processes, or a larger '
+        '--total_batch_size.')
+    assert 'processes' not in said(31) and 'over 31 images' in said(31) and 'over 1 image at' in said(1)
+    assert said(8, 4, sync_bn=True) == said(32) == '' and '--sync_bn' not in said(8, 2, sync_bn=True)
+    assert said(16, micro_batch_size=16) == ''  # a row that is for so few
+    assert said(4, model=torch.nn.LayerNorm(3)) == ''
+    model[0].requires_grad_(False)  # keeps the statistics that it has
+    assert said(4) == ''
+
+
 @proves('compile')
 def test_compile_compiles_the_model_and_keeps_its_names(train, tmp_path, monkeypatch):
     torch._dynamo.reset()
@@ -414,6 +440,7 @@ def test_compile_compiles_the_model_and_keeps_its_names(train, tmp_path, monkeyp
     compile_module = torch.nn.Module.compile
     # inductor takes half a minute for a kernel that the tests of the models look at; here only that it is asked for
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compile_module(self, backend=backend))
+    monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR', raising=False)
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         compiled.append(len(graph.graph.nodes))
@@ -422,6 +449,17 @@ def test_compile_compiles_the_model_and_keeps_its_names(train, tmp_path, monkeyp
     train('--compile', folder=tmp_path)
     assert max(compiled) > 100  # the whole model
     assert state_of(tmp_path)['model'].keys() == state_of(train())['model'].keys()
+    assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == str(cache_folder() / 'inductor' / platform.node())
+
+
+@pytest.mark.parametrize('device, options', [('cuda', {'options': {'force_layout_optimization': True}}), ('cpu', {})])
+def test_compiled_on_cuda_the_whole_graph_is_told_to_be_channels_last(device, options, monkeypatch):
+    asked = []
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', '/own')
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **given: asked.append(given))
+    compile_model(torch.nn.Linear(1, 1), torch.device(device))
+    assert asked == [options]
+    assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == '/own'  # the user's stays
 
 
 @proves('channels_last')
@@ -465,9 +503,11 @@ def test_backend_switches_are_set_before_training(train, monkeypatch):
     try:
         train('--deterministic')
         assert switches() == (False, False, True, True)
+        assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @proves('model_ema_force_cpu')
@@ -691,6 +731,24 @@ def test_eval_among_some_classes_by_other_labels_and_with_its_speed(trained, dat
     assert 'below the 3 classes' in capsys.readouterr().err
 
 
+@proves('suite', 'tta', 'corruptions')
+def test_eval_on_a_suite_with_mirror_images_and_corruptions(trained, data, tmp_path):
+    pytest.importorskip('imagecorruptions')
+
+    def evaluate(*flags: str) -> Any:
+        assert main.main(['--eval', '--checkpoint', str(trained / 'checkpoint-last.pth'), '--output_dir', str(tmp_path),
+                          '--num_workers', '0', '--device', 'cpu', *flags]) == 0
+        return json.loads((tmp_path / 'eval.json').read_text())
+
+    plain = evaluate('--data_path', str(data))
+    mirrored = evaluate('--data_path', str(data), '--tta', 'hflip')
+    assert mirrored['loss'] != plain['loss'] and mirrored['tta'] == 'hflip' and 'tta' not in plain
+    (alone,) = evaluate('--suite', str(data))
+    assert (alone['set'], alone['loss']) == ('val', plain['loss'])
+    _, corrupted = evaluate('--suite', str(data), '--corruptions', 'contrast')
+    assert corrupted['count'] == 5 * 9 and len(corrupted['errors']['contrast']) == 5
+
+
 @proves('freeze_stages', 'linear_probe')
 def test_what_is_frozen_stays_as_it_was_statistics_included(train):
     start = train()
@@ -756,6 +814,21 @@ def test_what_is_printed(train, tmp_path, capsys):
     train('--print_param_groups', '--layer_decay', '0.7', folder=tmp_path / 'groups')
     printed = capsys.readouterr().out
     assert 'lr scale' in printed and 'patch_embed1' in printed and '0.7000' in printed and 'lr scale' not in lines['1']
+
+
+@proves('plan', 'card', 'gpus', 'price')
+def test_a_plan_is_printed_and_nothing_is_trained(data, tmp_path, capsys):
+    def planned(*flags: str, status: int = 0) -> str:
+        command = [*BASE, '--plan', '--data_path', str(data), '--output_dir', str(tmp_path / 'run'), *flags]
+        assert main.main(command) == status and not (tmp_path / 'run').exists()
+        return ''.join(capsys.readouterr())
+
+    assert 'the recipe\'s batch is 8' in planned(status=2)  # of the recipe's eight GPUs
+    one = planned('--gpus', '1')
+    assert '2 updates of 8 images (1 x 8 x 1), fp32' in one and f'18 images of {data}' in one
+    assert one.count(' GB  ') == 4 and 'hours on 1' in one and 'price' not in one
+    one = planned('--gpus', '1', '--card', 'a100', '--price', '2.5')
+    assert one.count(' GB  ') == 1 and 'A100' in one and 'price' in one
 
 
 # ---- Detectors ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ from PIL import Image
 import main
 import runs
 from builders import make_image_folder
+from models.released import LOGS, RELEASED, RELEASED_DENSE
 from tools import plot
+from training import published
 from utils import UserError
 
 
@@ -151,3 +153,110 @@ def test_long_curves_show_what_comes_after_the_first_fifth_of_the_shortest(train
     long, short = (dataclasses.replace(run, entries=log[:end]) for end in (100, 50))
     bottom, top = plot.draw([long, short], ['long', 'short']).axes[2].get_ylim()
     assert bottom == pytest.approx(10 - 0.05 * 89) and top == pytest.approx(99 + 0.05 * 89)
+
+
+# ---- Published logs -------------------------------------------------------------------------------------------------
+
+def timm_log(path: Path) -> list[float]:
+    """timm's summary.csv of three epochs. Returns its top-1 accuracies."""
+    rows = [(0, 6.9, 6.5, 1.25, 4.0, 2e-4), (1, 6.2, 5.5, 9.5, 24.0, 4e-4), (2, 5.8, 5.0, 20.125, 41.0, 6e-4)]
+    path.write_text('epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n' + ''.join(
+        ','.join(map(str, row)) + '\n' for row in rows))
+    return [row[3] for row in rows]
+
+
+def mmcv_log(path: Path, tests: dict[int, dict[str, float]], *, by_epoch: bool, iterations: int = 200) -> None:
+    """A .log.json as mmcv's programs write it: training every 50 iterations; `iter` of a test counts its batches."""
+    lines = [{'env_info': 'Python: 3.8', 'config': 'model = dict()', 'seed': 0}]
+    for number, values in tests.items():
+        for i in range(50, iterations + 1, 50):
+            lines.append({'mode': 'train', 'epoch': number if by_epoch else 1 + (number - 1) // 2,
+                          'iter': i if by_epoch else (number - 1) * iterations + i, 'lr': 1e-4 * number, 'memory': 9,
+                          'data_time': 0.1, 'loss': 7.0 - number + i / 1000, 'time': 0.5})
+        lines.append({'mode': 'val', 'epoch': lines[-1]['epoch'], 'iter': 13, 'lr': 1e-4 * number, **values})
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines) + '{"mode": "train", "ep')
+
+
+def test_timms_summary_is_drawn_grey_under_the_average_and_the_difference_printed(trained, tmp_path, capsys):
+    theirs = timm_log(tmp_path / 'summary.csv')
+    plot.main([str(trained), '--published', str(tmp_path / 'summary.csv'), '--output', str(tmp_path / 'x')])
+    log = [json.loads(line) for line in (trained / 'log.txt').read_text().splitlines()]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith('top-1, %, of the moving average, against')  # timm tests its average
+    ours = [entry['test_acc1_ema'] for entry in log]
+    assert [line.split() for line in said[2:4]] == [
+        [str(i + 1), f'{ours[i]:.2f}', f'{theirs[i]:.2f}', f'{ours[i] - theirs[i]:+.2f}'] for i in (0, 1)]
+    cells = re.findall(r'<t[dh]>(.*?)</t[dh]>', (tmp_path / 'x.html').read_text().partition(' against ')[2])
+    assert cells[:5] == ['at', 'ours', 'published', 'difference', '1'] and len(cells) == 12
+    run = plot.read_run(trained)
+    beside = plot.as_run(published.read(str(tmp_path / 'summary.csv')), run)
+    axes = plot.draw([run], ['run'], beside).axes
+    own, average, grey = (line for line in axes[2].lines if len(line.get_xdata()))
+    assert (grey.get_xdata().tolist(), grey.get_ydata().tolist()) == ([1, 2, 3], theirs)
+    assert grey.get_color() == '0.6' and grey.get_zorder() < min(own.get_zorder(), average.get_zorder())
+    assert axes[0].lines[-1].get_ydata().tolist() == [6.9, 6.2, 5.8] and axes[2].get_xlim()[1] < 3
+    raw = dataclasses.replace(run, entries=[{key: value for key, value in entry.items() if not key.endswith('_ema')}
+                                            for entry in run.entries])
+    assert plot.against(raw, plot.as_run(published.read(str(tmp_path / 'summary.csv')), raw))[0] == 'test_acc1'
+
+
+@pytest.mark.parametrize('top1', ['head0_top1', 'acc_head0_top1', 'accuracy_top-1'])
+def test_openmixups_log_is_read(top1, trained, tmp_path):
+    mmcv_log(tmp_path / 'x.log.json', {1: {top1: 3.5, 'head0_top5': 9.0}, 2: {top1: 12.25}}, by_epoch=True)
+    log = published.read(str(tmp_path / 'x.log.json'))
+    assert log.by_epoch and log.averaged
+    # the loss is the mean over an epoch's lines
+    assert log.entries == [
+        {'epoch': 0, 'test_acc1': 3.5, 'test_acc5': 9.0, 'train_loss': pytest.approx(6.125), 'lr': 1e-4},
+        {'epoch': 1, 'test_acc1': 12.25, 'train_loss': pytest.approx(5.125), 'lr': 2e-4}]
+    run = plot.read_run(trained)
+    column, rows = plot.against(run, plot.as_run(log, run))
+    assert column == 'test_acc1_ema' and [row[0] for row in rows] == [1, 2] and rows[1][2] == 12.25
+
+
+def test_logs_of_detection_count_epochs_and_those_of_segmentation_updates(tmp_path, trained):
+    mmcv_log(tmp_path / 'det', {i: {'bbox_mAP': 0.1 * i, 'bbox_mAP_50': 0.5, 'bbox_mAP_copypaste': '0.1 0.5'}
+                                for i in (1, 2, 3)}, by_epoch=True)
+    log = published.read(str(tmp_path / 'det'))
+    assert log.by_epoch and not log.averaged
+    assert [(entry['epoch'], entry['test_box_ap']) for entry in log.entries] == [
+        (i - 1, pytest.approx(10 * i)) for i in (1, 2, 3)]  # hundredths, as ours
+    mmcv_log(tmp_path / 'seg', {i: {'aAcc': 0.7, 'mIoU': 0.08 * i, 'mAcc': 0.5} for i in (1, 2, 3, 4)}, by_epoch=False)
+    log = published.read(str(tmp_path / 'seg'))
+    assert not log.by_epoch and [(entry['step'], entry['test_miou']) for entry in log.entries] == [
+        (200 * i, pytest.approx(8 * i)) for i in (1, 2, 3, 4)]
+    run = plot.read_run(trained)  # its own metric would be miou; the axis is what counts here
+    ours = dataclasses.replace(run, recipe=run.recipe | {'epochs': None, 'updates': 800}, entries=[
+        {'epoch': 0, 'step': step, 'test_acc1': float(step)} for step in (200, 400, 500)])
+    beside = plot.as_run(dataclasses.replace(log, entries=[entry | {'test_acc1': entry['test_miou']}
+                                                           for entry in log.entries]), ours)
+    assert plot.against(ours, beside)[1] == [(200, 200.0, pytest.approx(8)), (400, 400.0, pytest.approx(16))]
+    assert '    200  200.00       8.00     +192.00' in plot.show_differences(ours, beside)
+    with pytest.raises(UserError, match='no common axis'):
+        plot.as_run(published.read(str(tmp_path / 'det')), ours)
+
+
+def test_a_run_of_ours_is_a_published_log_too(pair, capsys):
+    plot.main([str(pair[0]), '--published', str(pair[1])])
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:4]] == ['+0.00', '+0.00']
+
+
+@pytest.mark.parametrize('content', ['', '<html></html>', 'epoch,train_loss\n0,1.5\n', '{"epoch": 1}\n', '\0\0',
+                                     '{"mode": "train", "epoch": 1, "iter": 50, "loss": 1.0}\n'])
+def test_what_is_no_log_is_one_line(content, trained, tmp_path):
+    (tmp_path / 'log').write_text(content)
+    with pytest.raises(UserError, match='is no log with tests that is known'):
+        plot.main([str(trained), '--published', str(tmp_path / 'log'), '--output', str(tmp_path / 'x')])
+
+
+def test_released_logs_have_addresses_beside_their_files(cache, trained, tmp_path, capsys):
+    for name, url in LOGS.items():
+        assert url == (RELEASED | RELEASED_DENSE)[name].url.removesuffix('.pth') + '.log.json'
+    assert {'moganet_small_openmixup', 'retinanet_moganet_tiny_1x'} <= LOGS.keys()
+    mmcv_log(cache / LOGS['moganet_xtiny_openmixup'].rsplit('/', 1)[1], {1: {'head0_top1': 3.5}}, by_epoch=True)
+    plot.main([str(trained), '--published', 'released:moganet_xtiny_openmixup', '--output', str(tmp_path / 'x')])
+    assert capsys.readouterr().out.splitlines()[2].split()[2] == '3.50'
+    with pytest.raises(UserError, match='did you mean moganet_xtiny_openmixup'):
+        published.read('released:moganet_xtiny_openmixpu')
+    with pytest.raises(UserError, match='cannot be read'):
+        published.read(str(tmp_path / 'nowhere.csv'))

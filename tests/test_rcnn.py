@@ -21,6 +21,7 @@ from dense_reference import CASES, compare_gradients, compare_losses, compare_ma
 from models import boxes as box
 from models import rcnn
 from models.dense import NETWORKS
+from models.detection import SyncedNorm
 from models.rcnn import BOX, MASK, RCNN, CascadeMaskRCNN, CascadeMaskRCNNGIoU, MaskRCNN
 from recipes import coco
 
@@ -114,7 +115,7 @@ def test_the_state_dict_has_the_released_names_and_shapes_in_order(row):
     assert parameters / 1e6 == pytest.approx(row.expected_parameters, abs=0.06)  # published to a decimal
     norms = {name: type(module) for name, module in model.named_modules()
              if isinstance(module, nn.modules.batchnorm._BatchNorm)}
-    synced = [name for name, kind in norms.items() if issubclass(kind, nn.SyncBatchNorm)]
+    synced = [name for name, kind in norms.items() if issubclass(kind, SyncedNorm)]
     assert all(name.startswith('roi_head.') for name in synced)
     assert len(synced) == facts['norms'].get('roi_head:SyncBatchNorm', 0)
     assert len(norms) - len(synced) == facts['norms']['backbone:BatchNorm2d']
@@ -608,6 +609,6 @@ def test_what_is_counted_is_all_that_is_computed():
 def test_the_heads_norms_off_cuda_are_those_of_the_rank():
     norm, plain = rcnn.convolution(2, 4, 3, norm=True).bn, nn.BatchNorm2d(4)
     x = torch.randn(5, 4, 3, 3)
-    assert isinstance(norm, nn.SyncBatchNorm) and torch.equal(norm(x), plain(x))
+    assert isinstance(norm, SyncedNorm) and torch.equal(norm(x), plain(x))
     assert all(map(torch.equal, norm.state_dict().values(), plain.state_dict().values()))
     assert torch.equal(norm.eval()(x), plain.eval()(x))

@@ -334,7 +334,7 @@ def test_tensorboard_shows_every_step_once_after_a_resume(command, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize('precision', ['fp16', 'fp32'])
 def test_on_cuda_a_deterministic_run_resumes_bit_for_bit_scaler_included(precision, command, tmp_path):
-    words = ('--device', 'cuda', '--precision', precision, '--deterministic')
+    words = ('--device', 'cuda', '--precision', precision, '--deterministic', '--batch_size', '6')
     run(command(tmp_path / 'whole', *words), tmp_path / 'whole.txt')
     folder = tmp_path / 'run'
     start(command(folder, *words), tmp_path / 'first.txt', before=stop_after(6, signal.SIGTERM)).wait()

@@ -12,8 +12,8 @@ import optim_factory
 from models.build import check_forward
 from recipes import resolve
 from tasks import create_task
-from training.start import compile_errors, prepare_model
-from utils import UserError
+from training.start import build_step, compile_errors, prepare_model
+from utils import Processes, UserError, choose_device
 
 MOGANET = '--model moganet_xtiny --model_kwargs dims=[8,8,16,16] depths=[1,1,1,1] ffn_ratios=[2,2,2,2]'
 VIT = '--model vit_tiny_patch16_224 --model_kwargs depth=1 embed_dim=12'
@@ -113,3 +113,46 @@ def test_only_what_the_compiler_raises_is_told_as_its_failure():
     assert '\n' not in str(error.value)
     with pytest.raises(OSError, match='full'), compile_errors():
         raise OSError('the disk is full')
+
+
+# ---- Devices --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine on which torch counts so many GPUs, of which nothing is used."""
+    def of(count: int, **environment: str) -> None:
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: count)
+        monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+        monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+    return of
+
+
+def test_each_process_takes_the_gpu_of_its_rank_or_the_one_that_it_is_shown(gpus):
+    gpus(4)
+    assert choose_device('cuda', 3) == torch.device('cuda', 3)
+    gpus(1, CUDA_VISIBLE_DEVICES='2')  # of srun --gpus-per-task=1: each task sees another one
+    assert choose_device('cuda', 3) == torch.device('cuda', 0)
+    gpus(1)
+    with pytest.raises(UserError, match='local rank 3 has no GPU: there are 1 here'):
+        choose_device('cuda', 3)
+
+
+def test_one_gpu_is_refused_to_several_processes(gpus):
+    gpus(4, WORLD_SIZE='1')
+    assert choose_device('cuda:2') == torch.device('cuda', 2)
+    gpus(4, WORLD_SIZE='4')
+    with pytest.raises(UserError, match='--device cuda:2 is one GPU for all 4 processes; say --device cuda'):
+        choose_device('cuda:2', 1)
+
+
+@pytest.mark.parametrize('flags, split', [('--compile', True), ('--compile --grad_checkpointing', False)])
+def test_compiled_blocks_that_are_recomputed_are_not_split_for_ddp(flags, split):
+    """torch before 2.14 raises NotImplementedError where it would have to."""
+    recipe, run = resolve(f'{MOGANET} {SMALL} {flags}'.split())
+    task, device = create_task(replace(recipe, num_classes=3), run), torch.device('cpu')
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        build_step(task, run, Processes(device), prepare_model(task, run, device))
+        assert torch._dynamo.config.optimize_ddp is split

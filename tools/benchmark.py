@@ -15,9 +15,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipes import RECIPES
-from utils import expand, run_cli
+from utils import align, expand, run_cli
 
 Row = dict[str, Any]
+PRECISIONS = ('fp32', 'bf16', 'fp16')
+SUBJECTS = ('depthwise', 'model', 'data', 'engine', 'checkpoint', 'traffic')  # of the report, in its order
 Measure = Callable[[argparse.Namespace], list[Row] | Row]
 
 
@@ -59,9 +61,7 @@ def print_table(rows: Sequence[Row]) -> None:
         return f'{value:.4g}' if isinstance(value, float) else str(value)
 
     cells = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print('  '.join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    print(align(cells))
 
 
 # ---- Subjects: each adds its flags to a parser and returns what measures with them ----------------------------------
@@ -72,11 +72,12 @@ def model(parser: argparse.ArgumentParser) -> Measure:
     parser.add_argument('--batch_size', type=int, default=16)
     parser.add_argument('--input_size', type=int, default=224)
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps')
-    parser.add_argument('--precisions', nargs='+', default=['fp32'], choices=['fp32', 'bf16', 'fp16'])
+    parser.add_argument('--precisions', nargs='+', default=['fp32'], choices=PRECISIONS)
     parser.add_argument('--inference', nargs='*', metavar='FORM',
-                        default=['eager', 'channels_last', 'fused', 'compiled', 'fused+compiled'],
-                        help='eager, or a sum of fused, compiled, channels_last')
-    parser.add_argument('--training', nargs='*', metavar='FORM', default=['authors', 'eager', 'compiled'],
+                        default=['authors', 'channels_last', 'fused+channels_last', 'fused+channels_last+compiled'],
+                        help='eager, or a sum of authors (their formulation), fused, compiled, channels_last')
+    parser.add_argument('--training', nargs='*', metavar='FORM',
+                        default=['authors', 'channels_last', 'channels_last+compiled'],
                         help='eager, or a sum of authors (their formulation), compiled, channels_last')
     parser.add_argument('--rounds', type=int, default=7)
 
@@ -89,7 +90,7 @@ def model(parser: argparse.ArgumentParser) -> Measure:
 
 
 def traffic(parser: argparse.ArgumentParser) -> Measure:
-    """Bytes moved and kernels launched by a training step in bf16, ours beside the authors', on meta tensors."""
+    """Bytes moved and kernels launched by a training step on CUDA, ours beside the authors', on meta tensors."""
     parser.add_argument('names', nargs='*', metavar='NAME', help='MogaNets (default: all)')
     parser.add_argument('--batch_size', type=int, default=64)
     parser.add_argument('--input_size', type=int, default=224)
@@ -133,6 +134,34 @@ def checkpoint(parser: argparse.ArgumentParser) -> Measure:
     return measure
 
 
+def depthwise(parser: argparse.ArgumentParser) -> Measure:
+    """GB/s of each depthwise convolution of a model by precision and layout, beside a copy: two minutes on a GPU."""
+    parser.add_argument('name', nargs='?', default='moganet_small', metavar='NAME', help='timm model')
+    parser.add_argument('--batch_size', type=int, default=128)
+    parser.add_argument('--input_size', type=int, default=224)
+    parser.add_argument('--device', default='auto')
+    parser.add_argument('--precisions', nargs='+', default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument('--rounds', type=int, default=3)
+
+    def measure(args: argparse.Namespace) -> list[Row]:
+        from tools import benchmark_depthwise
+        return benchmark_depthwise.measure(
+            args.name, batch_size=args.batch_size, input_size=args.input_size, device=args.device,
+            precisions=args.precisions, rounds=args.rounds)
+    return measure
+
+
+def memory(parser: argparse.ArgumentParser) -> Measure:
+    """The GiB that a training step of each recipe takes on a GPU, allocated (reserved), into benchmarks/memory.json."""
+    parser.add_argument('names', nargs='*', metavar='NAME', help='recipes (default: all of GPUs)')
+    parser.add_argument('--device', default='cuda')
+
+    def measure(args: argparse.Namespace) -> list[Row]:
+        from tools import benchmark_memory
+        return benchmark_memory.measure(args.names, device=args.device)
+    return measure
+
+
 def data(parser: argparse.ArgumentParser) -> Measure:
     """Images a second and core of the data path and of the common pipeline, and the cores that the GPUs need."""
     parser.add_argument('--data_path', type=expand,
@@ -171,10 +200,14 @@ def report(parser: argparse.ArgumentParser) -> Measure:
     """All of it on one device, into benchmarks/<device>.json and, with what other devices gave, BENCHMARKS.md."""
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda')
     parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--subjects', nargs='+', choices=SUBJECTS, help='what to measure (default: all)')
+    parser.add_argument('--models', nargs='+', metavar='NAME', help='timm models (default: those for the device)')
+    parser.add_argument('--precisions', nargs='+', choices=PRECISIONS, help='of the models, likewise')
 
     def measure(args: argparse.Namespace) -> Row:
         from tools import benchmark_report
-        return benchmark_report.measure(args.device, rounds=args.rounds)
+        return benchmark_report.measure(args.device, rounds=args.rounds, subjects=args.subjects, models=args.models,
+                                        precisions=args.precisions)
     return measure
 
 
@@ -182,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures one subject and prints its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar='SUBJECT')
-    for subject in (model, traffic, engine, checkpoint, data, dense_data, report):
+    for subject in (model, traffic, engine, checkpoint, depthwise, memory, data, dense_data, report):
         command = commands.add_parser(subject.__name__, description=subject.__doc__, help=subject.__doc__)
         command.set_defaults(measure=subject(command))
         command.add_argument('--json', action='store_true', help='JSON in place of a table')

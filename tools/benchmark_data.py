@@ -143,8 +143,9 @@ def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'],
         device: where to measure that, if it is not given.
 
     Returns:
-        `ratio` (float tensors, normalised and erased, on both sides) and `ratio_uint8` (before that), with their
-        spread; images per second and core; milliseconds of each part; and the cores that the GPUs need.
+        `ratio` (float tensors, normalised and erased, on both sides), `ratio_uint8` (before that) and `ratio_test` (the
+        test images of an evaluation, uint8), with their spread; images per second and core; milliseconds of each part;
+        and the cores that the GPUs need.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -162,12 +163,16 @@ def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'],
         vflip=recipe.vflip, color_jitter=recipe.color_jitter, auto_augment=recipe.aa, re_prob=recipe.reprob,
         re_mode=recipe.remode, re_count=recipe.recount, interpolation=recipe.train_interpolation,
         use_prefetcher=uint8) for uint8 in (False, True))
-    batches = MapBatches(source, task, training=True)
+    batches, tests = (MapBatches(source, task, training=training) for training in (True, False))
+    task.prepare(np.zeros((8, 8, 3), np.uint8))  # makes the transform of the test
+    common_test = create_transform(
+        recipe.test_size, crop_pct=recipe.crop_pct, crop_mode=recipe.crop_mode, interpolation=recipe.interpolation,
+        use_prefetcher=True)
 
     def finish(batch: Any) -> Any:
         return task.finish(batch, torch.device('cpu'), None)
 
-    def ours(batch: int, *, uint8: bool) -> None:
+    def ours(batch: int, *, uint8: bool, batches: MapBatches = batches) -> None:
         made = batches[keys[batch]]
         if isinstance(made, str):
             raise UserError(made)
@@ -181,7 +186,9 @@ def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'],
     pipelines: dict[str, Callable[[int], None]] = {
         'this': lambda batch: ours(batch, uint8=False), 'common': lambda batch: theirs(batch, common),
         'this_uint8': lambda batch: ours(batch, uint8=True),
-        'timm_uint8': lambda batch: theirs(batch, common_uint8)}
+        'timm_uint8': lambda batch: theirs(batch, common_uint8),
+        'this_test': lambda batch: ours(batch, uint8=True, batches=tests),
+        'timm_test': lambda batch: theirs(batch, common_test)}
     taken = alternate_workers(pipelines, batches=len(keys), rounds=rounds)
     rates = {name: len(chosen) / statistics.median(each[name] for each in taken) for name in pipelines}
     result = {
@@ -189,7 +196,9 @@ def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'],
         'kilobytes_per_image': round(statistics.mean(Path(path).stat().st_size for path in paths) / 1e3, 1),
         'ratio': spread([each['common'] / each['this'] for each in taken]),
         'ratio_uint8': spread([each['timm_uint8'] / each['this_uint8'] for each in taken]),
-        'images_per_second_and_core': {name: round(rate, 1) for name, rate in rates.items()},
+        'ratio_test': spread([each['timm_test'] / each['this_test'] for each in taken]),
+        'images_per_second_and_core': {name: round(rate, 1) for name, rate in rates.items() if 'test' not in name},
+        'test_images_per_second_and_core': {name: round(rate, 1) for name, rate in rates.items() if 'test' in name},
         'milliseconds': _parts(source, recipe, chosen, batches, finish, keys),
     }
     torch.set_num_threads(threads)
@@ -209,8 +218,9 @@ def step_rate(recipe: Recipe, device: torch.device, *, steps: int = 10) -> float
 
     import models  # noqa: F401  registers them
     from tools.benchmark_model import training_step
-    model = timm.create_model(recipe.model).to(device).train()
+    model = timm.create_model(recipe.model).to(device, memory_format=torch.channels_last).train()
     images = torch.randn(recipe.micro_batch_size, 3, recipe.input_size, recipe.input_size, device=device)
+    images = images.to(memory_format=torch.channels_last)  # as the loaders give them
     step = training_step(model, images, precision=recipe.precision)
     for _ in range(3):
         step()

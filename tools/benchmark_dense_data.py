@@ -49,6 +49,7 @@ def photos() -> Path:
                 data['annotations'].append({'id': len(data['annotations']), 'image_id': number, 'bbox': box,
                                             'category_id': int(rng.integers(CLASSES)) + 1})
         (annotations / 'instances_train2017.json').write_text(json.dumps(data))
+        (folder / 'classes.txt').write_text('\n'.join(category['name'] for category in data['categories']))
 
     return in_cache('photos-dense', write)
 

@@ -20,6 +20,7 @@ from tasks import create_task
 from tasks.classification import Labelled
 from tools.benchmark import spread
 from training.checkpoint import CheckpointFolder, TrainState
+from training.start import arithmetic_of, settle_arithmetic
 from utils import write_atomically
 
 
@@ -35,7 +36,8 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 def _model(recipe: Recipe, device: torch.device) -> torch.nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(recipe.model, drop_path_rate=recipe.drop_path).to(device).train()
+    model = timm.create_model(recipe.model, drop_path_rate=recipe.drop_path).train()
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def measure(*, recipe: Recipe = RECIPES['moganet_xtiny'], input_size: int = 64, batch_size: int = 16, rounds: int = 9,
@@ -53,7 +55,8 @@ def measure(*, recipe: Recipe = RECIPES['moganet_xtiny'], input_size: int = 64, 
     """
     place = torch.device(device)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch_size, 3, input_size, input_size, generator=generator).to(place)
+    images = torch.randn(batch_size, 3, input_size, input_size, generator=generator).to(
+        place, memory_format=torch.channels_last)  # as the loaders give them
     targets = torch.randint(1000, (batch_size,), generator=generator).to(place)
 
     task = create_task(dataclasses.replace(recipe, smoothing=0.0), Run())
@@ -113,7 +116,8 @@ def measure_save(*, recipe: Recipe = RECIPES['moganet_xtiny'], rounds: int = 9, 
     step(iter([task.example_batch(2, place)]), 0)
     state = TrainState(
         model=model, optimizer=optimizer, scaler=create_scaler(place, 'fp32'), ema=ema, sums=step.sums.values,
-        skips=step.skips.values, recipe=recipe, classes=[], class_map=None, updates_per_epoch=1, micro_batch_size=2)
+        skips=step.skips.values, recipe=recipe, classes=[], class_map=None, updates_per_epoch=1, micro_batch_size=2,
+        arithmetic=arithmetic_of(settle_arithmetic(Run(), place)))
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         files, plain = CheckpointFolder(Path(temporary), keep=1), Path(temporary) / 'plain.pth'
 

@@ -3,22 +3,21 @@ import contextlib
 import copy
 import logging
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
 
 from engine import AUTOCAST, autocast
 from models import moganet
 from tools.benchmark import Row, alternate
 from tools.complexity import complexity
+from training.traffic import Traffic
 from utils import UserError, choose_device, nearest
 
 FORMS = ('authors', 'fused', 'compiled', 'channels_last')
@@ -71,35 +70,20 @@ def as_authors(model: nn.Module) -> nn.Module:
 
 # ---- Traffic ---------------------------------------------------------------------------------------------------------
 
-class Traffic(TorchDispatchMode):
-    """Counts, by operator, kernels launched and bytes of their tensors, each read or written once.
+class CudaAutocast(TorchFunctionMode):
+    """CUDA's autocast to bf16 for tensors on meta, where torch has none: the casts that a MogaNet's training meets."""
 
-    A view launches nothing; an expanded tensor counts as the memory behind it; an allocation alone moves nothing. What
-    a kernel reads twice, or keeps in scratch memory, is not seen.
-    """
+    half: ClassVar = {torch.conv2d, F.conv2d, F.linear, torch.Tensor.matmul, torch.Tensor.__matmul__}
+    widest: ClassVar = {torch.addcmul, F.cross_entropy}  # in float32, where a tensor is; the loss always
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
-        self.kernels: Counter[str] = Counter()
-
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if not (func.is_view or name in ('detach', '_unsafe_view') or 'empty' in name):
-            tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)}
-            self.bytes[name] += sum(map(_bytes, tensors.values()))
-            self.kernels[name] += 1
-        return out
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    count = tensor.element_size()
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride else 1
-    return count
+        if func in self.half | self.widest:
+            dtype = torch.bfloat16 if func in self.half else torch.float32
+            args = tuple(arg.to(dtype) if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
+                         for arg in args)
+        return func(*args, **(kwargs or {}))
 
 
 def compiled_bytes(work: Callable[[], Any]) -> int:
@@ -120,32 +104,34 @@ def compiled_bytes(work: Callable[[], Any]) -> int:
 def measure_traffic(
     names: Sequence[str], *, batch_size: int = 64, input_size: int = 224, compiled: bool = False
 ) -> list[Row]:
-    """Traffic of a training step in bf16 at drop path 0.1, without the optimizer, for each of the named MogaNets.
+    """Traffic of a training step as CUDA's eager kernels do it, without the optimizer, for each of the named MogaNets.
+
+    Under autocast to bf16, at drop path 0.1; the authors' formulation contiguous, as theirs is, ours channels-last.
 
     Returns:
-        By model, MB an image and kernels in the authors' formulation and in ours, the MB of our convolutions, and the
-        ratio ours / authors'; with `compiled` also MB an image as the compiler counts them at batch 2, for both.
+        By model, MB an image and kernels in the authors' formulation and in ours; of ours the MB of the convolutions,
+        and those that hide within operators (see `Traffic`); the ratio ours / authors'; and ours in fp32. With
+        `compiled` also MB an image as the compiler counts them at batch 2, in pure bf16, for both.
     """
     rows = []
     for name in names or timm.list_models(module='moganet'):
-        model = create(name, drop_path_rate=0.1, device='meta', dtype=torch.bfloat16).train()
-        counts = []
-        for form in ('authors', 'eager'):
-            images = torch.empty(batch_size, 3, input_size, input_size, device='meta', dtype=torch.bfloat16)
-            work = training_step(build_form(model, form), images, precision='fp32')
-            with Traffic() as counted:
-                work()
-            counts.append(counted)
-        theirs, ours = counts
-        convolutions = ours.bytes['convolution'] + ours.bytes['convolution_backward']
+        model = create(name, drop_path_rate=0.1, device='meta').train()
+        shape = (batch_size, 3, input_size, input_size)
+        theirs, ours, full = (
+            count_step(build_form(model, form), shape, layout_of_form(form), precision)
+            for form, precision in (('authors', 'bf16'), ('channels_last', 'bf16'), ('channels_last', 'fp32')))
+        convolutions = ours.bytes['convolution'] + ours.bytes['convolution_backward'] + ours.hidden.total() - (
+            ours.hidden['norms'])
         row = {
             'model': name,
-            'authors_mb': round(theirs.bytes.total() / batch_size / 1e6, 1),
-            'mb': round(ours.bytes.total() / batch_size / 1e6, 1),
+            'authors_mb': round(theirs.total() / batch_size / 1e6, 1),
+            'mb': round(ours.total() / batch_size / 1e6, 1),
             'convolutions_mb': round(convolutions / batch_size / 1e6, 1),
-            'ratio': round(ours.bytes.total() / theirs.bytes.total(), 3),
-            'authors_kernels': theirs.kernels.total(),
-            'kernels': ours.kernels.total(),
+            'hidden_mb': round(ours.hidden.total() / batch_size / 1e6, 1),
+            'ratio': round(ours.total() / theirs.total(), 3),
+            'authors_kernels': theirs.kernels.total() + theirs.launches.total(),
+            'kernels': ours.kernels.total() + ours.launches.total(),
+            'fp32_mb': round(full.total() / batch_size / 1e6, 1),
         }
         if compiled:
             model = create(name, drop_path_rate=0.1, dtype=torch.bfloat16).train()
@@ -156,6 +142,15 @@ def measure_traffic(
                 row[key] = round(compiled_bytes(work) / 2 / 1e6, 1)
         rows.append(row)
     return sorted(rows, key=lambda row: row['mb'])
+
+
+def count_step(model: nn.Module, shape: tuple[int, ...], layout: torch.memory_format, precision: str) -> Traffic:
+    """What a training step of a model on meta moves, in 'bf16' by autocast or in 'fp32', on images of a layout."""
+    images = torch.empty(shape, device='meta').to(memory_format=layout)
+    work = training_step(model, images, precision='fp32')
+    with Traffic() as counted, CudaAutocast() if precision == 'bf16' else contextlib.nullcontext():
+        work()
+    return counted
 
 
 # ---- Speed -----------------------------------------------------------------------------------------------------------
@@ -179,9 +174,13 @@ def build_form(model: nn.Module, form: str) -> nn.Module:
     model = as_authors(model) if 'authors' in parts else copy.deepcopy(model)
     if 'fused' in parts:
         model = moganet.fuse(model)
-    if 'channels_last' in parts:
-        model = model.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=layout_of_form(form))
     return torch.compile(model) if 'compiled' in parts else model
+
+
+def layout_of_form(form: str) -> torch.memory_format:
+    """The memory layout of a form's weights and images."""
+    return torch.channels_last if 'channels_last' in form else torch.contiguous_format
 
 
 def _precision(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -260,8 +259,8 @@ def measure(
                 steps, moved = {}, {}
                 for form in forms:
                     torch._dynamo.reset()
-                    layout = torch.channels_last if 'channels_last' in form else torch.contiguous_format
-                    images = torch.randn(batch_size, 3, input_size, input_size, device=place).to(memory_format=layout)
+                    images = torch.randn(batch_size, 3, input_size, input_size, device=place)
+                    images = images.to(memory_format=layout_of_form(form))
                     make = training_step if mode == 'training' else inference_step
                     steps[form] = make(build_form(model, form), images, precision=precision)
                     try:
@@ -270,7 +269,7 @@ def measure(
                         else:
                             with Traffic() as counted:
                                 steps[form]()
-                            moved[form] = counted.bytes.total()
+                            moved[form] = counted.total()
                     except torch.OutOfMemoryError:
                         print(f'{name}, {precision}, {mode}, {form}: left out, as it does not fit at batch size '
                               f'{batch_size}', file=sys.stderr)

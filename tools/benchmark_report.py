@@ -4,46 +4,79 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tools import benchmark_data, benchmark_engine, benchmark_model
-from tools.benchmark import Row
+from tools import benchmark_data, benchmark_depthwise, benchmark_engine, benchmark_model
+from tools.benchmark import SUBJECTS, Row
 from utils import UserError, choose_device, write_atomically, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES = {'cpu': 'CPU', 'cuda': 'GPU'}
+# The authors' form comes first, over which the speed-ups are; channels-last is the default of main.py
+INFERENCE = ['authors', 'eager', 'channels_last', 'fused+channels_last', 'channels_last+compiled',
+             'fused+channels_last+compiled']
+TRAINING = ['authors', 'eager', 'channels_last', 'channels_last+compiled']
 # What a model is measured with: one that such a device can be expected to run, in the time of a coffee
 MODELS: dict[str, dict[str, Any]] = {
     'cpu': {'names': ['moganet_xtiny'], 'batch_size': 16, 'precisions': ['fp32'],
-            'inference': ['eager', 'channels_last', 'fused', 'compiled', 'fused+compiled'],
-            'training': ['authors', 'eager', 'compiled']},
+            'inference': INFERENCE, 'training': TRAINING},
     'cuda': {'names': ['moganet_xtiny', 'moganet_small', 'moganet_base'], 'batch_size': 128,
              'precisions': ['fp32', 'bf16', 'fp16'],
-             'inference': ['eager', 'channels_last', 'fused', 'compiled', 'fused+compiled'],
-             'training': ['authors', 'eager', 'channels_last', 'compiled', 'channels_last+compiled']},
+             'inference': INFERENCE, 'training': TRAINING},
 }
 
 
-def measure(device: str, *, rounds: int = 7) -> Row:
-    """Runs every benchmark on a device, keeps the figures, and writes BENCHMARKS.md anew. Returns the figures."""
+def measure(device: str, *, rounds: int = 7, subjects: Sequence[str] | None = None,
+            models: Sequence[str] | None = None, precisions: Sequence[str] | None = None) -> Row:
+    """Runs benchmarks on a device, and returns their figures.
+
+    They are kept, and BENCHMARKS.md is written anew, after each subject and each model: a borrowed device may go at any
+    time. What was kept of the same machine stays until it is measured again.
+
+    Args:
+        subjects: of SUBJECTS; all of the device's by default.
+        models: timm models to measure; those for the device by default.
+        precisions: of the models, likewise.
+    """
     place = choose_device(device)
     kind = place.type
     if kind not in DEVICES:
         raise UserError(f'the report is made for {" and ".join(DEVICES)}, not for {kind}; give another --device')
-    figures = {
-        'machine': machine(place),
-        'data': benchmark_data.measure(None, rounds=rounds),
-        'engine': benchmark_engine.measure(device=str(place), rounds=rounds),
-        'checkpoint': benchmark_engine.measure_save(device=str(place), rounds=rounds),
-        'model': benchmark_model.measure(device=str(place), rounds=rounds, **MODELS[kind]),
-        'traffic': benchmark_model.measure_traffic([]),
+    about, kept = machine(place), load().get(kind, {})
+    same = {**kept.get('machine', {}), 'date': about['date']} == about
+    figures = {**(kept if same else {}), 'machine': about}
+
+    def keep(subject: str, value: Any) -> None:
+        figures[subject] = value
+        write_json(ROOT / 'benchmarks' / f'{kind}.json', figures)
+        write_atomically(ROOT / 'BENCHMARKS.md', lambda file: file.write(render(load()).encode()))
+
+    def measure_models() -> list[Row]:
+        usual = {**MODELS[kind], **({'names': models} if models else {}),
+                 **({'precisions': precisions} if precisions else {})}
+        for name in usual.pop('names'):
+            rows = benchmark_model.measure([name], device=str(place), rounds=rounds, **usual)
+            new = {(row['model'], row['precision']) for row in rows}
+            others = [row for row in figures.get('model', []) if (row['model'], row['precision']) not in new]
+            keep('model', others + rows)
+        return figures['model']
+
+    ways: dict[str, Callable[[], Any]] = {
+        'depthwise': lambda: benchmark_depthwise.measure(device=str(place)),
+        'model': measure_models,
+        'data': lambda: benchmark_data.measure(None, rounds=rounds),
+        'engine': lambda: benchmark_engine.measure(device=str(place), rounds=rounds),
+        'checkpoint': lambda: benchmark_engine.measure_save(device=str(place), rounds=rounds),
+        'traffic': lambda: benchmark_model.measure_traffic([]),
     }
-    write_json(ROOT / 'benchmarks' / f'{kind}.json', figures)
-    write_atomically(ROOT / 'BENCHMARKS.md', lambda file: file.write(render(load()).encode()))
-    return figures
+    chosen = subjects or [subject for subject in SUBJECTS if subject != 'depthwise' or kind == 'cuda']
+    for subject in chosen:
+        keep(subject, ways[subject]())
+    return {subject: figures[subject] for subject in ('machine', *chosen)}
 
 
 def load() -> dict[str, Row]:
@@ -86,22 +119,25 @@ def table(head: tuple[str, ...], rows: list[list[Any]]) -> str:
 
 
 def by_device(figures: dict[str, Row], subject: str, rows: dict[str, str]) -> str:
-    """A table of one subject's figures: a row each, a column for each kind of device."""
+    """A table of one subject's figures: a column for each kind of device, a row for each that one of them has."""
     return table(('', *DEVICES.values()), [
-        [text, *(figures.get(kind, {}).get(subject, {}).get(name) for kind in DEVICES)] for name, text in rows.items()])
+        [text, *(figures.get(kind, {}).get(subject, {}).get(name) for kind in DEVICES)] for name, text in rows.items()
+        if any(name in kept[subject] for kept in figures.values())])
 
 
 def render(figures: dict[str, Row]) -> str:
     """BENCHMARKS.md from the figures of `load`."""
     models = [[DEVICES[kind], *(row[name] for name in ('model', 'precision', 'mode', 'form', 'images_per_second',
                                                        'speedup', 'mb', 'share_of_product', 'share_of_copy'))]
-              for kind in figures for row in figures[kind]['model']]
-    unmeasured = [[name, None, *[''] * 8] for kind, name in DEVICES.items() if kind not in figures]
-    any_device = next(iter(figures.values()))
-    traffic = [[row[name] for name in ('model', 'authors_mb', 'mb', 'ratio', 'convolutions_mb', 'authors_kernels',
-                                       'kernels')] for row in any_device['traffic']]
+              for kind in figures for row in figures[kind].get('model', ())]
+    unmeasured = [[name, None, *[''] * 8] for kind, name in DEVICES.items() if 'model' not in figures.get(kind, {})]
+    any_device = next((each for each in figures.values() if 'traffic' in each), {'traffic': ()})
+    traffic = [[row[name] for name in ('model', 'authors_mb', 'mb', 'ratio', 'convolutions_mb', 'hidden_mb', 'fp32_mb',
+                                       'authors_kernels', 'kernels')] for row in any_device['traffic']]
     data = {kind: {'data': {**figures[kind]['data'], **figures[kind]['data']['images_per_second_and_core'],
-                            **figures[kind]['data']['milliseconds']}} for kind in figures}
+                            **figures[kind]['data'].get('test_images_per_second_and_core', {}),
+                            **figures[kind]['data']['milliseconds']}} for kind in figures if 'data' in figures[kind]}
+    depthwise = figures.get('cuda', {}).get('depthwise', ())
     measured = '\n'.join(f'- {name}: ' + ('; '.join(figures[kind]['machine'].values()) if kind in figures else
                                           'not measured; `tools/gpu_check.sh` fills it in on a machine that has one')
                          for kind, name in DEVICES.items())
@@ -124,6 +160,8 @@ processor.
     'ratio_uint8': "over timm's uint8 path, uint8 tensors",
     'this': 'images/s and core, float', 'common': 'images/s and core, the common pipeline',
     'this_uint8': 'images/s and core, uint8', 'timm_uint8': "images/s and core, timm's uint8 path",
+    'ratio_test': "test images of an evaluation, over timm's, uint8 tensors",
+    'this_test': 'images/s and core, test images', 'timm_test': "images/s and core, timm's test images",
     'kilobytes_per_image': 'kB a file', 'read': 'ms an image: reading the file',
     'decode_crop_and_resize': 'ms an image: decoding down to the crop, and resizing it',
     'crop_and_resize': 'ms an image: of that, resizing', 'flip_and_augment': 'ms an image: flip and RandAugment',
@@ -149,16 +187,27 @@ processor.
 ## Models
 
 `python tools/benchmark.py model`: speed-ups over the first form of each mode; `authors` is the authors' formulation of
-the same arithmetic. MB an image are counted, for compiled forms by the compiler; the last columns are the shares of
-what the device reaches in a large matrix product and in a large copy.
+the same arithmetic, and `channels_last` what main.py runs. MB an image are counted, for compiled forms by the compiler;
+the last columns are the shares of what the device reaches in a large matrix product and in a large copy.
 
 {table(('', 'model', 'precision', 'mode', 'form', 'images/s', 'speed-up', 'MB an image', 'share of product',
         'share of copy'), models + unmeasured)}
 
 ## Memory traffic
 
-`python tools/benchmark.py traffic`: MB an image and kernels of a training step in bf16 at batch 64 and drop path 0.1,
-counted on meta tensors, so that no device is needed and nothing is noisy.
+`python tools/benchmark.py traffic`: MB an image and kernels of a training step as CUDA's eager kernels do it, under
+autocast to bf16 at batch 64 and drop path 0.1: the authors' formulation contiguous, ours channels-last. Counted on meta
+tensors, so that no device is needed and nothing is noisy. What hides within operators are passes that torch's CUDA code
+launches beside the one that the operator is named for (biases and their gradients, second readings, copies); 3 % of all
+is an assumption, that cuDNN rewrites what goes into a convolution to one channel.
 
-{table(('model', "authors' MB", 'MB', 'ratio', 'of it convolutions', "authors' kernels", 'kernels'), traffic)}
-'''
+{table(('model', "authors' MB", 'MB', 'ratio', 'of it convolutions', 'of it within operators', 'MB in fp32',
+        "authors' kernels", 'kernels'), traffic)}
+''' + (f'''
+## Depthwise convolutions
+
+`python tools/benchmark.py depthwise`: GB/s, forward / backward, of the tensors that each kind of depthwise convolution
+of `moganet_small` must move, batch 128 at 224, by the layout and by whether cuDNN may be used.
+
+{table(tuple(depthwise[0]), [list(row.values()) for row in depthwise])}
+''' if depthwise else '')

@@ -2,6 +2,7 @@
 
     python tools/check_dataset.py --data_path /path/to/imagenet                 # class folders and counts, in seconds
     python tools/check_dataset.py --data_path /path/to/imagenet --decode        # and every file, on all cores
+    python tools/check_dataset.py --data_path /path/to/own/classes --leaks      # images in both halves, and advice
     python tools/check_dataset.py --recipe retinanet_moganet_tiny_1x --data_path /path/to/coco   # boxes
     python tools/check_dataset.py --recipe upernet_moganet_tiny_160k --data_path /path/to/ade    # labels of pixels
     python tools/check_dataset.py --data_path /path/to/imagenet --sort_val ILSVRC2012_validation_ground_truth.txt
@@ -13,8 +14,6 @@ import argparse
 import json
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -29,37 +28,24 @@ from pipeline.files import Split, find_files, kind_of, read_ground_truth
 from pipeline.labels import BadLabel
 from pipeline.sources import ImageFiles, check_files
 from recipes import RECIPES, Recipe, Run
+from tools import doctor
 from utils import UserError, as_path, expand, nearest, run_cli, write_json
 
-_files: Any  # of a worker process
 
-
-def _open(files: Any) -> None:
-    global _files
-    _files = files
-
-
-def _decode(index: int) -> tuple[str, str] | None:
-    """Name and reason of an image that cannot be decoded, or is not the one that its targets belong to."""
+def _why_bad(files: Any, index: int) -> dict[str, str] | None:
+    """Path and reason of an image that cannot be decoded, or is not the one that its targets belong to."""
     try:
         with augmentation.refusing_bad_images():
-            _files.check(index)
+            files.check(index)
     except (augmentation.BadImage, BadLabel) as error:
-        return _files.name(index), str(error)
+        return {'path': files.name(index), 'reason': str(error)}
     return None
 
 
 def decode_all(files: Any, *, workers: int | None = None) -> list[dict[str, str]]:
     """Decodes every image; returns path and reason of those that fail."""
-    # Not multiprocessing's own pool, which waits for ever for what a killed process had begun
-    with ProcessPoolExecutor(workers, initializer=_open, initargs=(files,)) as pool:
-        results = pool.map(_decode, range(len(files)), chunksize=64)
-        bar = tqdm(results, f'decoding {files.shown}', len(files), unit=' images', disable=None)
-        try:
-            return [{'path': found[0], 'reason': found[1]} for found in sorted(filter(None, bar))]
-        except BrokenProcessPool:
-            raise UserError('a decoding process was killed, as the system does when memory runs out: give fewer '
-                            '--workers, or more memory') from None
+    found = doctor.each_image(files, _why_bad, workers=workers, what='decoding')
+    return sorted(filter(None, found), key=lambda bad: bad['path'])
 
 
 def sort_val(folder: Path, truth: Path) -> int:
@@ -107,12 +93,13 @@ KINDS = {'tasks.classification:Classification': (_open_folder, check_files),
          'tasks.segmentation:Segmentation': (open_ade20k, lambda train, val: ([], []))}
 
 
-def check(recipe: Recipe, run: Run, *, decode: bool = False, workers: int | None = None) -> dict[str, Any]:
+def check(recipe: Recipe, run: Run, *, decode: bool = False, leaks: bool = False,
+          workers: int | None = None) -> dict[str, Any]:
     """Examines both halves of a data set.
 
     Returns:
         `errors`, `warnings`, and for `train` and `val` what the source tells of itself (`facts`) and, with `decode`,
-        the images that cannot be decoded.
+        the images that cannot be decoded; with `leaks`, what `doctor.examine` returns, a `command` and `advice`.
     """
     report: dict[str, Any] = {'errors': [], 'warnings': []}
     open_half, check_halves = KINDS[recipe.task]
@@ -135,6 +122,11 @@ def check(recipe: Recipe, run: Run, *, decode: bool = False, workers: int | None
             if broken:
                 report['errors'].append(f'{files.shown}: {len(broken)} images cannot be used, such as '
                                         f'{broken[0]["path"]} ({broken[0]["reason"]}); replace or remove them')
+    if leaks and None not in found.values():
+        report['leaks'] = examined = doctor.examine(found['train'], found['val'], workers=workers)
+        for kind in ('errors', 'warnings'):
+            report[kind] += examined.pop(kind)
+        examined['command'], examined['advice'] = doctor.advise(examined['train'], run.data_path)
     return report
 
 
@@ -149,6 +141,9 @@ def main(argv: list[str] | None = None) -> int:
                        ('image_dir', 'folder of the images that they name')):
         parser.add_argument(f'--{name}', type=expand, help=text)
     parser.add_argument('--decode', action='store_true', help='decode every image')
+    parser.add_argument('--leaks', action='store_true',
+                        help='look for images of val that are in train too, equal or nearly; describe balance and '
+                             'sizes, and advise how to train (of class folders; needs ImageHash)')
     parser.add_argument('--workers', type=int, help='processes to decode with; all cores by default')
     parser.add_argument('--sort_val', type=as_path, metavar='FILE',
                         help='sort the flat test folder by this ground truth')
@@ -162,7 +157,9 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(**{name: getattr(args, name) for name in ('data_path', 'eval_data_path', 'train_json', 'val_json',
                                                         'image_dir')})
     RECIPES[args.recipe].check_run(run)
-    report = check(RECIPES[args.recipe], run, decode=args.decode, workers=args.workers)
+    if args.leaks and RECIPES[args.recipe].task != 'tasks.classification:Classification':
+        raise UserError(f'--leaks looks at class folders, which {args.recipe} does not read; leave it out')
+    report = check(RECIPES[args.recipe], run, decode=args.decode, leaks=args.leaks, workers=args.workers)
     if args.report:
         write_json(args.report, report)
     for split in ('train', 'val'):
@@ -171,6 +168,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f'{split}: {json.dumps(facts)}')
             for broken in report[split].get('not_decodable', ()):
                 print(f'  {broken["path"]}: {broken["reason"]}')
+    if examined := report.get('leaks'):
+        print('\n'.join(doctor.show(examined)))
     for kind in ('warnings', 'errors'):
         for line in report[kind]:
             print(f'{kind[:-1]}: {line}')

@@ -1,4 +1,4 @@
-"""Writes what the documents say about the recipes: blocks of TRAINING.md, the results table of README.md.
+"""Writes what the documents say about recipes and model: blocks of TRAINING.md, tables of README.md.
 
     python tools/docs.py            # rewrites what is stale
     python tools/docs.py --check    # names what is stale, with exit status 1, and changes nothing
@@ -13,7 +13,6 @@ import re
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,8 +26,8 @@ from recipes.imagenet import S
 from utils import UserError, run_cli, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-# {model: {image side: parameters, GMACs, and MB that a training step in 16 bits moves for an image}}; of the rows of
-# dense tasks {recipe: {WIDTHxHEIGHT: parameters and GMACs}}
+# {model: {image side: parameters, GMACs, and MB that a training step moves for an image, in bf16 and in fp32}}; of the
+# rows of dense tasks {recipe: {WIDTHxHEIGHT: parameters and GMACs}}
 COSTS = ROOT / 'tools' / 'docs.json'
 Costs = dict[str, dict[str, dict[str, float]]]
 
@@ -44,17 +43,6 @@ def all_rows() -> list[Classification]:
     return [row for row in RECIPES.values() if isinstance(row, Classification)]
 
 
-@dataclass(frozen=True)
-class Card:
-    """What a GPU's data sheet promises, a second."""
-
-    memory: float  # bytes
-    fp32: float  # operations, without TF32
-    half: float  # operations in fp16 and bf16, dense
-
-
-CARDS = {'A100': Card(memory=2.04e12, fp32=19.5e12, half=312e12),  # 80 GB, SXM
-         'H100': Card(memory=3.35e12, fp32=67e12, half=989e12)}  # SXM
 PROCESSES = {1: '1 GPU', 2: '2 GPUs', 4: '4 GPUs', 8: '8 GPUs', 16: '2 nodes of 8'}
 
 
@@ -63,7 +51,8 @@ def count(model: str, size: int) -> dict[str, float]:
     from tools.benchmark_model import measure_traffic
     from tools.complexity import complexity
     counts, (traffic,) = complexity(model, size), measure_traffic([model], input_size=size)
-    return {'parameters': counts['parameters'], 'gmacs': round(counts['macs'] / 1e9, 3), 'mb': round(traffic['mb'])}
+    return {'parameters': counts['parameters'], 'gmacs': round(counts['macs'] / 1e9, 3), 'mb': round(traffic['mb']),
+            'fp32_mb': round(traffic['fp32_mb'])}
 
 
 def count_all() -> Costs:
@@ -102,22 +91,22 @@ def load_costs() -> Costs:
 
 # ---- What is written ------------------------------------------------------------------------------------------------
 
-def most_images_per_second(row: Classification, card: Card, costs: Costs) -> int:
-    """What a training step can take on a card, to two digits, upwards.
-
-    The smaller of what its memory and its arithmetic allow. A step in fp32 moves twice the bytes, and has three times
-    the multiply-accumulates of the forward pass, of two operations each.
-    """
-    cost = costs[row.model][str(row.input_size)]
-    moved = 1e6 * cost['mb'] * (2 if row.precision == 'fp32' else 1)
-    rate = min(card.memory / moved, (card.fp32 if row.precision == 'fp32' else card.half) / (6e9 * cost['gmacs']))
-    digits = 10 ** (math.floor(math.log10(rate)) - 1)
-    return math.ceil(rate / digits) * digits
+def predicted(row: Classification, costs: Costs, *, precision: str) -> str:
+    """The images a second that a training step may take on each card, to two digits, by what its memory moves."""
+    from training.plan import BANDWIDTH, CARDS
+    moved = 1e6 * costs[row.model][str(row.input_size)]['fp32_mb' if precision == 'fp32' else 'mb']
+    ranges = []
+    for name in ('a100', 'h100'):
+        rates = [share * CARDS[name].bandwidth / moved for share in BANDWIDTH]
+        digits = 10 ** (math.floor(math.log10(rates[0])) - 1)
+        low, high = (round(rate / digits) * digits for rate in rates)
+        ranges.append(f'{low:,}-{high:,} on an {name.upper()}')
+    return f'{precision} {", ".join(ranges)}'
 
 
 def command(row: Classification) -> str:
     """The command line that trains a row on the hardware of the row."""
-    gpus = int(row.hardware.split()[0]) if 'GPU' in row.hardware else 1
+    gpus = row.gpus()
     words = ['python' if gpus == 1 else f'torchrun --nproc_per_node={gpus}', 'main.py',
              f'--model {row.model}' if row.name == row.model else f'--recipe {row.name}']
     if row.name.endswith(('_ft384', '_transfer')):
@@ -186,8 +175,9 @@ def block(row: Classification, costs: Costs) -> str:
                f'{cost["gmacs"]:.3f} GMACs at {row.test_size}']
     if row.hardware.startswith('8'):
         lines += batches(row)
-        rates = ', '.join(f'{most_images_per_second(row, card, costs):,} on an {name}' for name, card in CARDS.items())
-        figures.append(f'{row.precision}, images/s of one GPU: at most {rates}')
+        precisions = (row.precision, *(('bf16',) if row.precision == 'fp32' else ()))
+        rates = [predicted(row, costs, precision=precision) for precision in precisions]
+        figures.append(f'predicted images/s of one GPU: {"; ".join(rates)}')
     return '\n'.join([*lines, f'{"; ".join(figures)}. Source: {row.source}.'])
 
 
@@ -236,14 +226,71 @@ def speed() -> str:
     figures = load()
     cpu = figures['cpu']
     traffic = max(row['ratio'] for row in cpu['traffic'])
-    training = {row['form']: cell(row['speedup']) for row in cpu['model'] if row['mode'] == 'training'}
+    # The last two forms: that of main.py, and the same compiled
+    *_, default, compiled = (cell(row['speedup']) for row in cpu['model'] if row['mode'] == 'training')
     gpu = '' if 'cuda' in figures else ', where a GPU is not measured yet'
     return textwrap.fill(
         f"And it is fast: a training step moves {traffic:.2f} of the memory traffic of the authors' formulation; on "
-        f'two cores one of {cpu["model"][0]["model"]} is {training["eager"]} times as fast, '
-        f'{training["compiled"]} compiled; and a core prepares {cell(cpu["data"]["ratio"])} times the images of the '
-        'usual pipeline. These are medians, and in brackets the smallest and the largest, of alternated runs. All '
+        f'two cores one of {cpu["model"][0]["model"]} is {default} times as fast, {compiled} compiled; and a core '
+        f'prepares {cell(cpu["data"]["ratio"])} times the images of the usual pipeline. These are medians, and in '
+        'brackets the smallest and the largest, of alternated runs. All '
         f'figures are in [BENCHMARKS.md](BENCHMARKS.md){gpu}.', 120)
+
+
+# What the paper calls a thing, and a piece of the one line of the model that is it
+MODEL = 'models/moganet.py'
+SOURCE = ROOT / MODEL
+SYMBOLS = (
+    ('`Y = X + SMixer(Norm(X))`', 'torch.addcmul(x, scale, self.attn(u) + u)'),
+    ('`Z = Y + CMixer(Norm(Y))`', 'torch.addcmul(x, scale, self.mlp(self.norm2(x)))'),
+    ('`Norm`, batch normalisation', 'self.norm1 = nn.BatchNorm2d(dim'),
+    ('`FD(.)`, feature decomposition: `Y + gamma_s (Y - GAP(Y))` of `Y = Conv1x1(X)`',
+     '.mean((2, 3), keepdim=True), scaled)'),
+    ('`gamma_s` and `gamma_c`, learned scales', 'self.scale = nn.Parameter('),
+    ('`Moga(.)`, multi-order gated aggregation', 'class MultiOrderGatedAggregation('),
+    ('`DW 5x5, d = 1`', 'self.DW_conv0 = nn.Conv2d('),
+    ('`DW 5x5, d = 2`', 'self.DW_conv1 = nn.Conv2d('),
+    ('`DW 7x7, d = 3`', 'self.DW_conv2 = nn.Conv2d('),
+    ('`C_l : C_m : C_h = 1 : 3 : 4`', 'mid, high = dim * 3 // 8, dim // 2'),
+    ('`Y_C = Concat(Y_l, Y_m, Y_h)`, and the 1x1 after it', 'torch.cat([low, self.DW_conv1(mid), self.DW_conv2(high)]'),
+    ('`F_phi`, gating branch; `G_psi`, context branch', 'gate, value = self.gate(y), self.value(y)'),
+    ('`SiLU(Conv1x1(X)) * SiLU(Conv1x1(Y_C))`', 'self.proj_2(F.silu(gate) * F.silu(value))'),
+    ('`DW 3x3` of the channel mixer', 'self.dwconv = nn.Conv2d('),
+    ('`CA(X) = X + gamma_c (X - GELU(X W_r))`, with the 1x1 after it', 'self.fc2.bias) + '),
+    ('`W_r`, from all channels to one', 'self.decompose = nn.Conv2d('),
+    ('`GELU(X W_r)`', 'common = F.gelu(self.decompose(x))'),
+    ('embedding stem', 'class Stem('),
+)
+
+
+def symbols() -> str:
+    """Where in the code each symbol of the paper is. Raises UserError where a piece is not in one line."""
+    lines = SOURCE.read_text().splitlines()
+    rows = ['| in the paper | in the code |', '|---|---|']
+    for symbol, piece in SYMBOLS:
+        places = [number for number, line in enumerate(lines, 1) if piece in line]
+        if len(places) != 1:
+            raise UserError(f'{MODEL} has {len(places)} lines with {piece!r}; make it one in SYMBOLS')
+        rows.append(f'| {symbol} | [`{lines[places[0] - 1].strip().rstrip(":")}`]({MODEL}#L{places[0]}) |')
+    return '\n'.join(rows)
+
+
+def memory() -> str:
+    """The allocator's peak by recipe, precision and checkpointing, as benchmarks/memory.json has it."""
+    from tools.benchmark_memory import FIGURES, FORMS
+    from tools.benchmark_report import table
+    kept, rows = json.loads(FIGURES.read_text()), []
+    for name, row in RECIPES.items():
+        if name not in kept:
+            continue
+        figures = kept[name]
+        if (figures['micro_batch'], figures['precision']) != (row.micro_batch_size, row.precision):
+            raise UserError(f'{FIGURES.name} is of another micro-batch or precision of {name}; on a GPU run '
+                            f'tools/benchmark.py memory {name}')
+        rows.append([f'`{name}`, {row.precision}', str(row.micro_batch_size), *(
+            f'{found["allocated"]:.1f} ({found["reserved"]:.1f})' if found else 'too much'
+            for found in map(figures.get, FORMS))])
+    return table(('row', 'micro-batch', *FORMS), rows)
 
 
 PARTS = {
@@ -251,7 +298,9 @@ PARTS = {
     ('README.md', 'coco'): lambda: dense_results(Detection),
     ('README.md', 'ade20k'): lambda: dense_results(Segmentation),
     ('README.md', 'speed'): speed,
+    ('README.md', 'symbols'): symbols,
     ('TRAINING.md', 'feeding'): feeding,
+    ('TRAINING.md', 'memory'): memory,
     ('TRAINING.md', 'demo'): lambda: blocks('_digits'),
     ('TRAINING.md', 'recipes'): lambda: blocks('', '_256', '_3aug_256', '_rsb_a3'),
     ('TRAINING.md', 'detection'): lambda: dense_blocks(Detection),

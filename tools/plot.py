@@ -1,9 +1,11 @@
 """Curves of runs, finished or not: losses, metric, learning rate, waiting for data, speed. A picture and a page.
 
-    python tools/plot.py runs/moganet_small [runs/other ...] [--output STEM]
+    python tools/plot.py runs/moganet_small [runs/other ...] [--published FILE_OR_URL] [--output STEM]
 
 Read from the log.txt and the recipe.json of each folder. The files are STEM.png and STEM.html, by default curves.png
 and curves.html in the first folder; the page holds the picture, a table of the runs and what their recipes differ in.
+A published log (timm's summary.csv, a .log.json of OpenMixup, mmdetection or mmsegmentation, or a run of ours) is drawn
+grey under the curves, and its difference from the first run is printed, epoch by epoch.
 """
 import argparse
 import base64
@@ -24,11 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipes import Classification, Recipe
 from recipes.rows import recipe_class
+from training import published
 from utils import UserError, as_path, expand, run_cli, write_atomically
 
 MARK = 'MogaNet tools/plot.py'  # in both files: they may be written again, a foreign file may not
 # Okabe and Ito's colours, told apart with every kind of colour vision; without their yellow, too pale for a line
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+GREY = {'color': '0.6', 'linewidth': 2.5, 'zorder': 1}  # of a published log, under all runs
 MARKERS = ('o', '^', 's', 'D', 'v', 'P')  # a run beyond the colours takes the next
 STYLE = '''
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1300px; margin: 2em auto; padding: 0 1em }
@@ -52,7 +56,8 @@ class RunLog:
     @property
     def by_epoch(self) -> bool:
         """Whether the log has an entry an epoch."""
-        return len({entry['epoch'] for entry in self.entries}) == len(self.entries)
+        epochs = {entry['epoch'] for entry in self.entries}
+        return self.recipe['epochs'] is not None and len(epochs) == len(self.entries)
 
     @property
     def kind(self) -> type[Recipe]:
@@ -136,8 +141,53 @@ def panels(kind: type[Recipe]) -> tuple[tuple[str, float, dict[str, str], float 
     )
 
 
-def draw(runs: Sequence[RunLog], names: Sequence[str]) -> 'Figure':
-    """The curves: a colour a run, dashed for the moving average. Raises UserError where matplotlib is missing."""
+def as_run(log: published.Published, own: RunLog) -> RunLog:
+    """A published log beside a run: its tests are of the average, where that is what it tested and the run has one.
+
+    Raises:
+        UserError: where it counts epochs and the run updates.
+    """
+    if log.by_epoch and not own.by_epoch:
+        raise UserError(f'--published {log.name} counts epochs, and {own.folder} updates: they have no common axis; '
+                        'give the log of a run in updates')
+    average = log.averaged and any(name.startswith('test_') and name.endswith('_ema')
+                                   for entry in own.entries for name in entry)
+    entries = [{f'{name}_ema' if average and name.startswith('test_') else name: value
+                for name, value in entry.items()} for entry in log.entries]
+    return RunLog(Path(log.name), own.recipe | ({} if log.by_epoch else {'epochs': None}), entries)
+
+
+def against(own: RunLog, log: RunLog) -> tuple[str, list[tuple[int, float, float]]]:
+    """The column in which a run and a published log are compared, and place and both values where both have them."""
+    best = f'test_{own.kind.best}'
+    by_epoch = own.by_epoch and log.by_epoch
+    for column in (f'{best}_ema', best):
+        theirs = dict(zip(*log.series(column, by_epoch=by_epoch), strict=True))
+        ours = dict(zip(*own.series(column, by_epoch=by_epoch), strict=True))
+        if theirs and ours:
+            return column, [(place, ours[place], theirs[place]) for place in ours if place in theirs]
+    return best, []
+
+
+def show_differences(own: RunLog, log: RunLog) -> str:
+    """How far a run is from a published log, a line an epoch (or a test)."""
+    (label, unit), (column, rows) = own.kind.metrics[own.kind.best], against(own, log)
+    place = 'epoch' if own.by_epoch and log.by_epoch else 'update'
+    if not rows:
+        return f'{log.folder}: no {place} in common yet'
+    average = ', of the moving average' if column.endswith('_ema') else ''
+    lines = [f'{label}{unit and ","}{unit}{average}, against {log.folder}',
+             f'{place:>7}    ours  published  difference',
+             *(f'{at:7}  {ours:6.2f}  {theirs:9.2f}  {ours - theirs:+10.2f}' for at, ours, theirs in rows)]
+    return '\n'.join(lines)
+
+
+def draw(runs: Sequence[RunLog], names: Sequence[str], beside: RunLog | None = None) -> 'Figure':
+    """The curves: a colour a run, dashed for the moving average; grey for a published log.
+
+    Raises:
+        UserError: where matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
@@ -148,7 +198,7 @@ def draw(runs: Sequence[RunLog], names: Sequence[str]) -> 'Figure':
     figure.get_layout_engine().set(hspace=0.06, wspace=0.03)
     looks = [{'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[i // len(COLOURS) % len(MARKERS)]}
              for i in range(len(runs))]
-    by_epoch = all(run.by_epoch for run in runs)
+    by_epoch = all(run.by_epoch for run in (*runs, *([beside] if beside else ())))
     ends = [run.entries[-1]['epoch'] + 1 if by_epoch else run.entries[-1]['step'] for run in runs if run.entries]
     averages = False
     for axes, (title, factor, columns, least_top) in zip(figure.subplots(2, 3).flat, panels(runs[0].kind),
@@ -163,6 +213,11 @@ def draw(runs: Sequence[RunLog], names: Sequence[str]) -> 'Figure':
                           markevery=max(1, len(epochs) // 15))
                 averages |= bool(values) and style == '--'
                 settled += [value for epoch, value in zip(epochs, values, strict=True) if epoch > min(ends) / 5]
+        for column, style in columns.items() if beside else ():
+            epochs, values = beside.series(column, by_epoch=by_epoch)
+            axes.plot(epochs, [factor * value for value in values], style, **GREY)
+            settled += [value for epoch, value in zip(epochs, values, strict=True)
+                        if min(ends) / 5 < epoch <= max(ends)]
         axes.set_xlim(0, 1.02 * max(ends))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter('{x:g}')
@@ -179,6 +234,8 @@ def draw(runs: Sequence[RunLog], names: Sequence[str]) -> 'Figure':
     for axes in figure.axes[3:]:
         axes.set_xlabel('epoch' if by_epoch else 'update')
     handles = [Line2D([], [], **look, label=name) for look, name in zip(looks, names, strict=True)]
+    if beside is not None:
+        handles.append(Line2D([], [], **GREY, label=f'published: {beside.folder.name}'))
     if averages:
         handles += [Line2D([], [], color='0.4', linestyle=style, marker='o', markerfacecolor=face, label=label) for
                     style, face, label in (('-', '0.4', 'weights'), ('--', 'white', 'their moving average (EMA)'))]
@@ -194,7 +251,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '<div><table>\n' + '\n'.join(lines) + '\n</table></div>'
 
 
-def page(runs: Sequence[RunLog], names: Sequence[str], picture: bytes) -> str:
+def page(runs: Sequence[RunLog], names: Sequence[str], picture: bytes, beside: RunLog | None = None) -> str:
     """The HTML page: no script, and nothing outside of it."""
     swatches = [f'<i style="background:{COLOURS[i % len(COLOURS)]}"></i>{html.escape(name)}'
                 for i, name in enumerate(names)]
@@ -211,6 +268,11 @@ def page(runs: Sequence[RunLog], names: Sequence[str], picture: bytes) -> str:
                      for field, values in differences(runs).items()]
         parts += ['<h2>What the recipes differ in</h2>',
                   table(('field', *names), different) if different else '<p>Nothing.</p>']
+    if beside is not None:
+        rows = [(str(at), f'{ours:.2f}', f'{theirs:.2f}', f'{ours - theirs:+.2f}')
+                for at, ours, theirs in against(runs[0], beside)[1]]
+        parts += [f'<h2>{html.escape(names[0])} against {html.escape(str(beside.folder))}</h2>',
+                  table(('at', 'ours', 'published', 'difference'), rows)]
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{MARK}">'
             f'<title>{html.escape(", ".join(names))}</title><style>{STYLE}</style></head>\n<body>\n'
             + '\n'.join(parts) + '\n</body></html>\n')
@@ -228,6 +290,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('runs', nargs='+', type=as_path, metavar='RUN', help="a run's folder (--output_dir of main.py)")
     parser.add_argument('--output', metavar='STEM', type=expand,
                         help='of the files (default: curves in the first folder)')
+    parser.add_argument('--published', metavar='SOURCE', type=expand,
+                        help="another log to compare with: a file, an address, released:NAME, or a run's folder")
     args = parser.parse_args(argv)
     folders = list({folder.resolve(): folder for folder in args.runs}.values())
     runs, names = [read_run(folder) for folder in folders], short_names(folders)
@@ -236,6 +300,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f'{name}: no epoch in log.txt yet')
     if not any(run.entries for run in runs):
         raise UserError('nothing to draw before the first epoch is finished; see the log on the terminal')
+    beside = as_run(published.read(args.published), runs[0]) if args.published else None
+    if beside is not None:
+        print(show_differences(runs[0], beside))
     stem = args.output or str(folders[0] / 'curves')
     files = {suffix: Path(stem + suffix) for suffix in ('.png', '.html')}
     try:
@@ -243,8 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if path.exists() and MARK.encode() not in path.read_bytes():
                 raise UserError(f'{path} was not made by this tool and stays as it is; give another --output')
         picture = io.BytesIO()
-        draw(runs, names).savefig(picture, dpi=150, metadata={'Software': MARK})
-        text = page(runs, names, picture.getvalue())
+        draw(runs, names, beside).savefig(picture, dpi=150, metadata={'Software': MARK})
+        text = page(runs, names, picture.getvalue(), beside)
         for path, content in ((files['.png'], picture.getvalue()), (files['.html'], text.encode())):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda file, content=content: file.write(content))

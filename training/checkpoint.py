@@ -3,6 +3,8 @@
 A checkpoint is a zip of tensors and primitives that `torch.load(weights_only=True)` opens. It is written beside its
 target, flushed and renamed; the zip's own CRC-32 of every record tells a damaged one when it is read.
 """
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -38,7 +40,8 @@ class TrainState:
 
     def __init__(self, *, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                  ema: ModelEma | None, sums: torch.Tensor, skips: torch.Tensor, recipe: Recipe, classes: list[str],
-                 class_map: dict[str, int] | None, updates_per_epoch: int, micro_batch_size: int):
+                 class_map: dict[str, int] | None, updates_per_epoch: int, micro_batch_size: int,
+                 arithmetic: dict[str, Any]):
         """
         Args:
             model: unwrapped.
@@ -47,7 +50,9 @@ class TrainState:
             classes: the names of the classes, kept with the weights.
             class_map: the labels by class name, where the user gave a map.
             micro_batch_size: of a process; another one is another function where there is BN.
+            arithmetic: how sums are formed: 'channels_last' and 'tf32', and the form of the 'convolutions'.
         """
+        self.arithmetic = arithmetic
         self.micro_batch_size = micro_batch_size
         self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
         self.sums, self.skips = sums, skips
@@ -83,6 +88,7 @@ class TrainState:
             'attempt': self.attempt,
             'updates_per_epoch': self.updates_per_epoch,
             'micro_batch_size': self.micro_batch_size,
+            'arithmetic': dict(self.arithmetic),
             'skips': self.skips,
             'local': {'buffers': _gather(self.buffers.own()), 'sums': _gather(self.sums)},
         }
@@ -147,8 +153,14 @@ def _gather(value: torch.Tensor) -> torch.Tensor:
 
 
 def to_host(state: Any) -> Any:
-    """A copy of a nested state in which every tensor has memory of its own on the CPU."""
+    """A copy of a nested state in which every tensor has memory of its own on the CPU.
+
+    From CUDA the copies go into pinned memory, and are only there once the stream has come so far: thousands of tensors
+    that would else be waited for one by one.
+    """
     if isinstance(state, torch.Tensor):
+        if state.is_cuda:
+            return torch.empty_like(state, device='cpu', pin_memory=True).copy_(state.detach(), non_blocking=True)
         return state.detach().to('cpu', copy=True)
     if isinstance(state, dict):
         return {key: to_host(value) for key, value in state.items()}
@@ -186,6 +198,21 @@ def load(path: Path) -> dict[str, Any]:
     if state['version'] > VERSION:
         raise CheckpointError(f'{path} was written by a newer version of this project; update it')
     return state
+
+
+def earlier_arithmetic(path: Path, device: torch.device) -> dict[str, Any]:
+    """What a checkpoint was trained with that does not say it: the defaults of its time, or the flags of its run.
+
+    Then the layout was channels-last on CUDA and contiguous elsewhere, and fp32 strict. environment.json beside the
+    file has the flags and the device of each start; without it, `device` is taken for the earlier one.
+    """
+    flags, kind = {}, device.type
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or a damaged one
+        last = json.loads((path.parent / 'environment.json').read_text())[-1]
+        flags, kind = dict(last['run']), last['device'].split(':')[0]
+    channels_last = flags.get('channels_last')
+    return {'channels_last': kind == 'cuda' if channels_last is None else bool(channels_last),
+            'tf32': bool(flags.get('tf32')), 'convolutions': 'conv2d'}
 
 
 def check_recipe(state: dict[str, Any], recipe: Recipe, *, path: Path, anyway: bool) -> None:
@@ -267,9 +294,11 @@ class CheckpointFolder:
             best_ema: whether its moving average is, to be kept as checkpoint-best-ema.pth, whose model is the average.
         """
         host = to_host(state)
+        copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
         self.wait()
         # A daemon, so that a disk that never answers cannot keep the process from its end; `wait` is always called
-        self._thread = threading.Thread(target=self._write, args=(host, best, best_ema), name='checkpoint', daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(host, copied, best, best_ema), name='checkpoint',
+                                        daemon=True)
         self._thread.start()
 
     def wait(self) -> bool:
@@ -287,9 +316,12 @@ class CheckpointFolder:
                                 'to it, and start the same command again to continue from the checkpoint before')
         return self._error is None
 
-    def _write(self, state: dict[str, Any], best: bool, best_ema: bool) -> None:
+    def _write(self, state: dict[str, Any], copied: torch.cuda.Event | None, best: bool, best_ema: bool) -> None:
+        """Writes a state once it is `copied`; in the thread."""
         path = self.folder / f'checkpoint-{state["step"]}.pth'
         try:
+            if copied is not None:
+                copied.synchronize()
             # The numbered file comes last: it says that all of this step is saved. A kill before it repeats the step
             if best_ema:
                 average = {**state, 'model': state['model_ema'], 'model_ema': None, 'optimizer': None, 'scaler': None,

@@ -1,12 +1,15 @@
 """Evaluating checkpoints (`main.py --eval`): each as it was made to be tested, beside its published accuracy."""
 import csv
 import dataclasses
+import functools
+import io
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.data import resolve_data_config
@@ -22,31 +25,115 @@ from pipeline import labels
 from recipes import Recipe, Run
 from recipes.command_line import check_data_path
 from recipes.dense import Dense
-from tasks import Task, create_task
-from training.start import adapt_to_device, compile_errors, prepare_model
+from tasks import Task, create_task, evidence
+from training import suite
+from training.start import (
+    adapt_to_device,
+    compile_errors,
+    compile_model,
+    prepare_model,
+    settle_arithmetic,
+    show_precision,
+)
 from utils import UserError, log
 
 
 def evaluate(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
     """Evaluates checkpoints, each with its own test size, crop, interpolation and gate unless a flag says otherwise.
 
-    Prints a line each, a table for several, and writes `eval.json` and `--results_file`. Returns the exit status, 0.
+    Prints a line each, a table for several, and writes `eval.json`, what lies beside it, and `--results_file`. Returns
+    the exit status, 0.
     """
-    results: list[tuple[Path, dict[str, Any]]] = []  # each beside the folder of its eval.json
-    for source in run.checkpoint or (None,):
-        found = find_recipe(source, recipe, run)
-        result = {'checkpoint': source, **evaluate_one(*found, run, processes)}
-        files = result.pop('files')
-        folder = Path(run.output_dir) if run.output_dir else evaluation_folder(source, result['model'])
-        results.append((folder, result))
-        if processes.first:  # at once: the next checkpoint may be a wrong one
-            beside = [other for place, other in results if place == folder]
-            write_results(folder, beside if len(run.checkpoint) > 1 else result, files)
-            if run.results_file:
-                append_result(Path(run.results_file), result, found[1])
-    if len(results) > 1:
-        log.info('\n%s', results_table([result for _, result in results], found[1]))
+    done: list[Evaluated] = []
+    several = len(run.checkpoint) > 1 or run.suite or run.test_sizes
+    for number, source in enumerate(run.checkpoint or (None,)):
+        weights, found, meta = find_recipe(source, recipe, run)
+        kept: dict[str, Any] = {}
+        for part in suite.parts(found, run):
+            here = dataclasses.replace(found, **part.changes)
+            known = meta if part.published else {key: value for key, value in meta.items() if key not in here.metrics}
+            evaluate_run = functools.partial(evaluate_one, weights, here, known, processes=processes, kept=kept)
+            result = {'checkpoint': source, **part.evaluate(evaluate_run)}
+            right, classes, files = (result.pop(name, None) for name in ('right', 'classes', 'files'))
+            place = run.checkpoint[0] if run.suite and run.checkpoint else source
+            folder = Path(run.output_dir) if run.output_dir else evaluation_folder(place, result['model'])
+            same = (part.name, part.changes.get('test_size'), here.data_set, result['count'])
+            done.append(Evaluated(folder, result, number, same, right, classes, files or {}))
+            compare(done)
+            if processes.first:  # at once: the next checkpoint may be a wrong one
+                beside = [other for other in done if other.folder == folder]
+                files = files_beside(beside)
+                results = [other.result for other in beside]
+                write_results(folder, results if several else result, files)
+                if run.results_file:
+                    append_result(Path(run.results_file), result, found)
+    if len(done) > 1:
+        log.info('\n%s', results_table([one.result for one in done], found))
     return 0
+
+
+@dataclasses.dataclass
+class Evaluated:
+    """A line of the table of results, and what its single images and classes say.
+
+    Attributes:
+        folder: of its eval.json.
+        checkpoint: its number on the command line.
+        same: equal for the results on the same images.
+        right: bool [images], where the task says which are right.
+        classes: rows of a table.
+        files: texts by the names of the files beside it.
+    """
+
+    folder: Path
+    result: dict[str, Any]
+    checkpoint: int
+    same: tuple[Any, ...]
+    right: torch.Tensor | None
+    classes: list[dict[str, Any]] | None
+    files: dict[str, str]
+
+
+def compare(done: Sequence[Evaluated]) -> None:
+    """Compares the last of some results with those that other checkpoints have on the same images (McNemar's test)."""
+    last = done[-1]
+    for other in done[:-1]:
+        if last.right is None or other.right is None or other.same != last.same or other.checkpoint == last.checkpoint:
+            continue
+        there, here, chance = evidence.mcnemar(other.right, last.right)
+        against = other.result['checkpoint'] or other.result['model']
+        last.result.setdefault('compared', []).append(
+            {'with': against, 'right_there_alone': there, 'right_here_alone': here, 'p': chance})
+        log.info("against %s: %d images are right there alone, %d here alone; McNemar's exact test: p = %.3g%s",
+                 against, there, here, chance, '' if chance < 0.05 else ', which may be chance')
+
+
+def files_beside(done: Sequence[Evaluated]) -> dict[str, bytes]:
+    """The files beside an eval.json, by name: a row a class, and a bit an image, whether it is right.
+
+    `numpy.unpackbits(numpy.load('eval-bits.npz')[NAME], count=COUNT)` gives the bits of a result that names them
+    `bits`, in the order of the source's images.
+    """
+    bits: dict[str, np.ndarray] = {}
+    table, writer = io.StringIO(), None
+    for number, one in enumerate(done):
+        if one.right is not None:
+            one.result['bits'] = f'right{number}'
+            bits[one.result['bits']] = np.packbits(one.right.numpy())
+        about = {name: one.result.get(name) for name in ('set', 'checkpoint', 'weights', 'test_size')}
+        for row in one.classes or ():
+            if writer is None:
+                writer = csv.DictWriter(table, [*about, *row], lineterminator='\n')
+                writer.writeheader()
+            writer.writerow(about | row)
+    files = {'eval-classes.csv': table.getvalue().encode()} if writer else {}
+    for one in done:
+        files |= {name: text.encode() for name, text in one.files.items()}
+    if bits:
+        archive = io.BytesIO()
+        np.savez(archive, **bits)
+        files['eval-bits.npz'] = archive.getvalue()
+    return files
 
 
 def find_recipe(source: str | None, recipe: Recipe, run: Run) -> tuple[Weights | None, Recipe, dict[str, Any]]:
@@ -79,6 +166,7 @@ def load_task(source: str, recipe: Recipe, run: Run, device: torch.device) -> tu
         UserError: where the file cannot be read, or is of another kind.
     """
     weights, recipe, _ = find_recipe(source, recipe, run)
+    run = settle_arithmetic(run, device)
     task = create_task(recipe, run)
     model = prepare_model(task, run, device)
     apply_weights(model, weights)
@@ -86,10 +174,19 @@ def load_task(source: str, recipe: Recipe, run: Run, device: torch.device) -> tu
     return task, model.eval(), weights
 
 
-def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], run: Run,
-                 processes: utils.Processes) -> dict[str, Any]:
-    """Evaluates what `find_recipe` found. Returns what eval.json holds."""
+def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], run: Run, detailed: bool, *,
+                 processes: utils.Processes, kept: dict[str, Any]) -> dict[str, Any]:
+    """Evaluates what `find_recipe` found.
+
+    Args:
+        detailed: whether to tell of single images and classes too.
+        kept: holds the model and its recipe from one call to the next.
+
+    Returns:
+        what eval.json holds, and in detail what `tasks.Metric` gives for files.
+    """
     recipe = adapt_to_device(dataclasses.replace(recipe, sync_bn=False), run, processes.device)
+    run = settle_arithmetic(run, processes.device)
     check_data_path(recipe, run)  # of the checkpoint's own data set
     recipe.check_run(run)
     task = create_task(recipe, run)
@@ -97,27 +194,35 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
     loaders = datasets.build_loaders(task, run, rank=processes.rank, device=processes.device, splits=('val',))
     recipe = task.recipe
     check_classes(task.classes, task.trained, run, num_classes=recipe.num_classes)
-    model = prepare_model(task, run, processes.device, pretrained=weights is None)
-    which = 'pretrained'
-    if weights is not None:
-        which = weights.which
-        log.info('%s: %s', weights, apply_weights(model, weights))
-    log.info('Evaluating the %s weights of %s, on %d images', which, task.show_settings(), loaders.val.count)
-    if run.compile:
-        model.compile()
-    metric = task.metric(processes.device, names=lambda: loaders.val.names, detailed=True)
+    which = 'pretrained' if weights is None else weights.which
+    if kept.get('recipe') != recipe:  # the sets of a suite have one model
+        model = prepare_model(task, run, processes.device, pretrained=weights is None)
+        if weights is not None:
+            log.info('%s: %s', weights, apply_weights(model, weights))
+        if run.compile:
+            compile_model(model, processes.device)
+        kept |= {'recipe': recipe, 'model': model}
+    model = kept['model']
+    cuda = f', in {show_precision(recipe, run, processes.device)}' if processes.device.type == 'cuda' else ''
+    log.info('Evaluating the %s weights of %s, on %d images%s', which, task.show_settings(), loaders.val.count, cuda)
+    metric = task.metric(processes.device, names=lambda: loaders.val.names, detailed=detailed)
     begin = time.perf_counter()
     # No signals, which end an evaluation at once, but a limit to its waits
     with utils.StopRequest(processes, ()), compile_errors():
         result = engine.evaluate({'': model}, loaders.val, metric, count=loaders.val.count, exact=loaders.val.exact,
-                                 device=processes.device, precision=recipe.precision)['']
+                                 device=processes.device, precision=recipe.precision, compiling=run.compile)['']
     seconds = time.perf_counter() - begin
     log.info('%s  (%s weights, %d images)', task.show_result(result), which, result['count'])
+    for line in task.show_details(result) if detailed else ():
+        log.info('%s', line)
+    if not loaders.val.exact:  # a stream's images have no order by which two results could be compared
+        result.pop('right', None)
     for name in recipe.expected():
         if (published := meta.get(name)) is not None:
             (label, unit), difference = recipe.metrics[name], result[name] - published
             result |= {f'published_{name}': published, f'difference_{name}': difference}
-            log.info('%s: published %.1f%s, difference %+.3f', label, published, unit, difference)
+            log.info('%s: published %.1f%s, difference %+.3f%s', label, published, unit, difference,
+                     placed(published, result.get(f'interval_{name}')))
     if run.throughput:
         batch = next(iter(loaders.val))
         result['throughput'] = engine.throughput(model, batch, task.forward, device=processes.device,
@@ -125,22 +230,31 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
         log.info('%.0f images/s, of the model alone in batches of %d', result['throughput'], len(batch))
     loaders.close()
     return result | {
-        'files': task.files(result), 'weights': which, 'model': recipe.model, **recipe.settings(),
-        'precision': recipe.precision, 'seconds': seconds,
-        'images_per_second': result['count'] / seconds}
+        'files': task.files(result) if detailed else {}, 'weights': which, 'model': recipe.model,
+        **recipe.settings(), **({'tta': run.tta} if run.tta else {}),
+        'precision': recipe.precision, 'seconds': seconds, 'images_per_second': result['count'] / seconds}
 
 
-def write_results(folder: Path, result: dict[str, Any] | list[dict[str, Any]], files: dict[str, str]) -> None:
+def placed(published: float, interval: Sequence[float] | None) -> str:
+    """Where a published value lies, by the 95 % interval of the measured one."""
+    if interval is None:
+        return ''
+    low, high = interval
+    where = 'below' if published < low else 'above' if published > high else 'within'
+    return f', {where} the 95 % interval {low:.2f} to {high:.2f}'
+
+
+def write_results(folder: Path, result: dict[str, Any] | list[dict[str, Any]], files: dict[str, bytes]) -> None:
     """Writes eval.json: one evaluation, or a list where a call has several. Raises UserError where it cannot.
 
     Args:
-        files: texts by the names of the files beside it.
+        files: the contents of the files beside it, by name.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            utils.write_atomically(folder / name, lambda file, content=content: file.write(content))
         utils.write_json(folder / 'eval.json', result)
-        for name, text in files.items():
-            utils.write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
     except OSError as error:
         raise UserError(f'cannot write {folder / "eval.json"} ({error.strerror}); give another --output_dir') from None
 
@@ -159,7 +273,8 @@ def settings_of_timm(model: str) -> dict[str, Any]:
 
 def check_classes(ours: list[str], known: Sequence[str], run: Run, *, num_classes: int) -> None:
     """Warns where the data's classes `ours` are not those of the model: the accuracy would be that of chance."""
-    if not ours or run.valid_labels or run.class_map:
+    numbers = num_classes == len(ours) == 1000 and labels.are_numbers(ours)  # ImageNet's, as ImageNet-V2 has them
+    if not ours or run.valid_labels or run.class_map or numbers:
         return
     if len(ours) < num_classes:
         log.warning('The data has %d classes, the model %d: say which by --valid_labels FILE or --class_map FILE, else '
@@ -176,31 +291,54 @@ def evaluation_folder(source: str | None, model: str) -> Path:
     return file.parent if beside else Path('runs') / model
 
 
+# Further columns of the table: what a result may hold beside its task's metrics, its heading and its decimals
+EXTRA = {'real_acc1': ('ReaL', 3), 'loss': ('NLL', 4), 'ece': ('ECE', 2), 'temperature': ('T', 3),
+         'corruption_error': ('corruption error', 2), 'mce': ('mCE', 1)}
+
+
 def results_table(results: list[dict[str, Any]], recipe: Recipe) -> str:
     """Several evaluations by recipes of one class as a table of text."""
-    names = list(recipe.expected())
-    lines = ['  '.join([*(f'{recipe.metrics[name][0]:>7}' for name in names),
-                        f'{"published":>9}  {"weights":>10}  {"size":>4}  checkpoint'])]
-    for row in results:
-        published = row.get(f'published_{recipe.best}')
-        lines.append('  '.join([
-            *(f'{row[name]:7.3f}' if name in row else f'{"-":>7}' for name in names),
-            f'{"-" if published is None else format(published, ".1f"):>9}', f'{row["weights"]:>10}',
-            f'{row.get("test_size", "-"):>4}', row['checkpoint'] or row['model']]))
-    return '\n'.join(lines)
+    def number(value: float | None, digits: int) -> str:
+        return '-' if value is None else f'{value:.{digits}f}'
+
+    columns: dict[str, list[str]] = {'set': [row.get('set', '-') for row in results]} if 'set' in results[0] else {}
+    for name in recipe.expected():
+        columns[recipe.metrics[name][0]] = [number(row.get(name), 3) for row in results]
+        if name == recipe.best and any(f'interval_{name}' in row for row in results):
+            columns['interval'] = ['-'.join(f'{bound:.2f}' for bound in row.get(f'interval_{name}', ())) or '-'
+                                   for row in results]
+    for name, (label, digits) in EXTRA.items():
+        if any(name in row for row in results):
+            columns[label] = [number(row.get(name), digits) for row in results]
+    columns |= {'published': [number(row.get(f'published_{recipe.best}'), 1) for row in results],
+                'weights': [row['weights'] for row in results],
+                'size': [str(row.get('test_size', '-')) for row in results]}
+    widths = {head: max(map(len, (head, *cells))) for head, cells in columns.items()}
+    lines = [[*columns, 'checkpoint'], *(
+        [*cells, row['checkpoint'] or row['model']]
+        for cells, row in zip(zip(*columns.values(), strict=True), results, strict=True))]
+    return '\n'.join('  '.join([*(cell.rjust(width) for cell, width in zip(line, widths.values(), strict=False)),
+                                line[-1]]) for line in lines)
 
 
 def append_result(path: Path, result: dict[str, Any], recipe: Recipe) -> None:
     """Appends an evaluation to a CSV file, with a header where it is new. Raises UserError where it cannot."""
     published = [f'{kind}_{name}' for name in recipe.expected() for kind in ('published', 'difference')]
     columns = ('checkpoint', 'model', 'weights', *recipe.settings(), *recipe.metrics, 'count',
-               *published, 'images_per_second')
+               *published, 'images_per_second', 'set', 'tta', 'real_acc1', 'ece', 'temperature', 'corruption_error',
+               'mce')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, 'a', newline='') as file:
-            writer = csv.DictWriter(file, columns, extrasaction='ignore')
-            if file.tell() == 0:
+        with open(path, 'a+', newline='') as file:
+            file.seek(0)
+            known = next(csv.reader(file), None)  # a file keeps the columns that it was begun with
+            if known is not None and 'checkpoint' not in known:
+                raise ValueError('its first line has no column checkpoint')
+            writer = csv.DictWriter(file, known or columns, extrasaction='ignore')
+            if known is None:
                 writer.writeheader()
             writer.writerow(result)
-    except OSError as error:
-        raise UserError(f'--results_file {path} cannot be written ({error.strerror}); give a file') from None
+    except (OSError, ValueError, csv.Error) as error:
+        reason = getattr(error, 'strerror', None) or utils.reason_of(error)
+        raise UserError(f'--results_file {path} cannot be written ({reason}); give a table of results, or a file that '
+                        'is not there yet') from None

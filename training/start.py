@@ -9,6 +9,7 @@ The first that applies:
 import contextlib
 import dataclasses
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,65 @@ import optim_factory
 import recipes
 import utils
 from models.weights import Weights, apply_weights, load_weights
+from pipeline.files import cache_folder
 from recipes import Recipe, Run
 from tasks import Task
 from training import checkpoint
 from training.checkpoint import CheckpointFolder, TrainState
 from utils import UserError, log
 
+CONVOLUTIONS = 'conv2d'  # how this version computes them, in training
+
+
+def settle_arithmetic(run: Run, device: torch.device, start: dict[str, Any] | None = None) -> Run:
+    """The run with the layout and TF32 decided, which torch is told.
+
+    Both change the order or the precision of sums, and so the bits: a flag wins, then what the checkpoint was trained
+    with, then the faster of both where the device has it. On MPS channels-last is left out: nobody has run it there.
+
+    Args:
+        start: the state that the run goes on from, as `find_start` returns it.
+
+    Raises:
+        UserError: where the checkpoint's convolutions were computed in a form that this version does not know.
+    """
+    before = start['arithmetic'] if start is not None else {
+        'channels_last': device.type in ('cuda', 'cpu'), 'convolutions': CONVOLUTIONS,
+        'tf32': device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)}
+    if before['convolutions'] != CONVOLUTIONS:
+        raise UserError(f'the checkpoint was trained with convolutions in the form {before["convolutions"]}, which '
+                        'this version of the project does not know; update it')
+    asked = {name: getattr(run, name) for name in ('channels_last', 'tf32')}
+    run = dataclasses.replace(run, **{name: before[name] if value is None else value for name, value in asked.items()})
+    changed = [f'--{name} {str(before[name]).lower()} -> {str(getattr(run, name)).lower()}' for name in asked
+               if start is not None and getattr(run, name) != before[name]]
+    if changed:
+        log.warning('The checkpoint goes on with another arithmetic than it was written with (%s): on the same '
+                    'batches, but not bit for bit.', ', '.join(changed))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.tf32
+    return run
+
+
+def arithmetic_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint says of the arithmetic that a settled run trains with."""
+    return {'channels_last': run.channels_last, 'tf32': run.tf32, 'convolutions': CONVOLUTIONS}
+
+
+def show_precision(recipe: Recipe, run: Run, device: torch.device) -> str:
+    """The precision of a settled run for people; off CUDA there is no TF32 to be told apart."""
+    if recipe.precision != 'fp32' or device.type != 'cuda':
+        return recipe.precision
+    return 'fp32 with TF32' if run.tf32 else 'strict fp32'
+
 
 def adapt_to_device(recipe: Recipe, run: Run, device: torch.device) -> Recipe:
     """Sets what torch keeps globally, and falls back to fp32 where the device has no fp16."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.tf32
     torch.backends.cudnn.benchmark = not run.deterministic
     if run.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # what cuBLAS asks for in order to be so
         torch.use_deterministic_algorithms(True)
+        # Nothing here reads what it has not written, and the fills are 1,000 of 3,500 launches a step
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if recipe.precision == 'fp16' and device.type != 'cuda':
         log.info('fp16 needs a CUDA device: running in fp32 on this %s.', device.type)
         recipe = dataclasses.replace(recipe, precision='fp32')
@@ -104,6 +150,7 @@ def find_start(recipe: Recipe, run: Run, folder: CheckpointFolder,
     if found is None:
         return None, False
     path, state = found
+    state.setdefault('arithmetic', checkpoint.earlier_arithmetic(path, processes.device))
     same = dataclasses.replace(recipe, num_classes=recipe.num_classes or state['recipe']['num_classes'])
     if run.finetune or run.pretrained:
         same = follow_gate(same, run, state['recipe'].get('gate'))
@@ -138,6 +185,14 @@ def follow_gate(recipe: Recipe, run: Run, gate: str | None) -> Recipe:
     return dataclasses.replace(recipe, gate=gate)
 
 
+def set_grad_checkpointing(model: nn.Module, recipe: Recipe) -> None:
+    """Recomputes a model's activations in the backward pass. Raises UserError where the model has no way to it."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise UserError(f'{recipe.model} has no gradient checkpointing; leave --grad_checkpointing out') from None
+
+
 def prepare_model(task: Task, run: Run, device: torch.device, *, initial: Weights | None = None,
                   pretrained: bool = False) -> nn.Module:
     """The task's model on the device, with its own initial weights or those of `initial` (the head where it fits).
@@ -151,14 +206,26 @@ def prepare_model(task: Task, run: Run, device: torch.device, *, initial: Weight
         log.info('Starting from %s: %s', initial, apply_weights(model, initial, drop_classifier=True))
     task.freeze(model)
     if run.grad_checkpointing:
-        try:
-            model.set_grad_checkpointing(True)
-        except (AttributeError, AssertionError):
-            raise UserError(f'{recipe.model} has no gradient checkpointing; leave --grad_checkpointing out') from None
+        set_grad_checkpointing(model, recipe)
     if recipe.sync_bn:
         model = convert_sync_batchnorm(model)
-    channels_last = device.type == 'cuda' if run.channels_last is None else run.channels_last
-    return model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    layout = torch.channels_last if settle_arithmetic(run, device).channels_last else torch.contiguous_format
+    return model.to(device, memory_format=layout)
+
+
+def compile_model(model: nn.Module, device: torch.device) -> None:
+    """Has torch compile a model in place, so that its state dict keeps its names.
+
+    On CUDA the whole graph is told to be channels-last: torch 2.13 and 2.14 take the layout of a backward graph from
+    the depthwise weights [C, 1, k, k], whose strides fit both layouts, and rewrite each of their gradients and inputs.
+    A step of XT with one block a stage has 482 compiled kernels that move 148 MB an image, and 443 and 131 when told.
+    What is compiled is kept in the user's cache, in a folder of this node: the folder for temporary files, where torch
+    keeps it, is often a job's own, which a preempted job would lose.
+    """
+    from torch._inductor import config
+    os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache_folder() / 'inductor' / platform.node()))
+    option = 'force_layout_optimization'
+    model.compile(**({'options': {option: True}} if device.type == 'cuda' and hasattr(config, option) else {}))
 
 
 @contextlib.contextmanager
@@ -202,7 +269,9 @@ def build_step(task: Task, run: Run, processes: utils.Processes, model: nn.Modul
     if run.print_param_groups:
         log.info(optim_factory.describe_param_groups(optimizer.param_groups))
     if run.compile:
-        model.compile()  # in place: the state dict keeps its names
+        compile_model(model, processes.device)
+        if run.grad_checkpointing:  # torch before 2.14 cannot split a graph with recomputation in it for DDP
+            torch._dynamo.config.optimize_ddp = False
     return engine.TrainStep(
         engine.wrap_distributed(model, processes.device), task, optimizer, device=processes.device,
         precision=recipe.precision, scaler=engine.create_scaler(processes.device, recipe.precision), ema=ema,
@@ -219,7 +288,8 @@ def build_state(task: Task, run: Run, step: engine.TrainStep, *, updates_per_epo
     """
     state = TrainState(model=step.unwrapped, optimizer=step.optimizer, scaler=step.scaler, ema=step.ema,
                        sums=step.sums.values, skips=step.skips.values, recipe=task.recipe, classes=task.classes,
-                       class_map=task.class_map, updates_per_epoch=updates_per_epoch, micro_batch_size=run.batch_size)
+                       class_map=task.class_map, updates_per_epoch=updates_per_epoch, micro_batch_size=run.batch_size,
+                       arithmetic=arithmetic_of(run))
     if start is not None:
         state.load_state_dict(start, optimizer=own or not run.no_resume_opt)
     step.warm_up(task.example_batch(run.batch_size, step.device))

@@ -32,6 +32,7 @@ from training.log import Notes
 from utils import UserError, log
 
 MAX_ROLLBACKS = 3
+MIN_BN_IMAGES = 32  # fewer a micro-batch, and the statistics of batch norm are noise
 MIN_FINETUNE_UPDATES = 300  # fewer, and a new head has hardly left its initial weights
 PRECISE_BN_ORDER = -1  # the data order of Precise BN, beside those of the attempts (0, 1, ...)
 
@@ -62,6 +63,7 @@ def _train(recipe: Recipe, run: Run, processes: utils.Processes, observer: Obser
         log.info('%s is complete: %s. Nothing to do; train anew in another --output_dir.', run.output_dir,
                  recipe.length())
         return 0
+    run = starting.settle_arithmetic(run, processes.device, start)
     recipe, initial = starting.find_initial(recipe, run, start)
     if initial is not None and 'gate' in recipe.arguments():
         log.info('Training with the %s gate.', recipe.gate)
@@ -115,19 +117,38 @@ def announce(task: Task, run: Run, state: TrainState, processes: utils.Processes
     parameters = f'{size:.2f} M parameters' if size == whole else f'{size:.2f} of {whole:.2f} M parameters'
     length = f'{recipe.length()} of {updates} updates' if recipe.updates is None else (
         f'{recipe.length()}, {updates} an epoch,')
+    arithmetic = (f'{starting.show_precision(recipe, run, processes.device)}, '
+                  f'{"channels-last" if run.channels_last else "contiguous"}')
     log.info('%s: %s, %s, %d classes; %s of %d images (%d process%s x %d x %d micro-step%s), %s, on %s', recipe.name,
              recipe.model, parameters, recipe.num_classes, length, recipe.total_batch_size, run.world_size,
              'es' if run.world_size > 1 else '', run.batch_size, run.update_freq, 's' if run.update_freq > 1 else '',
-             recipe.precision, processes.device)
+             arithmetic, processes.device)
     for remark in task.remarks():
         log.info('%s', remark)
     if (run.finetune or run.pretrained) and total < MIN_FINETUNE_UPDATES:
         log.warning('Only %d updates: fine-tuning wants %d or more. Raise --%s or lower --total_batch_size.', total,
                     MIN_FINETUNE_UPDATES, 'epochs' if recipe.updates is None else 'updates')
+    warn_of_small_batches(recipe, run, state.model)
     horizon = 1 / (1 - recipe.model_ema_decay)
     if recipe.model_ema and horizon > total:
         log.warning('The moving average looks back %.0f updates, but the run has %d: it will still hold initial '
                     'weights. Give --model_ema_decay %.4g.', horizon, total, 1 - 10 / max(total, 20))
+
+
+def warn_of_small_batches(recipe: Recipe, run: Run, model: nn.Module) -> None:
+    """Warns where batch norm sees few images at a time, unless the row itself is for so few."""
+    frozen = engine.frozen_norms(model)
+    norms = [module for name, module in model.named_modules()
+             if isinstance(module, nn.modules.batchnorm._BatchNorm) and name not in frozen]
+    seen = run.batch_size * (run.world_size if recipe.sync_bn else 1)
+    if not norms or seen >= min(MIN_BN_IMAGES, recipe.micro_batch_size):
+        return
+    cures = [cure for cure, helps in (
+        (f'--batch_size {run.batch_size * run.update_freq}, with fewer micro-steps', run.update_freq > 1),
+        ('--sync_bn, which takes them over all GPUs', run.world_size > 1 and not recipe.sync_bn),
+        ('fewer processes', run.world_size > 1), ('a larger --total_batch_size', True)) if helps]
+    log.warning('Batch norm takes its statistics over %d image%s at a time: fewer than %d make a worse model. Give %s.',
+                seen, 's' if seen > 1 else '', MIN_BN_IMAGES, ', or '.join(cures))
 
 
 def n_parameters(model: nn.Module) -> int:
