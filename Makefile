@@ -1,5 +1,6 @@
 # make demo       train moganet_xtiny on handwritten digits, and evaluate it in a fresh process
 # make demo-detection  train a small detector on digits pasted onto photographs, and evaluate it in a fresh process
+# make demo-segmentation  train a small segmentor on the same digits, and evaluate it in a fresh process
 # make test       the tests that need neither GPU nor Slurm, but for the slow ones; make test-all adds those, make
 #                 test-slow runs those of kills, submitted jobs and models alone
 # make test-standin STANDIN=FOLDER  the tests that need a GPU, without one: FOLDER/run puts a stand-in for CUDA's
@@ -18,7 +19,7 @@ BESIDE := --numprocesses 2 --dist loadgroup
 STANDIN :=
 STANDIN_TORCH := 2.14.1, CUDA 13.0
 
-.PHONY: demo demo-detection test test-all test-slow test-standin test-slurm lint golden benchmark
+.PHONY: demo demo-detection demo-segmentation test test-all test-slow test-standin test-slurm lint golden benchmark
 
 # Made anew when the dependencies change; a broken installation leaves no stamp
 $(VENV)/installed: pyproject.toml
@@ -33,6 +34,11 @@ demo: $(VENV)/installed
 demo-detection: $(VENV)/installed
 	$(PYTHON) main.py --recipe retinanet_moganet_digits --output_dir runs/demo-detection
 	$(PYTHON) main.py --eval --checkpoint runs/demo-detection/checkpoint-best-ema.pth --output_dir runs/demo-detection
+
+demo-segmentation: $(VENV)/installed
+	$(PYTHON) main.py --recipe semantic_fpn_moganet_digits --val_interval 4 --output_dir runs/demo-segmentation
+	$(PYTHON) main.py --eval --checkpoint runs/demo-segmentation/checkpoint-best-ema.pth \
+	--output_dir runs/demo-segmentation
 
 test: $(VENV)/installed
 	$(PYTHON) -m pytest $(BESIDE)

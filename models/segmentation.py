@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.detection import FPN, Dense, convolution
+from utils import UserError
 
 IGNORED = 255  # the label of pixels without a class, in the losses and in the metric
 POOLS = (1, 2, 3, 6)  # bins along each side of the pyramid pooling
@@ -312,6 +314,10 @@ class UPerNet(Segmentor):
         self.auxiliary_head = FCNHead(counts[2], auxiliary_channels, num_classes=num_classes, dropout=dropout)
 
     def heads(self, images: Tensor) -> list[Tensor]:
+        several = images.is_cuda and dist.is_initialized() and dist.get_world_size() > 1
+        if self.training and len(images) == 1 and not several:
+            raise UserError('--batch_size 1: of one image, pyramid pooling leaves a batch norm of UPerNet one value a '
+                            'channel; give at least 2')
         maps = self.maps(images)
         return [self.decode_head(maps), self.auxiliary_head(maps[2])]
 

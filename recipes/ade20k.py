@@ -23,9 +23,6 @@ class Segmentation(Dense):
     expected_miou: float | None = doc(None, 'published mean IoU, %', flag=False)
     expected_macc: float | None = doc(None, 'published mean accuracy of the classes, %', flag=False)
 
-    # Batch norm
-    sync_bn_backbone: bool = doc(False, "with --sync_bn: of the backbone too, and not of the heads' alone")
-
     # Data and augmentation
     data_set: str = doc('ade20k', "ade20k: ADE20K's folder, or one's own with images/ and labels/; digits_ade: digits "
                                   'on photographs, made up')
@@ -55,7 +52,6 @@ class Segmentation(Dense):
         super().check()
         check(self.data_set in DATA_SETS, f'--data_set {self.data_set} has no label pictures; say ade20k (any folder '
                                           'with images and labels) or digits_ade')
-        check(self.sync_bn or not self.sync_bn_backbone, '--sync_bn_backbone goes with --sync_bn')
         check(min(self.image_scale) > 0, f'--image_scale {self.image_scale}: give two sides above 0')
         check(len(self.scale_range) == 2 and 0 < self.scale_range[0] <= self.scale_range[1],
               f'--scale_range {self.scale_range}: give the smallest and the largest factor, above 0')
@@ -71,11 +67,6 @@ class Segmentation(Dense):
     def count_size(self) -> tuple[int, int]:
         """Height and width of the image for which multiply-accumulates are told: as published, 2048 x 512."""
         return min(self.image_scale), max(self.image_scale)
-
-    def check_micro_batch(self, size: int) -> None:
-        """Refuses a micro-batch for which the model is not defined. Raises UserError."""
-        check(size > 1 or self.network != 'upernet', '--batch_size 1 leaves the batch norm of the pyramid pooling one '
-                                                     'value a channel; give at least 2')
 
     def expected(self) -> dict[str, float | None]:
         """The published values of the row by metric, None where none was published."""

@@ -27,6 +27,7 @@ import runs
 from builders import log_of, make_image_folder, open_loaders, smooth, state_of
 from pipeline import digits_coco, loaders
 from pipeline.files import cache_folder
+from recipes.ade20k import Segmentation
 from recipes.coco import Detection
 from recipes.command_line import parser_of
 from tasks import create_task
@@ -956,6 +957,85 @@ def test_every_option_of_detectors_alone_has_a_case():
     shared = {field.name for field in dataclasses.fields(recipes.Recipe)}
     own = {field.name for field in dataclasses.fields(Detection) if field.metadata['flag']} - shared
     assert own <= OF_DETECTORS, f'no case: {own - OF_DETECTORS}'
+
+
+# ---- Segmentors -----------------------------------------------------------------------------------------------------
+
+SEGMENTOR = ('--recipe', 'semantic_fpn_moganet_digits', '--data_set', 'ade20k', '--model_kwargs', 'dims=[8,8,16,16]',
+             'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]', 'layer_scale_init_value=0.5', '--network_kwargs', 'channels=8',
+             'head_channels=8', 'dropout=0', '--image_scale', '64', '64', '--crop_size', '48', '--device', 'cpu',
+             '--num_workers', '0', '--total_batch_size', '4', '--epochs', 'none', '--updates', '2', '--warmup_steps',
+             '0', '--model_ema', 'false')
+
+
+@pytest.fixture(scope='module')
+def segment(digits, tmp_path_factory):
+    """Trains a segmentor for two updates by `main.main` and returns the run's folder; the same flags train once."""
+    done: dict[str, Path] = {}
+
+    def start(flags: str = '') -> Path:
+        if flags not in done:
+            done[flags] = tmp_path_factory.mktemp('segmentor')
+            words = [*SEGMENTOR, '--data_path', str(digits), '--num_classes', '12', '--disable_eval', '--output_dir',
+                     str(done[flags])]
+            assert main.main([*words, *flags.split()]) == 0
+        return done[flags]
+
+    return start
+
+
+SEGMENTOR_WEIGHTS: dict[str, str] = {
+    'network_kwargs': '--network_kwargs channels=8 head_channels=12 dropout=0', 'gate': '--gate double',
+    'gate_fp32': '--gate_fp32 true --precision bf16', 'ignore_label': '--ignore_label 1',
+    'reduce_zero_label': '--reduce_zero_label false', 'image_scale': '--image_scale 80 80',
+    'scale_range': '--scale_range 1.5 2', 'crop_size': '--crop_size 64', 'max_class_share': '--max_class_share 0.5',
+    'hflip': '--hflip 1', 'photometric': '--photometric 1'}
+SEGMENTOR_OTHERS = {'gate_fp32': '--precision bf16'}  # beside the plain command
+# The tests of what is frozen, and of the ways to test
+OF_SEGMENTORS = set(SEGMENTOR_WEIGHTS) | {'data_set', 'freeze_bn', 'align_resize', 'test_mode', 'test_flip',
+                                          'test_scales'}
+
+
+@pytest.mark.parametrize('case', SEGMENTOR_WEIGHTS)
+def test_option_changes_the_weights_of_a_segmentor(case, segment):
+    flags, other = SEGMENTOR_WEIGHTS[case], SEGMENTOR_OTHERS.get(case, '')
+    assert not same(state_of(segment(flags))['model'], state_of(segment(other))['model'])
+
+
+def test_the_batch_norms_of_a_segmentors_backbone_stay_where_they_are_frozen(segment):
+    begin = segment()
+    after = segment(f'--freeze_bn --finetune {begin / "checkpoint-last.pth"}')
+    before, after = (state_of(folder)['model'] for folder in (begin, after))
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    norms = {name for name in before if name.startswith('backbone.') and 'running_' in name}
+    assert norms <= kept and not any(name.startswith('decode_head') and 'running_' in name for name in kept)
+
+
+def test_made_up_labels_are_read_by_their_name(digits, monkeypatch):
+    monkeypatch.setattr(digits_coco, 'root', lambda: digits)
+    recipe, run = recipes.resolve([*SEGMENTOR, '--data_set', 'digits_ade'])
+    assert open_loaders(recipe, run).train.count == 12
+
+
+@pytest.mark.parametrize('way', ['--align_resize false', '--test_mode slide', '--test_flip true', '--test_scales 0.5'])
+def test_a_way_to_test_changes_the_result_of_a_segmentor(way, segment, digits, tmp_path):
+    state = torch.load(segment() / 'checkpoint-last.pth', weights_only=True)
+    state['model']['decode_head.conv_seg.weight'] *= 100  # several classes are found
+    torch.save(state, tmp_path / 'file.pth')
+    results = []
+    for flags in ('', way):
+        words = ['--eval', *SEGMENTOR[:4], '--image_scale', '72', '72', '--checkpoint', str(tmp_path / 'file.pth'),
+                 '--data_path', str(digits), '--device', 'cpu', '--num_workers', '0', '--output_dir',
+                 str(tmp_path / 'out'), *flags.split()]
+        assert main.main(words) == 0
+        results.append(json.loads((tmp_path / 'out' / 'eval.json').read_text())['by_class'])
+    assert results[0] != results[1]
+
+
+def test_every_option_of_segmentors_alone_has_a_case():
+    shared = {field.name for field in dataclasses.fields(recipes.Recipe)}
+    own = {field.name for field in dataclasses.fields(Segmentation) if field.metadata['flag']} - shared
+    assert own <= OF_SEGMENTORS, f'no case: {own - OF_SEGMENTORS}'
 
 
 # ---- All of them ----------------------------------------------------------------------------------------------------

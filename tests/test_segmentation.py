@@ -277,6 +277,13 @@ def test_any_backbone_with_strides_4_to_32_takes_sizes_that_no_stride_divides_an
     assert model.eval().logits(torch.zeros(1, 3, 100, 60, device='meta')).shape == (1, 3, 100, 60)
 
 
+def test_one_image_alone_is_too_few_for_upernets_batch_norms():
+    model, image, labels = small(UPerNet), torch.zeros(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.uint8)
+    with pytest.raises(UserError, match=r'--batch_size 1: .* give at least 2'):
+        model.train()(image, labels)
+    assert model.eval()(image, labels)['aux.loss_ce'] > 0
+
+
 def test_a_backbone_with_other_strides_is_refused_with_the_cure():
     with pytest.raises(UserError, match=r'strides 4, 8, 16 and 32, .* vit_tiny_patch16_224 are at 16, 16, 16, 16;'):
         UPerNet('vit_tiny_patch16_224')

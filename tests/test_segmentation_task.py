@@ -302,7 +302,6 @@ def test_an_exported_segmentor_computes_the_same(form, unsure, tmp_path, capsys)
     (('--train_json', 'x'), '--train_json is for detectors'), (('--data_set', 'digits'), 'has no label pictures'),
     (('--scale_range', '2', '1'), '--scale_range (2.0, 1.0)'), (('--test_scales', '0'), '--test_scales (0.0,)'),
     (('--max_class_share', '0'), '--max_class_share 0'), (('--ignore_label', '70000'), 'give at most 65535'),
-    (('--recipe', 'upernet_moganet_xtiny_160k', '--total_batch_size', '4', '--batch_size', '1'), 'give at least 2'),
     (('--data_path', 'nowhere'), 'nowhere is no folder'), (('--num_classes', '5'), '11 classes')])
 def test_what_cannot_be_is_one_line(flags, said, data, tmp_path, capsys):
     words = [*SMALL, *WIDTHS, '--data_path', str(data), '--num_workers', '0', '--output_dir', str(tmp_path / 'run'),

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipes import RECIPES, Classification, Run, fit_batch
+from recipes.ade20k import Segmentation
 from recipes.coco import Detection
 from recipes.dense import Dense
 from recipes.fields import Recipe
@@ -62,7 +63,7 @@ def count_all() -> Costs:
         sizes.setdefault(row.model, set()).update((row.input_size, row.test_size))
     counted = {model: {str(size): count(model, size) for size in sorted(chosen)} for model, chosen in sizes.items()}
     for row in RECIPES.values():
-        if isinstance(row, Detection):
+        if isinstance(row, Dense):
             counts = complexity(row.name, row.count_size())
             counted[row.name] = {size_of(row): {'parameters': counts['parameters'],
                                                 'gmacs': round(counts['macs'] / 1e9, 1)}}
@@ -83,7 +84,7 @@ def load_costs() -> Costs:
                 raise UserError(f'{COSTS.name} has no counts of {row.model} at {size} pixels; run tools/docs.py '
                                 '--count')
     for row in RECIPES.values():
-        if isinstance(row, Detection) and size_of(row) not in costs.get(row.name, {}):
+        if isinstance(row, Dense) and size_of(row) not in costs.get(row.name, {}):
             raise UserError(f'{COSTS.name} has no counts of {row.name}; run tools/docs.py --count')
     return costs
 
@@ -295,6 +296,7 @@ def memory() -> str:
 PARTS = {
     ('README.md', 'results'): results,
     ('README.md', 'coco'): lambda: dense_results(Detection),
+    ('README.md', 'ade20k'): lambda: dense_results(Segmentation),
     ('README.md', 'speed'): speed,
     ('README.md', 'symbols'): symbols,
     ('TRAINING.md', 'feeding'): feeding,
@@ -302,6 +304,7 @@ PARTS = {
     ('TRAINING.md', 'demo'): lambda: blocks('_digits'),
     ('TRAINING.md', 'recipes'): lambda: blocks('', '_256', '_3aug_256', '_rsb_a3'),
     ('TRAINING.md', 'detection'): lambda: dense_blocks(Detection),
+    ('TRAINING.md', 'segmentation'): lambda: dense_blocks(Segmentation),
     ('TRAINING.md', 'fine-tuning'): lambda: blocks('_ft384', '_transfer'),
 }
 
