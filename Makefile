@@ -32,7 +32,7 @@ demo: $(VENV)/installed
 	$(PYTHON) main.py --eval --checkpoint runs/demo/checkpoint-best-ema.pth --output_dir runs/demo
 
 demo-detection: $(VENV)/installed
-	$(PYTHON) main.py --recipe retinanet_moganet_digits --val_interval 8 --output_dir runs/demo-detection
+	$(PYTHON) main.py --recipe retinanet_moganet_digits --output_dir runs/demo-detection
 	$(PYTHON) main.py --eval --checkpoint runs/demo-detection/checkpoint-best-ema.pth --output_dir runs/demo-detection
 
 demo-segmentation: $(VENV)/installed

@@ -33,6 +33,7 @@ from utils import UserError, log, reason_of
 RULES = '1'  # of the index: raise it where a rule of `scan` changes
 SPLITS = {'train': ('train2017', 'train'), 'val': ('val2017', 'val', 'valid', 'validation', 'test')}
 EXPORT = '_annotations.coco.json'  # Roboflow's, in the folder of the images
+DIGITS = 5000  # made-up images to train on: of 1,000, a detector learns the images and not the digits
 MIN_SIDE = 32  # pixels: below, an image is left out of the training, as by the authors
 CROWD, IGNORED = 1, 2  # flags of an annotation
 IMAGE = [('id', '<i8'), ('height', '<i4'), ('width', '<i4'), ('first', '<i8'), ('count', '<i4')]
@@ -599,7 +600,7 @@ def open_coco(recipe: Recipe, run: Run, split: Split) -> CocoSource:
     given = run.train_json if split == 'train' else run.val_json
     if recipe.data_set == 'digits_coco':
         from pipeline import digits_coco
-        path, folder = find_json(digits_coco.root(), split)
+        path, folder = find_json(digits_coco.root(train=DIGITS), split)
     elif given:
         path = Path(given)
         folder = Path(run.image_dir) if run.image_dir else path.parent

@@ -34,20 +34,24 @@ CONTRAST = 80  # of 255, between the ink and the mean of the photograph below it
 VISIBLE = 0.75  # the part of each digit that is never covered, so that it can be told
 
 
-def root() -> Path:
+def root(*, train: int = 1000) -> Path:
     """The folder of the whole set in the user's cache, which is written once for each version of this file.
+
+    Args:
+        train: images to train on.
 
     Raises:
         UserError: the folder cannot be written, or a package is missing.
     """
-    folder = cache_folder() / f'digits_coco-{hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()}'
+    version = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()
+    folder = cache_folder() / f'digits_coco-{train}-{version}'
     if folder.is_dir():
         return folder
     beside = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent)
-        write(Path(beside))
+        write(Path(beside), train=train)
         os.chmod(beside, 0o755)  # mkdtemp's folders are closed to others
         os.rename(beside, folder)
     except OSError as error:

@@ -122,6 +122,6 @@ ROWS = (
             model_kwargs={'dims': [16, 32, 64, 128], 'depths': [1, 1, 3, 1], 'ffn_ratios': [4, 4, 4, 4],
                           'layer_scale_init_value': 0.1},
             network_kwargs={'channels': 64, 'depth': 2, 'anchor_scale': 2.0}, micro_batch_size=8, total_batch_size=8,
-            epochs=24, drop_path=0.0, lr=1e-3, min_lr=1e-5, sched='cosine', milestones=(), warmup_steps=100,
+            epochs=5, drop_path=0.0, lr=1e-3, min_lr=1e-5, sched='cosine', milestones=(), warmup_steps=100,
             warmup_ratio=None, clip_grad=1.0, param_groups='ours', model_ema=True, model_ema_decay=0.995),
 )

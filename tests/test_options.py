@@ -948,7 +948,7 @@ def test_predictions_are_saved_where_they_are_wanted(detect, digits, tmp_path, c
 
 
 def test_made_up_digits_are_read_by_their_name(digits, monkeypatch):
-    monkeypatch.setattr(digits_coco, 'root', lambda: digits)
+    monkeypatch.setattr(digits_coco, 'root', lambda **_: digits)
     recipe, run = recipes.resolve([*DETECTOR, '--data_set', 'digits_coco'])
     assert open_loaders(recipe, run).train.count == 12
 
