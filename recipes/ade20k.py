@@ -114,7 +114,7 @@ ROWS = (
             hardware='2 CPU cores', model='moganet_xtiny', data_set='digits_ade', image_scale=(160, 160),
             scale_range=(0.8, 1.25), crop_size=128, max_class_share=1.0, hflip=0.0,
             model_kwargs={'dims': [16, 48, 96, 160], 'depths': [1, 2, 4, 2], 'ffn_ratios': [4, 4, 4, 4],
-                          'layer_scale_init_value': 1.0},
+                          'layer_scale_init_value': 0.1},
             network_kwargs={'channels': 64, 'head_channels': 64, 'dropout': 0.0}, photometric=0.0, micro_batch_size=8,
             total_batch_size=8, epochs=4, updates=None, drop_path=0.0, lr=2e-3, weight_decay=0.05, param_groups='ours',
             warmup_steps=100, clip_grad=1.0, model_ema=True, model_ema_decay=0.995),
