@@ -15,7 +15,7 @@ PYTHON := $(VENV)/bin/python
 # Tests run on two cores, a file on one of them; tests/conftest.py says which files share a core
 BESIDE := --numprocesses 2 --dist loadgroup
 
-# Without one, and on another torch than it is made for, its tests are left out
+# Without one, on another torch than it is made for, and where it cannot be built, its tests are left out
 STANDIN :=
 STANDIN_TORCH := 2.14.1, CUDA 13.0
 
@@ -55,6 +55,8 @@ test-standin: $(VENV)/installed
 	if [ -z '$(STANDIN)' ]; then echo 'skipped: no STANDIN=FOLDER is given'; \
 	elif [ "$$found" != '$(STANDIN_TORCH)' ]; then \
 	    echo "skipped: the stand-in is for torch $(STANDIN_TORCH), and this is torch $$found"; \
+	elif ! echo '#include <crt/host_defines.h>' | g++ -E -x c++ -I"$${CUDA_HOME:-/usr/local/cuda}/include" - >/dev/null 2>&1; then \
+	    echo "skipped: the stand-in is built by g++ and CUDA's headers, in $${CUDA_HOME:-/usr/local/cuda} or in CUDA_HOME"; \
 	else set -ex; export PY=$(abspath $(PYTHON)); \
 	    $(STANDIN)/run -0 $(PYTHON) -m pytest -m gpu tests/test_streams.py; \
 	    $(STANDIN)/run $(PYTHON) -m pytest -m gpu --ignore tests/test_streams.py; fi
