@@ -2,7 +2,7 @@
 # make demo-detection  train a small detector on digits pasted onto photographs, and evaluate it in a fresh process
 # make demo-segmentation  train a small segmentor on the same digits, and evaluate it in a fresh process
 # make test       the tests that need neither GPU nor Slurm, but for the slow ones; make test-all adds those, make
-#                 test-slow runs those of kills, submitted jobs and models alone
+#                 test-slow runs those of kills, nodes, submitted jobs, models and plans alone
 # make test-standin STANDIN=FOLDER  the tests that need a GPU, without one: FOLDER/run puts a stand-in for CUDA's
 #                 libraries in front of torch (CONTRIBUTING.md)
 # make test-slurm the tests on a Slurm of this machine alone; needs root, and apt where Slurm is not installed
@@ -48,7 +48,7 @@ test-all: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(PYTHON) -m pytest $(BESIDE) -m slow tests/test_resume.py tests/test_submitit.py tests/test_command_line.py \
-	tests/test_models.py tests/test_export.py
+	tests/test_models.py tests/test_export.py tests/test_nodes.py tests/test_plan.py
 
 test-standin: $(VENV)/installed
 	@found=$$($(PYTHON) -c 'import torch; print(torch.__version__.split("+")[0] + ", CUDA", torch.version.cuda)'); \
