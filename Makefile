@@ -2,7 +2,7 @@
 # make demo-detection  train a small detector on digits pasted onto photographs, and evaluate it in a fresh process
 # make demo-segmentation  train a small segmentor on the same digits, and evaluate it in a fresh process
 # make test       the tests that need neither GPU nor Slurm, but for the slow ones; make test-all adds those, make
-#                 test-slow runs those of kills, submitted jobs and models alone
+#                 test-slow runs those of kills, nodes, submitted jobs, models and plans alone
 # make test-standin STANDIN=FOLDER  the tests that need a GPU, without one: FOLDER/run puts a stand-in for CUDA's
 #                 libraries in front of torch (CONTRIBUTING.md)
 # make test-slurm the tests on a Slurm of this machine alone; needs root, and apt where Slurm is not installed
@@ -15,7 +15,7 @@ PYTHON := $(VENV)/bin/python
 # Tests run on two cores, a file on one of them; tests/conftest.py says which files share a core
 BESIDE := --numprocesses 2 --dist loadgroup
 
-# Without one, and on another torch than it is made for, its tests are left out
+# Without one, on another torch than it is made for, and where it cannot be built, its tests are left out
 STANDIN :=
 STANDIN_TORCH := 2.14.1, CUDA 13.0
 
@@ -48,13 +48,15 @@ test-all: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(PYTHON) -m pytest $(BESIDE) -m slow tests/test_resume.py tests/test_submitit.py tests/test_command_line.py \
-	tests/test_models.py tests/test_export.py
+	tests/test_models.py tests/test_export.py tests/test_nodes.py tests/test_plan.py
 
 test-standin: $(VENV)/installed
 	@found=$$($(PYTHON) -c 'import torch; print(torch.__version__.split("+")[0] + ", CUDA", torch.version.cuda)'); \
 	if [ -z '$(STANDIN)' ]; then echo 'skipped: no STANDIN=FOLDER is given'; \
 	elif [ "$$found" != '$(STANDIN_TORCH)' ]; then \
 	    echo "skipped: the stand-in is for torch $(STANDIN_TORCH), and this is torch $$found"; \
+	elif ! echo '#include <crt/host_defines.h>' | g++ -E -x c++ -I"$${CUDA_HOME:-/usr/local/cuda}/include" - >/dev/null 2>&1; then \
+	    echo "skipped: the stand-in is built by g++ and CUDA's headers, in $${CUDA_HOME:-/usr/local/cuda} or in CUDA_HOME"; \
 	else set -ex; export PY=$(abspath $(PYTHON)); \
 	    $(STANDIN)/run -0 $(PYTHON) -m pytest -m gpu tests/test_streams.py; \
 	    $(STANDIN)/run $(PYTHON) -m pytest -m gpu --ignore tests/test_streams.py; fi

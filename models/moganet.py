@@ -73,7 +73,7 @@ def gated_projection_fp32(
     gate: torch.Tensor, value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """`conv1x1(SiLU(gate) * SiLU(value))` in float32, whatever autocast says; the result has the weight's dtype."""
-    with torch.autocast(gate.device.type, enabled=False):
+    with torch.autocast('cpu' if gate.is_meta else gate.device.type, enabled=False):  # meta is not known to autocast
         product = F.silu(gate.float()) * F.silu(value.float())
         return F.conv2d(product, weight.float(), None if bias is None else bias.float()).to(weight.dtype)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+LIMIT = 1200  # s of a run, which takes 20 on two idle cores: nothing is compared by its time
 TIMINGS = {'images_per_second', 'data_wait', 'seconds', 'checkpoint', 'throughput'}
 # Layout, precision and TF32 are given, so that a change of their defaults does not show
 BASIS = ('--device', 'cpu', '--channels_last', 'false', '--precision', 'fp32', '--tf32', 'false', '--print_freq', '2')
@@ -144,7 +145,7 @@ def run_case(case: Case, folder: Path, *, stop_at: int) -> dict[str, str]:
     words = (*case.words, '--output_dir', str(folder / 'run'))
     job = runs.start(words, output, world_size=case.world_size, before=watch)
     expected = 128 + signal.SIGTERM if stop_at else 0
-    statuses = job.wait()
+    statuses = job.wait(LIMIT)
     if set(statuses) != {expected}:
         sys.exit(f'{folder.name}: exit status {statuses}, not {expected}\n{job.text()}')
     return facts_of(folder / 'run', job.text())

@@ -372,9 +372,22 @@ def test_two_and_three_processes_reach_the_same_result(data: Path, tmp_path: Pat
         assert said.count('Evaluating the ema weights') == said.count(f'top-1 {wanted["acc1"]:.3f} %') == 1
 
 
+# Rank 0 must not be gone before rank 1 has joined it, which would then have an error of its own to tell
+JOINED = '''
+import torch.distributed, utils
+join = utils.init_processes
+def join_together(device):
+    processes = join(device)
+    torch.distributed.barrier()
+    return processes
+utils.init_processes = join_together
+'''
+
+
 def test_wrong_file_ends_all_processes_with_one_line(data: Path, tmp_path: Path) -> None:
     (tmp_path / 'file').write_text('<html><body>Not Found</body></html>')
-    job = runs.start(('--eval', '--checkpoint', str(tmp_path / 'file'), *flags(data)), tmp_path / 'log', world_size=2)
+    job = runs.start(('--eval', '--checkpoint', str(tmp_path / 'file'), *flags(data)), tmp_path / 'log', world_size=2,
+                     before=JOINED)
     first, second = job.wait()
     assert first == 2 and second in (1, 2)  # 1 where rank 0 left before rank 1 had looked at the file itself
     assert job.text().splitlines() == [f'error: {tmp_path}/file: is a web page, not a checkpoint: fetch it again, from '

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,7 +196,9 @@ def test_a_wait_without_a_limit_is_found():
 
 @pytest.mark.parametrize('words, said', [
     ([], 'skipped: no STANDIN=FOLDER is given'),
-    (['STANDIN=.', 'STANDIN_TORCH=1.0, CUDA 8'], 'skipped: the stand-in is for torch 1.0, CUDA 8, and this')])
+    (['STANDIN=.', 'STANDIN_TORCH=1.0, CUDA 8'], 'skipped: the stand-in is for torch 1.0, CUDA 8, and this'),
+    (['STANDIN=.', f'STANDIN_TORCH={torch.__version__.split("+")[0]}, CUDA {torch.version.cuda}', 'CUDA_HOME=/nowhere'],
+     "skipped: the stand-in is built by g++ and CUDA's headers, in /nowhere")])
 def test_the_tests_of_gpus_are_left_out_with_their_reason(words, said):
     if shutil.which('make') is None:
         pytest.skip('make is not installed')

@@ -242,7 +242,10 @@ def test_a_run_of_ours_is_a_published_log_too(pair, capsys):
 
 
 @pytest.mark.parametrize('content', ['', '<html></html>', 'epoch,train_loss\n0,1.5\n', '{"epoch": 1}\n', '\0\0',
-                                     '{"mode": "train", "epoch": 1, "iter": 50, "loss": 1.0}\n'])
+                                     '{"mode": "train", "epoch": 1, "iter": 50, "loss": 1.0}\n',
+                                     '{"mode": "val", "epoch": NaN, "bbox_mAP": 0.3}\n', 'epoch,eval_top1\ninf,3\n',
+                                     f'epoch,eval_top1\n0,"{200_000 * " "}',
+                                     '{"epoch": 0, "step": 1, "test_acc1": "x"}'])
 def test_what_is_no_log_is_one_line(content, trained, tmp_path):
     (tmp_path / 'log').write_text(content)
     with pytest.raises(UserError, match='is no log with tests that is known'):

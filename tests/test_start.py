@@ -81,6 +81,15 @@ def test_a_model_that_needs_values_is_tried_on_the_cpu_and_one_without_logits_re
         check_forward(Odd('logits'), size=8)
 
 
+@pytest.mark.parametrize('gate_fp32', [False, True])
+def test_a_moganet_is_tried_without_values(gate_fp32):
+    recipe, _ = resolve(f'{MOGANET} {SMALL} --gate_fp32 {gate_fp32}'.split())
+    model, tried = timm.create_model(recipe.model, num_classes=3, **recipe.arguments()), []
+    model.register_forward_pre_hook(lambda module, inputs: tried.append(inputs[0].device.type))
+    check_forward(model, size=32, training=True)
+    assert tried == ['meta']
+
+
 def test_both_classifiers_of_a_distilled_model_are_probed():
     model = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=3, depth=1, img_size=32)
     optim_factory.freeze(model, linear_probe=True)

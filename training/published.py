@@ -2,9 +2,11 @@
 
 timm's summary.csv, the .log.json of mmcv's programs (OpenMixup, mmdetection, mmsegmentation), or a run of ours.
 """
+import contextlib
 import csv
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -56,7 +58,8 @@ def read(source: str) -> Published:
     if any('mode' in line for line in lines):
         found = _of_mmcv(source, lines)
     elif any({'epoch', 'step'} <= line.keys() for line in lines):
-        entries = [line for line in lines if {'epoch', 'step'} <= line.keys()]
+        numbers = [{key: value for key, value in line.items() if isinstance(value, (int, float))} for line in lines]
+        entries = [line for line in numbers if {'epoch', 'step'} <= line.keys()]
         found = Published(source, entries, by_epoch=len({entry['epoch'] for entry in entries}) == len(entries))
     else:
         found = _of_timm(source, text)
@@ -100,13 +103,20 @@ def _number(value: Any) -> float | None:
         return None
 
 
+def _count(value: Any) -> int | None:
+    """A number of an epoch or an update."""
+    number = _number(value)
+    return int(number) if number is not None and math.isfinite(number) else None
+
+
 def _of_timm(source: str, text: str) -> Published:
     """timm's summary.csv: an epoch a row, from 0."""
     entries = []
-    for row in csv.DictReader(text.replace('\0', '').splitlines()):
-        values = {ours: value for theirs, ours in TIMM.items() if (value := _number(row.get(theirs))) is not None}
-        if (epoch := _number(row.get('epoch'))) is not None and values:
-            entries.append({'epoch': int(epoch), **values})
+    with contextlib.suppress(csv.Error):  # of a file that is no table
+        for row in csv.DictReader(text.replace('\0', '').splitlines()):
+            values = {ours: value for theirs, ours in TIMM.items() if (value := _number(row.get(theirs))) is not None}
+            if (epoch := _count(row.get('epoch'))) is not None and values:
+                entries.append({'epoch': epoch, **values})
     return Published(source, entries, averaged=True)
 
 
@@ -115,8 +125,9 @@ def _of_mmcv(source: str, lines: Iterable[dict[str, Any]]) -> Published:
 
     The `iter` of training begins anew in each epoch where the run counts epochs, and else goes on.
     """
-    lines = [line for line in lines if _number(line.get('epoch')) is not None]
-    training = [line for line in lines if line.get('mode') == 'train' and _number(line.get('iter')) is not None]
+    lines = [line | {'epoch': epoch, 'iter': _count(line.get('iter'))} for line in lines
+             if (epoch := _count(line.get('epoch'))) is not None]
+    training = [line for line in lines if line.get('mode') == 'train' and line['iter'] is not None]
     restarts = any(later['iter'] <= line['iter'] and later['epoch'] > line['epoch']
                    for line, later in itertools.pairwise(training))
     by_epoch = restarts or len({line['epoch'] for line in training}) < 2
@@ -128,12 +139,12 @@ def _of_mmcv(source: str, lines: Iterable[dict[str, Any]]) -> Published:
             rate = line['lr'][0] if isinstance(line.get('lr'), list) and line['lr'] else line.get('lr')
             if by_epoch and line['epoch'] != epoch:  # an epoch's own losses
                 losses = []
-            lr, step, epoch = _number(rate), int(_number(line.get('iter')) or 0), line['epoch']
+            lr, step, epoch = _number(rate), line['iter'] or 0, line['epoch']
             losses += [loss] if (loss := _number(line.get('loss'))) is not None else []
         else:
             tests = {ours: value * (100 if theirs in SHARES else 1) for theirs, ours in MMCV.items()
                      for key in line if re.fullmatch(theirs, key) and (value := _number(line[key])) is not None}
-            place = {'epoch': int(line['epoch']) - 1} | ({} if by_epoch else {'step': step})
+            place = {'epoch': line['epoch'] - 1} | ({} if by_epoch else {'step': step})
             shown = {'train_loss': sum(losses) / len(losses)} if losses else {}
             if tests:  # one that a resumed run repeats counts once
                 entries[place.get('step', place['epoch'])] = place | tests | shown | ({} if lr is None else {'lr': lr})
