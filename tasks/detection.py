@@ -311,9 +311,10 @@ def gather(rows: np.ndarray, device: torch.device) -> np.ndarray:
 
 def save_predictions(path: Path, source: Any, rows: np.ndarray) -> None:
     """Writes COCO's result JSON, with the ids of the data. Raises UserError where it cannot."""
-    records = [{'image_id': int(source.ids[int(place)]), 'category_id': int(source.category_ids[int(label)]),
-                'bbox': box, 'score': score} for place, *box, score, label in rows.tolist()
-               if source.category_ids[int(label)] is not None]  # else a class of the model alone
+    numbers = {label: number for label, number in enumerate(source.category_ids) if number is not None}
+    records = [{'image_id': int(source.ids[int(place)]), 'category_id': int(numbers[label]), 'bbox': box,
+                'score': score} for place, *box, score, label in rows.tolist()
+               if label in numbers]  # others are classes of the model alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(json.dumps(records).encode()))
