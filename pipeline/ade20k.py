@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline import ade20k_classes, dense, labels
 from pipeline.augmentation import TINY
+from pipeline.coco import DIGITS
 from pipeline.files import FOLDERS, Split, find_images
 from pipeline.labels import BadLabel
 from recipes import Recipe, Run
@@ -237,7 +238,7 @@ def open_ade20k(recipe: Recipe, run: Run, split: Split) -> LabelledImages:
     """
     if recipe.data_set == 'digits_ade':
         from pipeline import digits_coco
-        root, names = digits_coco.root(), list(digits_coco.LABELS[1:])
+        root, names = digits_coco.root(train=DIGITS), list(digits_coco.LABELS[1:])
     else:
         root = Path(run.eval_data_path or run.data_path) if split == 'val' else Path(run.data_path)
         names = read_names(root)

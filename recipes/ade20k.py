@@ -116,6 +116,6 @@ ROWS = (
             model_kwargs={'dims': [16, 48, 96, 160], 'depths': [1, 2, 4, 2], 'ffn_ratios': [4, 4, 4, 4],
                           'layer_scale_init_value': 0.1},
             network_kwargs={'channels': 64, 'head_channels': 64, 'dropout': 0.0}, photometric=0.0, micro_batch_size=8,
-            total_batch_size=8, epochs=20, updates=None, drop_path=0.0, lr=2e-3, weight_decay=0.05, param_groups='ours',
+            total_batch_size=8, epochs=4, updates=None, drop_path=0.0, lr=2e-3, weight_decay=0.05, param_groups='ours',
             warmup_steps=100, clip_grad=1.0, model_ema=True, model_ema_decay=0.995),
 )

@@ -309,8 +309,7 @@ def test_ones_own_classes_learn_faster_from_a_detector_than_from_a_classifier(tm
                  '--output_dir', str(tmp_path / f'from_{name}'))
         assert main.main([*words]) == 0
         found[name] = log_of(tmp_path / f'from_{name}')[-1]['test_box_ap50']
-    print(found)
-    assert found['detector'] > 5 > found['classifier']
+    assert found['detector'] > 4 > found['classifier']  # measured AP50: 7.8 and 1.0
 
 
 # ---- What cannot be -------------------------------------------------------------------------------------------------

@@ -1012,7 +1012,7 @@ def test_the_batch_norms_of_a_segmentors_backbone_stay_where_they_are_frozen(seg
 
 
 def test_made_up_labels_are_read_by_their_name(digits, monkeypatch):
-    monkeypatch.setattr(digits_coco, 'root', lambda: digits)
+    monkeypatch.setattr(digits_coco, 'root', lambda **_: digits)
     recipe, run = recipes.resolve([*SEGMENTOR, '--data_set', 'digits_ade'])
     assert open_loaders(recipe, run).train.count == 12
 
