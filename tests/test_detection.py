@@ -323,7 +323,8 @@ def test_ones_own_classes_learn_faster_from_a_detector_than_from_a_classifier(tm
     (('--data_set', 'digits'), 'has no boxes'), (('--save_predictions', 'x.json'), 'goes with --eval'),
     (('--eval_data_path', 'x'), 'give --val_json'), (('--freeze_stages', '1'), 'random initial values'),
     (('--network_kwargs', 'depht=2'), 'depht'),
-    (('--test_flip', 'true'), 'recipes such as semantic_fpn_moganet_xtiny_80k'), (('--data_path', 'nowhere'), 'nowhere does not exist')])
+    (('--test_flip', 'true'), 'recipes such as semantic_fpn_moganet_xtiny_80k'),
+    (('--data_path', 'nowhere'), 'nowhere does not exist')])
 def test_what_cannot_be_is_one_line(flags, said, data, tmp_path, capsys):
     words = [*SMALL, '--data_path', str(data), '--num_workers', '0', '--output_dir', str(tmp_path / 'run'), *flags]
     assert main.main(words) == 2
@@ -344,7 +345,7 @@ def test_a_file_that_cannot_be_written_is_known_before_the_evaluation(data):
                                    '--save_predictions', f'{__file__}/found.json'])
     task = create_task(recipe, run)
     task.open('val')
-    with pytest.raises(UserError, match='found.json cannot be written .*; give a file'):
+    with pytest.raises(UserError, match=r'found.json cannot be written .*; give a file'):
         task.metric(torch.device('cpu'))
 
 

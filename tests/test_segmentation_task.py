@@ -166,8 +166,8 @@ def test_precise_batch_norms_are_those_of_the_training_in_both_heads(data, tmp_p
     """One image at a time, as in a test, the pyramid pooling has one value a channel, of which a norm has no variance.
     """
     words = ['--recipe', XT['upernet'], *SMALL[2:], '--network_kwargs', 'channels=8', 'auxiliary_channels=8',
-             '--data_path', str(data), '--num_workers', '0', '--batch_size', '2', '--total_batch_size', '2', '--updates',
-             '1', '--warmup_steps', '0', '--warmup_ratio', 'none', '--val_steps', '1', '--precise_bn', '4',
+             '--data_path', str(data), '--num_workers', '0', '--batch_size', '2', '--total_batch_size', '2',
+             '--updates', '1', '--warmup_steps', '0', '--warmup_ratio', 'none', '--val_steps', '1', '--precise_bn', '4',
              '--output_dir', str(tmp_path / 'run')]
     assert main.main(words) == 0
     state = state_of(tmp_path / 'run')['model']
