@@ -1,10 +1,11 @@
-"""Says what is in images, by any checkpoint that `main.py --eval` evaluates: a classifier's classes and probabilities.
+"""Says what is in images, by any checkpoint that `main.py --eval` evaluates: classes, boxes, or a class a pixel.
 
     python predict.py photo.jpg folder https://HOST/cat.png --checkpoint released:moganet_small
     python predict.py folder --checkpoint runs/demo/checkpoint-best-ema.pth --topk 3 --json --draw pictures
 
-The pixels are those of the evaluation: test size, crop, interpolation and normalisation are the checkpoint's own, and
-EXIF's rotation is not applied. Exit status 2 where an image could not be read; the others are answered all the same.
+The pixels are those of the evaluation: sizes, interpolation and normalisation are the checkpoint's own. EXIF's rotation
+is applied for detectors and segmentors, as in their training, and not for classifiers. Exit status 2 where an image
+could not be read; the others are answered all the same.
 """
 import argparse
 import itertools

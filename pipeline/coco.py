@@ -552,7 +552,8 @@ def check_coco(train: CocoSource | None, val: CocoSource | None) -> tuple[list[s
                             f'{", ".join(f"{count:,} {what}" for what, count in left_out.items())}')
         empty = [name for name, count in zip(source.classes, source.counts, strict=True) if not count]
         if empty:
-            warnings.append(f'{source.json}: {len(empty)} of its {len(source.classes)} classes have no box '
+            verb = 'has' if len(empty) == 1 else 'have'
+            warnings.append(f'{source.json}: {len(empty)} of its {len(source.classes)} classes {verb} no box '
                             f'({labels.some(empty)}); remove their categories, or add boxes')
     if train is not None and val is not None:
         if lost := labels.lacking(val.classes, train.classes):

@@ -84,13 +84,15 @@ def difference(ours: Sequence[str], theirs: Sequence[str], *, we: str, they: str
     return ' and '.join(parts)
 
 
-def classes_of_model(ours: Sequence[str], known: Sequence[str], num_classes: int) -> tuple[list[str], str] | None:
+def classes_of_model(ours: Sequence[str], known: Sequence[str], num_classes: int, *, cure: str
+                     ) -> tuple[list[str], str] | None:
     """The names of a model's classes by index, for its evaluation on data with the classes `ours`.
 
     Args:
         ours: the data's classes, in their own order.
         known: the checkpoint's own names, empty where it has none.
         num_classes: of the model.
+        cure: of classes that are not the model's, for the message.
 
     Returns:
         the names, among which all of `ours` are, and where they come from; None where the data's names say nothing
@@ -110,11 +112,10 @@ def classes_of_model(ours: Sequence[str], known: Sequence[str], num_classes: int
             return names, source
         if len(unknown) < len(ours) <= num_classes:
             raise UserError(f'{len(unknown)} of the {len(ours)} classes of the data ({some(unknown)}) are none of the '
-                            f"model's {num_classes} by {source}; remove their folders, or say which classes they are "
-                            'by --class_map FILE')
+                            f"model's {num_classes} by {source}; {cure}")
     if known and len(ours) < num_classes and len(known) == num_classes and len(candidates) == 1:
         raise UserError(f'the data has other classes ({some(ours)}) than the checkpoint was trained on '
-                        f'({some(list(known))}); rename the folders, or say which classes they are by --class_map FILE')
+                        f'({some(list(known))}); {cure}')
     return None
 
 

@@ -63,6 +63,8 @@ class Segmentation(Dense):
         super().check_run(run)
         for name in ('train_json', 'val_json', 'image_dir', 'save_predictions'):
             check(getattr(run, name) is None, f'--{name} is for detectors, and {self.name} is none; leave it out')
+        check(run.val_batch_size in (None, 1), f'--val_batch_size {run.val_batch_size}: images to segment are '
+                                               'evaluated one at a time; leave it out')
 
     def count_size(self) -> tuple[int, int]:
         """Height and width of the image for which multiply-accumulates are told: as published, 2048 x 512."""

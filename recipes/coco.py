@@ -43,6 +43,8 @@ class Detection(Dense):
         """Refuses a way to run that this task cannot take. Raises UserError that names the flag."""
         super().check_run(run)
         check(run.save_predictions is None or run.eval, '--save_predictions goes with --eval')
+        check(run.save_predictions is None or len(run.checkpoint) == 1,
+              '--save_predictions is one file: give one --checkpoint at a time')
         check(run.eval_data_path is None, '--eval_data_path is for classification; give --val_json and --image_dir')
 
     def count_size(self) -> tuple[int, int]:

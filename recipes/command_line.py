@@ -217,8 +217,13 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
     if unknown and not unknown[0].startswith('-'):
         raise UserError(_surplus(unknown[0], words))
     if unknown:
+        name = unknown[0].lstrip('-').split('=')[0]
+        others = [row.name for row in RECIPES.values() if name in {field.name for field in fields(row)
+                                                                   if field.metadata['flag']}]
+        if others:
+            raise UserError(f'unknown flag --{name}: it is of recipes such as {others[0]}, and goes with --recipe')
         names = [option.lstrip('-') for action in parser._actions for option in action.option_strings]
-        raise UserError(f'unknown flag {unknown[0]}{nearest(unknown[0].lstrip("-").split("=")[0], names, prefix="--")}')
+        raise UserError(f'unknown flag {unknown[0]}{nearest(name, names, prefix="--")}')
     given = vars(args)
     if given.pop('list_recipes'):
         print(table())
@@ -280,9 +285,12 @@ def check_start(recipe: Recipe, run: Run) -> None:
 
 def check_data_path(recipe: Recipe, run: Run) -> None:
     """Refuses a path of images beside a data set that reads none. Raises UserError."""
-    if recipe.data_set in MADE_UP and (run.data_path != Run.data_path or run.eval_data_path):
-        raise UserError(f'--data_set {recipe.data_set} reads no --data_path; for a folder of images say --data_set '
-                        'image_folder')
+    if recipe.data_set not in MADE_UP:
+        return
+    for name in ('data_path', 'eval_data_path', 'train_json', 'val_json', 'image_dir'):
+        if getattr(run, name) != getattr(Run, name):
+            raise UserError(f'--data_set {recipe.data_set} reads no --{name}; for images of your own say --data_set '
+                            f'{type(recipe).data_set}')
 
 
 def row_of_model(model: str) -> Recipe:

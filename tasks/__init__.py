@@ -89,10 +89,13 @@ class Task:
         class_map: labels by class name, where the user gave a map.
         trained: the names of the classes that a checkpoint was trained on, by label; they decide over the data's.
         resumed: whether the run goes on from that checkpoint, so that the data must have its classes.
+        class_cure: what a user does about classes of the data that are none of the model's.
         losses: names of the single losses that the log shows beside their sum; () where there is but one.
     """
 
     losses: tuple[str, ...] = ()
+    class_cure = ('rename or remove their folders, or say which classes they are by --valid_labels FILE or '
+                  '--class_map FILE')
 
     def __init__(self, recipe: Recipe, run: Run):
         self.recipe, self.run = recipe, run
@@ -154,8 +157,8 @@ class Task:
             raise UserError(f'--data_set {self.recipe.data_set} does not say how many classes it has; give '
                             '--num_classes')
         if len(self.classes) > number:
-            cure = ('evaluate a checkpoint on the data it was trained for, or choose its classes by --class_map FILE'
-                    if self.run.eval else 'leave the flag out')
+            cure = (f'evaluate a checkpoint on the data it was trained for, or {self.class_cure}' if self.run.eval else
+                    'leave the flag out')
             raise UserError(f'--num_classes {number}, but the data has {len(self.classes)} classes; {cure}')
         self.recipe = dataclasses.replace(self.recipe, num_classes=number)
 
@@ -167,7 +170,7 @@ class Task:
         """
         trained, number, chosen = list(self.trained), self.recipe.num_classes, self.run.class_map
         if self.run.eval and ours and number and not (chosen or self.run.valid_labels):
-            if found := labels.classes_of_model(ours, trained, number):
+            if found := labels.classes_of_model(ours, trained, number, cure=self.class_cure):
                 return found
         elif trained and ours and not self.run.eval:
             apart = labels.difference(ours, trained, we='the data', they='the checkpoint')
@@ -175,7 +178,7 @@ class Task:
                 return trained, '--class_map'  # checkpoints have long counted the names of a map, and not its labels
             if self.resumed and (apart or (chosen and ours != trained)):
                 raise UserError(f'the classes changed since the checkpoint was written: {apart or "their order"}; '
-                                'restore the class folders and --class_map, or begin anew from the weights by '
+                                'restore the data and how its classes are named, or begin anew from the weights by '
                                 '--finetune and another --output_dir')
             if not (apart or chosen):  # the head of the weights has this order
                 return trained, 'the checkpoint'
@@ -259,10 +262,6 @@ class Task:
 
     def draw_result(self, result: dict[str, Any]) -> dict[str, Image.Image]:
         """Pictures of an evaluation's result, by name."""
-        return {}
-
-    def files(self, result: dict[str, Any]) -> dict[str, str]:
-        """The files, by name, that an evaluation writes beside eval.json: tables of its result."""
         return {}
 
     def remarks(self) -> list[str]:

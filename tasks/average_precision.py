@@ -25,7 +25,7 @@ def truth_of(source: Any) -> COCO:
     return COCO({'images': images, 'annotations': annotations, 'categories': categories})
 
 
-def average_precision(source: Any, rows: np.ndarray) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def average_precision(source: Any, rows: np.ndarray) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The average precision of boxes.
 
     Args:
@@ -33,8 +33,8 @@ def average_precision(source: Any, rows: np.ndarray) -> tuple[dict[str, float], 
         rows: what was found, float64 [n, COLUMNS], an image's in the order that decides among equal scores.
 
     Returns:
-        COCO's numbers as `box_ap` and so on, and by class `box_ap`, `box_ap50`, `box_ap75` and the number of `boxes`:
-        in hundredths, -1 where there is no such object.
+        COCO's numbers as `box_ap` and so on, and for each class a row with its number of `boxes`, `box_ap`, `box_ap50`
+        and `box_ap75`: in hundredths, -1 where there is no such object.
     """
     truth = truth_of(source)
     found = COCO({'images': truth.dataset['images'], 'categories': truth.dataset['categories'], 'annotations': [
@@ -53,7 +53,7 @@ def average_precision(source: Any, rows: np.ndarray) -> tuple[dict[str, float], 
     def mean(values: np.ndarray) -> float:
         return hundredths(values[values > -1].mean() if (values > -1).any() else -1)
 
-    by_class = {name: {'box_ap': mean(precision[:, :, i]), 'box_ap50': mean(precision[0, :, i]),
-                       'box_ap75': mean(precision[5, :, i]), 'boxes': int(boxes[i])}
-                for i, name in enumerate(source.classes)}
-    return {f'box_{name}': hundredths(value) for name, value in zip(STATISTICS, judge.stats, strict=False)}, by_class
+    classes = [{'class': i, 'name': name, 'boxes': int(boxes[i]), 'box_ap': mean(precision[:, :, i]),
+                'box_ap50': mean(precision[0, :, i]), 'box_ap75': mean(precision[5, :, i])}
+               for i, name in enumerate(source.classes)]
+    return {f'box_{name}': hundredths(value) for name, value in zip(STATISTICS, judge.stats, strict=False)}, classes

@@ -1,10 +1,11 @@
 """Object detection: images with boxes, the detector's own losses, COCO's average precision."""
-import csv
-import io
+import errno
 import itertools
 import json
+import os
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,16 @@ from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 from tqdm import tqdm
 
-from models.dense import NETWORKS, build_dense
-from models.detection import freeze_backbone
+from models.dense import NETWORKS
 from pipeline import coco
 from pipeline.augmentation import refusing_bad_images
-from pipeline.dense import decode_upright, normalise_padded, padded, stack
-from pipeline.loaders import Position
+from pipeline.dense import decode_upright, padded, stack
 from recipes import Run
 from recipes.coco import Detection as Recipe
-from tasks import Batch, Task, pictures
+from tasks import Batch, pictures
 from tasks.average_precision import COLUMNS, average_precision
-from utils import UserError, from_rank_zero, seed_everything, write_atomically
+from tasks.dense import Dense
+from utils import UserError, from_rank_zero, write_atomically
 
 SHOWN = 0.3  # the least score of a box that is drawn or written as text; JSON has them all
 EXAMPLES = 4  # test images that are drawn at the end of a training
@@ -53,10 +53,12 @@ def shorten(loss: str) -> str:
     return loss.replace('loss_', '')
 
 
-class Detection(Task):
+class Detection(Dense):
     """Boxes with a class each, from COCO's folder, from a JSON of that form, or made up."""
 
     recipe: Recipe
+    class_cure = 'rename or remove their categories in the JSON'
+    divided = ', and the losses are divided by the positive anchors of as many'
 
     def __init__(self, recipe: Recipe, run: Run):
         super().__init__(recipe, run)
@@ -70,6 +72,9 @@ class Detection(Task):
     def __getstate__(self) -> dict[str, Any]:
         """Workers receive their source by themselves."""
         return self.__dict__ | {'_val': None}
+
+    def known_classes(self) -> list[str]:
+        return coco_classes()
 
     # ---- Data
 
@@ -98,31 +103,14 @@ class Detection(Task):
         images = stack([sample['pixels'] for sample in samples], padded(sizes))
         return DetectionBatch(images, targets, sizes, originals, ids)
 
-    def finish(self, batch: DetectionBatch, device: torch.device, position: Position | None) -> DetectionBatch:
-        batch = batch.to(device)
-        return replace(batch, images=normalise_padded(batch.images, batch.sizes, mean=self.recipe.mean,
-                                                      std=self.recipe.std))
-
     def _decide_classes(self, ours: list[str]) -> tuple[list[str], str]:
         names, order = super()._decide_classes(ours)
         return names, "their categories' ids" if names == ours and order.startswith('their') else order
 
     # ---- Model
 
-    def build_model(self, *, pretrained: bool = False) -> nn.Module:
-        recipe = self.recipe
-        seed_everything(recipe.seed, 'model')
-        return build_dense(recipe, num_classes=recipe.num_classes, pretrained=pretrained,
-                           **recipe.arguments() | recipe.model_kwargs)
-
     def loss(self, model: nn.Module, batch: DetectionBatch) -> dict[str, Tensor]:
         return {shorten(name): loss for name, loss in model(batch.images, batch.targets).items()}
-
-    def freeze(self, model: nn.Module) -> None:
-        freeze_backbone(model.backbone, stages=self.recipe.freeze_stages, norms=self.recipe.freeze_bn)
-
-    def forward(self, model: nn.Module, batch: DetectionBatch) -> Any:
-        return model.outputs(batch.images)
 
     def example_batch(self, size: int, device: torch.device) -> DetectionBatch:
         """As large as images get, with two boxes in each."""
@@ -142,18 +130,6 @@ class Detection(Task):
 
     # ---- For people
 
-    def remarks(self) -> list[str]:
-        recipe, run, said = self.recipe, self.run, []
-        if run.batch_size != recipe.micro_batch_size:
-            said.append(f'Micro-batches of {run.batch_size} images where the recipe has {recipe.micro_batch_size}: the '
-                        'batch norms see as many, and the losses are divided by the positive anchors of as many, so '
-                        'that this trains another function.')
-        elif run.update_freq > 1:
-            said.append(f'{run.update_freq} micro-batches of {run.batch_size} are accumulated for an update, each with '
-                        'its own batch statistics and normaliser, as on so many more processes; the running statistics '
-                        'of the batch norms move with each.')
-        return said
-
     def show_settings(self) -> str:
         recipe, gate = self.recipe, self.recipe.settings()['gate']
         within = f'{max(recipe.image_scale)} x {min(recipe.image_scale)}'
@@ -170,21 +146,6 @@ class Detection(Task):
             drawn[f'detections {place}'] = self.draw(pictures.draw_boxes(self.picture(image), truth.boxes),
                                                      from_rows(rows))
         return drawn
-
-    def files(self, result: dict[str, Any]) -> dict[str, str]:
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator='\n')
-        writer.writerow(('class', 'box_ap', 'box_ap50', 'box_ap75', 'boxes'))
-        writer.writerows((name, *values.values()) for name, values in result['by_class'].items())
-        return {'ap_by_class.csv': table.getvalue()}
-
-    def name_classes(self, model: nn.Module, classes: Sequence[str]) -> None:
-        known = coco_classes()
-        names = list(classes) or (known if model.num_classes == len(known) else [])
-        self.classes = names + [str(number) for number in range(len(names), model.num_classes)]
-
-    def picture(self, image: Any) -> Image.Image:
-        return Image.fromarray(decode_upright(image))
 
     def prepare(self, image: Any) -> dict[str, Any]:
         with refusing_bad_images():
@@ -222,7 +183,7 @@ class BoxAP:
     """COCO's average precision of the boxes over a data set that the ranks share out, each image once.
 
     `result` gives, by model, the metrics of the recipe in hundredths (-1 where no object of the kind is in the set, as
-    COCO has it), 'count', and where it is detailed 'by_class' and, in a training, 'examples': what was found in the
+    COCO has it), 'count', and where it is detailed 'classes' and, in a training, 'examples': what was found in the
     first images.
     """
 
@@ -236,6 +197,8 @@ class BoxAP:
         self._seen = 0
         self._order = np.argsort(source.ids)
         first = not dist.is_initialized() or dist.get_rank() == 0
+        if run.save_predictions and first:
+            check_writable(Path(run.save_predictions))  # before an hour's work, and not after it
         # On a terminal alone, and of one rank
         self._bar = tqdm(total=-(-len(source) // run.world_size), desc='evaluating', unit=' images', leave=False,
                          disable=None if first else True)
@@ -263,11 +226,11 @@ class BoxAP:
     def _of(self, rows: np.ndarray) -> dict[str, Any]:
         """The values of the rows of all ranks."""
         rows = rows[np.argsort(rows[:, 0], kind='stable')]  # the same order on any number of ranks
-        result, by_class = average_precision(self._source, rows)
+        result, classes = average_precision(self._source, rows)
         if self._run.save_predictions:
             save_predictions(Path(self._run.save_predictions), self._source, rows)
         if self._detailed:
-            result['by_class'] = by_class
+            result['classes'] = classes
             if not self._run.eval:
                 result['examples'] = [rows[rows[:, 0] == i].tolist() for i in range(min(EXAMPLES, len(self._source)))]
         return result
@@ -282,7 +245,8 @@ def to_rows(place: int, result: dict[str, Tensor]) -> np.ndarray:
     Args:
         place: the image's position in its source.
     """
-    found = torch.cat([result['boxes'], result['scores'][:, None], result['labels'][:, None]], dim=1).double().cpu()
+    found = torch.cat([result['boxes'], result['scores'][:, None], result['labels'][:, None]], dim=1)
+    found = found.cpu().double()  # in this order: MPS has no float64
     rows = np.concatenate([np.full((len(found), 1), place), found], axis=1)
     rows[:, 3:5] -= rows[:, 1:3]
     return rows
@@ -309,6 +273,17 @@ def gather(rows: np.ndarray, device: torch.device) -> np.ndarray:
     return np.concatenate([part[:int(count)].cpu().numpy() for part, count in zip(parts, counts, strict=True)])
 
 
+def check_writable(path: Path) -> None:
+    """Makes the folder of --save_predictions. Raises UserError where no file can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise UserError(f'--save_predictions {path} cannot be written ({error.strerror}); give a file') from None
+
+
 def save_predictions(path: Path, source: Any, rows: np.ndarray) -> None:
     """Writes COCO's result JSON, with the ids of the data. Raises UserError where it cannot."""
     numbers = {label: number for label, number in enumerate(source.category_ids) if number is not None}
@@ -316,7 +291,6 @@ def save_predictions(path: Path, source: Any, rows: np.ndarray) -> None:
                 'score': score} for place, *box, score, label in rows.tolist()
                if label in numbers]  # others are classes of the model alone
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(json.dumps(records).encode()))
     except OSError as error:
         raise UserError(f'--save_predictions {path} cannot be written ({error.strerror}); give a file') from None

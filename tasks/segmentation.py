@@ -1,9 +1,7 @@
 """Semantic segmentation: images with a class for each pixel, the segmentor's own losses, the mean IoU."""
-import csv
-import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,17 +10,16 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from models.dense import NETWORKS, build_dense
-from models.detection import freeze_backbone
+from models.dense import NETWORKS
 from models.segmentation import IGNORED
 from pipeline import ade20k, ade20k_classes
 from pipeline.augmentation import refusing_bad_images
-from pipeline.dense import decode_upright, normalise_padded, padded, stack
-from pipeline.loaders import Position
+from pipeline.dense import decode_upright, padded, stack
 from recipes import Run
 from recipes.ade20k import Segmentation as Recipe
-from tasks import Batch, Task, pictures
-from utils import UserError, seed_everything
+from tasks import Batch, pictures
+from tasks.dense import Dense
+from utils import UserError
 
 
 @dataclass
@@ -45,10 +42,11 @@ def shorten(loss: str) -> str:
     return loss.split('.')[0]
 
 
-class Segmentation(Task):
+class Segmentation(Dense):
     """A class for each pixel, from ADE20K's folder, from one's own, or made up."""
 
     recipe: Recipe
+    class_cure = 'name them in classes.txt as the model has them'
 
     def __init__(self, recipe: Recipe, run: Run):
         super().__init__(recipe, run)
@@ -58,6 +56,9 @@ class Segmentation(Task):
             recipe.image_scale, crop=recipe.crop_size, ratios=recipe.scale_range, max_class=recipe.max_class_share,
             hflip=recipe.hflip, photometric=recipe.photometric, aligned=recipe.align_resize,
             test_ratios=recipe.test_scales)
+
+    def known_classes(self) -> list[str]:
+        return ade20k_classes.NAMES
 
     # ---- Data
 
@@ -80,23 +81,15 @@ class Segmentation(Task):
                           for name, fill in (('pixels', 0), ('labels', IGNORED)))
         return SegmentationBatch(images, labels, [sample['size'] for sample in samples], originals)
 
-    def finish(self, batch: SegmentationBatch, device: torch.device, position: Position | None) -> SegmentationBatch:
-        batch = batch.to(device)
-        return replace(batch, images=normalise_padded(batch.images, batch.sizes, mean=self.recipe.mean,
-                                                      std=self.recipe.std))
-
     # ---- Model
-
-    def build_model(self, *, pretrained: bool = False) -> nn.Module:
-        seed_everything(self.recipe.seed, 'model')
-        return build_dense(self.recipe, num_classes=self.recipe.num_classes, pretrained=pretrained,
-                           **self.recipe.arguments())
 
     def loss(self, model: nn.Module, batch: SegmentationBatch) -> dict[str, Tensor]:
         return {shorten(name): loss for name, loss in model(batch.images, batch.labels).items()}
 
-    def freeze(self, model: nn.Module) -> None:
-        freeze_backbone(model.backbone, stages=self.recipe.freeze_stages, norms=self.recipe.freeze_bn)
+    def heads_see(self) -> str:
+        seen = self.run.batch_size * self.run.world_size
+        return (f', and the heads, whose norms are over all GPUs, see {seen} images at a time where the recipe has '
+                f'{self.recipe.total_batch_size}')
 
     def _predict(self, model: nn.Module, batch: SegmentationBatch) -> list[Tensor]:
         """The label of each pixel of each image, int64 [H, W] at its original size."""
@@ -104,9 +97,6 @@ class Segmentation(Task):
         found = model.predict(batch.images, batch.sizes, batch.original_sizes, window=window,
                               flip=self.recipe.test_flip)
         return [result['labels'] for result in found]
-
-    def forward(self, model: nn.Module, batch: SegmentationBatch) -> Any:
-        return self._predict(model, batch)
 
     def example_batch(self, size: int, device: torch.device) -> SegmentationBatch:
         """Crops with all classes in each."""
@@ -134,21 +124,6 @@ class Segmentation(Task):
     def show_batch(self, batch: SegmentationBatch) -> Image.Image:
         return pictures.draw_batch_of_labels(batch.images, batch.labels, mean=self.recipe.mean, std=self.recipe.std,
                                              colors=colors_of(self.recipe.num_classes))
-
-    def files(self, result: dict[str, Any]) -> dict[str, str]:
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator='\n')
-        writer.writerow(('class', 'iou', 'accuracy', 'pixels'))
-        writer.writerows((name, *values.values()) for name, values in result['by_class'].items())
-        return {'iou_by_class.csv': table.getvalue()}
-
-    def name_classes(self, model: nn.Module, classes: Sequence[str]) -> None:
-        known = ade20k_classes.NAMES
-        names = list(classes) or (known if model.num_classes == len(known) else [])
-        self.classes = names + [str(number) for number in range(len(names), model.num_classes)]
-
-    def picture(self, image: Any) -> Image.Image:
-        return Image.fromarray(decode_upright(image))
 
     def prepare(self, image: Any) -> dict[str, Any]:
         with refusing_bad_images():
@@ -199,7 +174,7 @@ class MeanIoU:
     number of ranks or on the order. As in the original, a class that is predicted and nowhere in the labels has an IoU
     of 0, which counts in `miou`, and no accuracy, so that it does not count in `macc`.
 
-    `result` gives, by model, 'miou', 'macc' and 'pixel_acc' in %, 'count', and with names 'by_class'.
+    `result` gives, by model, 'miou', 'macc' and 'pixel_acc' in %, 'count', and with names 'classes'.
     """
 
     def __init__(self, num_classes: int, predict: Callable[[nn.Module, SegmentationBatch], list[Tensor]],
@@ -260,9 +235,8 @@ def summarise(pixels: Tensor, names: Sequence[str] | None) -> dict[str, Any]:
     result = {'miou': iou.nanmean().item(), 'macc': accuracy.nanmean().item(),
               'pixel_acc': (100 * right.sum() / true.sum()).item()}
     if names is not None:
-        rows = zip(iou.tolist(), accuracy.tolist(), true.long().tolist(), strict=True)
-        result['by_class'] = {
-            names[i] if i < len(names) else str(i): {
-                'iou': None if math.isnan(x) else x, 'accuracy': None if math.isnan(y) else y, 'pixels': count}
-            for i, (x, y, count) in enumerate(rows)}
+        rows = zip(true.long().tolist(), iou.tolist(), accuracy.tolist(), strict=True)
+        result['classes'] = [{'class': i, 'name': names[i] if i < len(names) else str(i), 'pixels': count,
+                              'iou': None if math.isnan(x) else x, 'accuracy': None if math.isnan(y) else y}
+                             for i, (count, x, y) in enumerate(rows)]
     return result

@@ -52,17 +52,17 @@ def hundredths(values: list[float]) -> list[float]:
 
 def test_all_twelve_numbers_and_those_by_class_equal_the_recorded_ones(tmp_path, own_cache):
     source = open_source(tmp_path, RECORDED['ground_truth'])
-    values, by_class = average_precision(source, to_rows(source, RECORDED['detections']))
+    values, classes = average_precision(source, to_rows(source, RECORDED['detections']))
     assert list(values) == [f'box_{name}' for name in STATISTICS]
     # Sums of at most 10 x 101 x classes numbers in another order
     assert list(values.values()) == pytest.approx(hundredths(RECORDED['bbox']), abs=1e-10)
     recorded = RECORDED['per_category_bbox']
-    assert len(by_class) == len(source.category_ids) >= 5
-    for number, entry in zip(source.category_ids, by_class.values(), strict=True):
+    assert len(classes) == len(source.category_ids) >= 5
+    for number, entry in zip(source.category_ids, classes, strict=True):
         if str(number) in recorded:
             assert entry['box_ap'] == pytest.approx(hundredths([recorded[str(number)] or -1])[0], abs=1e-10)
     boxes = [note['category_id'] for note in RECORDED['ground_truth']['annotations'] if not note.get('iscrowd')]
-    assert [entry['boxes'] for entry in by_class.values()] == [boxes.count(n) for n in source.category_ids]
+    assert [entry['boxes'] for entry in classes] == [boxes.count(n) for n in source.category_ids]
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -95,6 +95,6 @@ def test_all_twelve_numbers_equal_pycocotools_on_many_boxes_with_crowds_and_equa
 def test_without_a_detection_all_is_0_and_without_an_object_of_a_size_it_is_as_coco_has_it(tmp_path, own_cache):
     truth = {'images': [{'id': 1, 'width': 50, 'height': 50}], 'categories': [{'id': 4, 'name': 'a'}], 'annotations': [
         {'id': 1, 'image_id': 1, 'category_id': 4, 'bbox': [2, 2, 20, 20], 'area': 400, 'iscrowd': 0}]}
-    values, by_class = average_precision(open_source(tmp_path, truth), np.zeros((0, 7)))
+    values, classes = average_precision(open_source(tmp_path, truth), np.zeros((0, 7)))
     assert values['box_ap'] == values['box_ap_small'] == values['box_ar100'] == 0 and values['box_ap_large'] == -1
-    assert by_class == {'a': {'box_ap': 0, 'box_ap50': 0, 'box_ap75': 0, 'boxes': 1}}
+    assert classes == [{'class': 0, 'name': 'a', 'boxes': 1, 'box_ap': 0, 'box_ap50': 0, 'box_ap75': 0}]

@@ -236,7 +236,7 @@ def test_boxes_that_teach_nothing_are_dropped_from_the_training_and_kept_for_the
     assert len(val.annotations(6).ids) == 10 and 7 in val.ids
     _, warnings = coco.check_coco(made, val)
     assert any('leaves out 1 crowds, 7 boxes outside' in line for line in warnings)
-    assert any("1 of its 3 classes have no box (none yet)" in line for line in warnings)
+    assert any("1 of its 3 classes has no box (none yet)" in line for line in warnings)
 
 
 def test_a_box_over_the_edge_does_not_make_corners_of_a_file(tmp_path):

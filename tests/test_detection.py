@@ -17,6 +17,7 @@ from pipeline import digits_coco
 from recipes import RECIPES, Run
 from tasks import create_task
 from tasks.detection import coco_classes
+from utils import UserError
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_cache')
 
@@ -168,10 +169,12 @@ def evaluated(sure, data, tmp_path_factory) -> list[Path]:
 
 
 def test_an_evaluation_is_equal_on_one_two_and_three_processes(evaluated):
-    names = [*RECIPES[ROW].metrics, 'by_class', 'count']
+    names = [*RECIPES[ROW].metrics, 'count']
     first, *others = ({name: json.loads((folder / 'eval.json').read_text())[name] for name in names}
                       for folder in evaluated)
     assert first['count'] == 9 and all(other == first for other in others)
+    tables = {(folder / 'eval-classes.csv').read_text() for folder in evaluated}
+    assert len(tables) == 1
     found = [(folder / 'found.json').read_text() for folder in evaluated]
     assert json.loads(found[0]) and found[0] == found[1] == found[2]  # one image a batch: the same bits
 
@@ -188,8 +191,8 @@ def test_the_predictions_are_cocos_result_json_and_the_classes_a_table(evaluated
     # The same boxes by the same rule: sums in another order
     expected = [100 * value if value >= 0 else -1 for value in judge.stats]
     assert [result[name] for name in RECIPES[ROW].metrics] == pytest.approx(expected, abs=1e-9)
-    rows = list(csv.DictReader((evaluated[0] / 'ap_by_class.csv').open()))
-    assert [row['class'] for row in rows] == list('0123456789')
+    rows = list(csv.DictReader((evaluated[0] / 'eval-classes.csv').open()))
+    assert [row['name'] for row in rows] == list('0123456789')
     assert sum(int(row['boxes']) for row in rows) == sum(not note['iscrowd'] for note in truth.anns.values())
 
 
@@ -319,11 +322,42 @@ def test_ones_own_classes_learn_faster_from_a_detector_than_from_a_classifier(tm
     (('--repeated_aug', '3'), '--repeated_aug'), (('--mixup', '0.1'), 'unknown flag --mixup'),
     (('--data_set', 'digits'), 'has no boxes'), (('--save_predictions', 'x.json'), 'goes with --eval'),
     (('--eval_data_path', 'x'), 'give --val_json'), (('--freeze_stages', '1'), 'random initial values'),
-    (('--network_kwargs', 'depht=2'), 'depht'), (('--data_path', 'nowhere'), 'nowhere does not exist')])
+    (('--network_kwargs', 'depht=2'), 'depht'),
+    (('--test_flip', 'true'), 'recipes such as semantic_fpn_moganet_xtiny_80k'),
+    (('--data_path', 'nowhere'), 'nowhere does not exist')])
 def test_what_cannot_be_is_one_line(flags, said, data, tmp_path, capsys):
     words = [*SMALL, '--data_path', str(data), '--num_workers', '0', '--output_dir', str(tmp_path / 'run'), *flags]
     assert main.main(words) == 2
     assert said in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('flags,said', [
+    (('--data_set', 'digits_coco', '--val_json', __file__), 'reads no --val_json; for images of your own say '
+                                                            '--data_set coco'),
+    (('--save_predictions', 'found.json', '--checkpoint', __file__, __file__), 'give one --checkpoint at a time')])
+def test_a_file_that_would_be_ignored_or_written_twice_is_refused(flags, said, capsys):
+    assert main.main(['--eval', '--recipe', ROW, '--data_set', 'coco', '--checkpoint', __file__, *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_known_before_the_evaluation(data):
+    recipe, run = recipes.resolve(['--eval', *SMALL, '--data_path', str(data), '--checkpoint', __file__,
+                                   '--save_predictions', f'{__file__}/found.json'])
+    task = create_task(recipe, run)
+    task.open('val')
+    with pytest.raises(UserError, match=r'found.json cannot be written .*; give a file'):
+        task.metric(torch.device('cpu'))
+
+
+def test_other_class_names_than_the_detectors_are_renamed_in_the_json(sure, data, tmp_path, capsys):
+    truth = json.loads((data / 'annotations' / 'instances_val2017.json').read_text())
+    truth['categories'][9]['name'] = 'cat'
+    (tmp_path / 'val.json').write_text(json.dumps(truth))
+    assert main.main(['--eval', '--checkpoint', str(sure), '--val_json', str(tmp_path / 'val.json'), '--image_dir',
+                      str(data / 'val2017'), '--device', 'cpu', '--num_workers', '0', '--output_dir',
+                      str(tmp_path / 'out')]) == 2
+    assert ("(cat) are none of the model's 10 by the checkpoint; rename or remove their categories in the JSON"
+            in capsys.readouterr().err)
 
 
 def test_a_classifier_takes_no_flag_of_detectors(capsys):

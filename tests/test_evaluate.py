@@ -471,7 +471,7 @@ def test_classes_that_are_not_the_models_are_warned_of(data: Path, tmp_path: Pat
     assert 'other classes (class0, ...) than the checkpoint was trained on (ant, ...)' in capsys.readouterr().out
     torch.save(state_of(0), tmp_path / 'file')
     evaluate(data, tmp_path, '--checkpoint', tmp_path / 'file', '--model', XT, *SMALL)
-    assert 'The data has 6 classes, the model 1000: say which by --valid_labels' in capsys.readouterr().out
+    assert 'The data has 6 classes, the model 1000: ' in capsys.readouterr().out
 
 
 def test_valid_labels_compare_the_named_classes_alone(data: Path, tmp_path: Path,

@@ -187,7 +187,7 @@ def test_a_subset_of_the_models_classes_in_any_order_is_mapped_by_name(tmp_path)
         known = draw.choice([words, [str(i) for i in range(20)], IDS])
         known = draw.sample(known, len(known)) if known is not IDS else known
         ours = labels.in_order(draw.sample(known, draw.randint(1, len(known))))
-        found, _ = labels.classes_of_model(ours, known if known is not IDS or number % 2 else [], len(known))
+        found, _ = labels.classes_of_model(ours, known if known is not IDS or number % 2 else [], len(known), cure='')
         assert [found[i] for i in labels.find(ours, found)] == ours and found == known
     files = ImageFiles(root)
     task = task_of(12, [str(i) for i in reversed(range(12))], eval=True)
@@ -214,7 +214,7 @@ def test_classes_that_the_model_has_not_are_refused_unless_the_user_says_which_t
         (tmp_path / 'valid.txt').write_text('1 2')
         task_of(3, trained, eval=True, valid_labels=str(tmp_path / 'valid.txt')).learn_classes([ImageFiles(root)])
     with pytest.raises(UserError, match=r"1 of the 2 classes of the data .n99999999. are none of the model's 1000"):
-        labels.classes_of_model([IDS[0], 'n99999999'], (), 1000)
+        labels.classes_of_model([IDS[0], 'n99999999'], (), 1000, cure='rename them')
 
 
 def test_the_accuracy_on_some_classes_is_that_of_the_right_ones(tmp_path, capsys):

@@ -143,15 +143,37 @@ def evaluate(checkpoint: Path, data: Path, folder: Path, *flags: str, world_size
 
 def test_an_evaluation_is_equal_on_one_two_and_three_processes_and_writes_a_table(unsure, data, tmp_path):
     results = [evaluate(unsure, data, tmp_path / f'{world_size}', world_size=world_size) for world_size in (1, 2, 3)]
-    names = ('miou', 'macc', 'pixel_acc', 'by_class', 'count')
+    names = ('miou', 'macc', 'pixel_acc', 'count')
     first, *others = ([result[name] for name in names] for result in results)
     assert first[-1] == 9 and all(other == first for other in others)  # whole numbers, added up
-    rows = list(csv.DictReader((tmp_path / '1' / 'iou_by_class.csv').open()))
-    assert [row['class'] for row in rows] == list(digits_coco.LABELS[1:])
+    assert len({(tmp_path / f'{size}' / 'eval-classes.csv').read_text() for size in (1, 2, 3)}) == 1
+    rows = list(csv.DictReader((tmp_path / '1' / 'eval-classes.csv').open()))
+    assert [row['name'] for row in rows] == list(digits_coco.LABELS[1:])
     labels = [np.array(Image.open(path)) for path in sorted((data / 'annotations' / 'validation').iterdir())]
     assert sum(int(row['pixels']) for row in rows) == sum(int((label > 0).sum()) for label in labels)
     shares = [float(row['iou']) for row in rows if row['iou']]
     assert np.mean(shares) == pytest.approx(first[0], rel=1e-12) and first[0] > 0
+
+
+def test_several_checkpoints_have_their_classes_in_one_table(unsure, data, tmp_path):
+    evaluate(unsure, data, tmp_path / 'one')
+    evaluate(unsure, data, tmp_path / 'two', '--checkpoint', str(unsure), str(unsure))
+    one, two = (list(csv.DictReader((tmp_path / name / 'eval-classes.csv').open())) for name in ('one', 'two'))
+    assert two == one + one and len(one) == 11
+
+
+def test_precise_batch_norms_are_those_of_the_training_in_both_heads(data, tmp_path):
+    """One image at a time, as in a test, the pyramid pooling has one value a channel, of which a norm has no variance.
+    """
+    words = ['--recipe', XT['upernet'], *SMALL[2:], '--network_kwargs', 'channels=8', 'auxiliary_channels=8',
+             '--data_path', str(data), '--num_workers', '0', '--batch_size', '2', '--total_batch_size', '2',
+             '--updates', '1', '--warmup_steps', '0', '--warmup_ratio', 'none', '--val_steps', '1', '--precise_bn', '4',
+             '--output_dir', str(tmp_path / 'run')]
+    assert main.main(words) == 0
+    state = state_of(tmp_path / 'run')['model']
+    for name in ('decode_head.psp_modules.0.1', 'auxiliary_head.convs.0'):
+        mean, variance = (state[f'{name}.bn.{kind}'] for kind in ('running_mean', 'running_var'))
+        assert mean.abs().min() > 0 and not (variance == 1).any()  # 0 and 1 are those of a norm that saw nothing
 
 
 def test_each_way_to_test_gives_another_result(unsure, data, tmp_path):
@@ -159,7 +181,8 @@ def test_each_way_to_test_gives_another_result(unsure, data, tmp_path):
             'flip': ('--test_flip', 'true'), 'scales': ('--test_scales', '0.75', '1.5')}
     results = {name: evaluate(unsure, data, tmp_path / name, *flags) for name, flags in ways.items()}
     for a, b in itertools.combinations(results, 2):
-        assert results[a]['by_class'] != results[b]['by_class'], (a, b)
+        tables = [(tmp_path / name / 'eval-classes.csv').read_text() for name in (a, b)]
+        assert tables[0] != tables[1] and results[a]['macc'] != results[b]['macc'], (a, b)
     assert results['slide']['test_mode'] == 'slide' and results['scales']['test_scales'] == [0.75, 1.5]
 
 
@@ -173,7 +196,7 @@ def test_the_counted_pixels_give_the_recorded_values():
     found = [result[name] / 100 for name in ('miou', 'macc', 'pixel_acc')]
     assert found == pytest.approx([recorded[name] for name in ('mIoU', 'mAcc', 'aAcc')], rel=1e-12)
     for name, key in (('IoU', 'iou'), ('Acc', 'accuracy')):
-        for wanted, values in zip(recorded[name], result['by_class'].values(), strict=True):
+        for wanted, values in zip(recorded[name], result['classes'], strict=True):
             assert values[key] == (None if wanted is None else pytest.approx(100 * wanted, rel=1e-12))
 
 

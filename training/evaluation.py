@@ -45,20 +45,25 @@ def evaluate(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
     the exit status, 0.
     """
     done: list[Evaluated] = []
+    kinds: set[type[Recipe]] = set()
     several = len(run.checkpoint) > 1 or run.suite or run.test_sizes
     for number, source in enumerate(run.checkpoint or (None,)):
         weights, found, meta = find_recipe(source, recipe, run)
+        kinds.add(type(found))
+        if len(kinds) > 1:
+            raise UserError(f'{source}: {found.name or found.model} is of another task than the checkpoint before it; '
+                            'evaluate them by a command each')
         kept: dict[str, Any] = {}
         for part in suite.parts(found, run):
             here = dataclasses.replace(found, **part.changes)
             known = meta if part.published else {key: value for key, value in meta.items() if key not in here.metrics}
             evaluate_run = functools.partial(evaluate_one, weights, here, known, processes=processes, kept=kept)
             result = {'checkpoint': source, **part.evaluate(evaluate_run)}
-            right, classes, files = (result.pop(name, None) for name in ('right', 'classes', 'files'))
+            right, classes = (result.pop(name, None) for name in ('right', 'classes'))
             place = run.checkpoint[0] if run.suite and run.checkpoint else source
             folder = Path(run.output_dir) if run.output_dir else evaluation_folder(place, result['model'])
             same = (part.name, part.changes.get('test_size'), here.data_set, result['count'])
-            done.append(Evaluated(folder, result, number, same, right, classes, files or {}))
+            done.append(Evaluated(folder, result, number, same, right, classes))
             compare(done)
             if processes.first:  # at once: the next checkpoint may be a wrong one
                 beside = [other for other in done if other.folder == folder]
@@ -82,7 +87,6 @@ class Evaluated:
         same: equal for the results on the same images.
         right: bool [images], where the task says which are right.
         classes: rows of a table.
-        files: texts by the names of the files beside it.
     """
 
     folder: Path
@@ -91,7 +95,6 @@ class Evaluated:
     same: tuple[Any, ...]
     right: torch.Tensor | None
     classes: list[dict[str, Any]] | None
-    files: dict[str, str]
 
 
 def compare(done: Sequence[Evaluated]) -> None:
@@ -127,8 +130,6 @@ def files_beside(done: Sequence[Evaluated]) -> dict[str, bytes]:
                 writer.writeheader()
             writer.writerow(about | row)
     files = {'eval-classes.csv': table.getvalue().encode()} if writer else {}
-    for one in done:
-        files |= {name: text.encode() for name, text in one.files.items()}
     if bits:
         archive = io.BytesIO()
         np.savez(archive, **bits)
@@ -193,7 +194,7 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
     task.trained, task.trained_map = labels.known_names(meta.get('classes')), meta.get('class_map')
     loaders = datasets.build_loaders(task, run, rank=processes.rank, device=processes.device, splits=('val',))
     recipe = task.recipe
-    check_classes(task.classes, task.trained, run, num_classes=recipe.num_classes)
+    check_classes(task.classes, task.trained, run, num_classes=recipe.num_classes, cure=task.class_cure)
     which = 'pretrained' if weights is None else weights.which
     if kept.get('recipe') != recipe:  # the sets of a suite have one model
         model = prepare_model(task, run, processes.device, pretrained=weights is None)
@@ -230,7 +231,7 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
         log.info('%.0f images/s, of the model alone in batches of %d', result['throughput'], len(batch))
     loaders.close()
     return result | {
-        'files': task.files(result) if detailed else {}, 'weights': which, 'model': recipe.model,
+        'weights': which, 'model': recipe.model,
         **recipe.settings(), **({'tta': run.tta} if run.tta else {}),
         'precision': recipe.precision, 'seconds': seconds, 'images_per_second': result['count'] / seconds}
 
@@ -271,17 +272,17 @@ def settings_of_timm(model: str) -> dict[str, Any]:
     return {'test_size': settings.pop('input_size')[-1], **settings}
 
 
-def check_classes(ours: list[str], known: Sequence[str], run: Run, *, num_classes: int) -> None:
+def check_classes(ours: list[str], known: Sequence[str], run: Run, *, num_classes: int, cure: str) -> None:
     """Warns where the data's classes `ours` are not those of the model: the accuracy would be that of chance."""
     numbers = num_classes == len(ours) == 1000 and labels.are_numbers(ours)  # ImageNet's, as ImageNet-V2 has them
     if not ours or run.valid_labels or run.class_map or numbers:
         return
     if len(ours) < num_classes:
-        log.warning('The data has %d classes, the model %d: say which by --valid_labels FILE or --class_map FILE, else '
-                    "they are taken for the model's first.", len(ours), num_classes)
+        log.warning("The data has %d classes, the model %d: %s, else they are taken for the model's first.", len(ours),
+                    num_classes, cure)
     elif known and labels.find(ours, known) != list(range(len(ours))):
         log.warning('The data has other classes (%s, ...) than the checkpoint was trained on (%s, ...), and they are '
-                    'taken one for one: rename the folders, or give --class_map FILE.', ours[0], known[0])
+                    'taken one for one: %s.', ours[0], known[0], cure)
 
 
 def evaluation_folder(source: str | None, model: str) -> Path:
@@ -332,8 +333,8 @@ def append_result(path: Path, result: dict[str, Any], recipe: Recipe) -> None:
         with open(path, 'a+', newline='') as file:
             file.seek(0)
             known = next(csv.reader(file), None)  # a file keeps the columns that it was begun with
-            if known is not None and 'checkpoint' not in known:
-                raise ValueError('its first line has no column checkpoint')
+            if lacking := [name for name in ('checkpoint', recipe.best) if known is not None and name not in known]:
+                raise ValueError(f'its first line has no column {lacking[0]}')
             writer = csv.DictWriter(file, known or columns, extrasaction='ignore')
             if known is None:
                 writer.writeheader()

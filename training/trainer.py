@@ -313,7 +313,7 @@ class Training:
         for model in self._models().values():
             batches = self.loaders.train.epoch((self.state.step - 1) // self.state.updates_per_epoch, 0,
                                                PRECISE_BN_ORDER)
-            engine.precise_bn(model, itertools.islice(batches, micro_batches), self.task.forward,
+            engine.precise_bn(model, itertools.islice(batches, micro_batches), self.task.loss,
                               precision=self.recipe.precision, frozen=frozen)
 
     def _evaluate(self, entry: dict[str, Any]) -> tuple[set[str], dict[str, Image.Image]]:
