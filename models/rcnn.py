@@ -288,6 +288,11 @@ class RCNN(Detector):
         """Whether boxes pass through several stages."""
         return len(self.STAGES) > 1
 
+    @property
+    def without(self) -> tuple[str, ...]:
+        """The parts of a file for which the model has no place, and need not have one."""
+        return () if self.masks else ('roi_head.mask_head.',)
+
     def box_head(self, channels: int, hidden: int) -> BoxHead:
         """A stage's box head."""
         raise NotImplementedError
