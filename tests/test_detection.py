@@ -141,9 +141,13 @@ def test_pictures_of_the_first_batch_and_of_the_last_detections_are_on_tensorboa
     assert {'train/images', 'test/detections 0', 'test/detections 3_ema'} <= set(events.Tags()['images'])
 
 
+@pytest.mark.parametrize('masks', [False, True])
 @pytest.mark.parametrize('world_size', [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_run_that_is_stopped_and_killed_at_any_update_ends_with_the_same_bits(world_size, words, tmp_path):
+def test_a_run_that_is_stopped_and_killed_at_any_update_ends_with_the_same_bits(
+        world_size, masks, words, data, tmp_path):
     batch = {1: ('--batch_size', '2'), 2: (), 3: ('--total_batch_size', '6')}[world_size]
+    if masks:
+        words, batch = (*MASK_WORDS, '--data_path', str(data)), (*batch, '--resize', 'multi_scale')
     words = (*words, *batch, '--epochs', '1', '--disable_eval', '--print_freq', '1')
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     runs.run((*words, '--output_dir', str(whole)), tmp_path / 'whole.txt', world_size=world_size)
@@ -329,29 +333,38 @@ def test_coco_has_80_classes_by_torchvisions_names():
     assert (names[0], names[16], names[79]) == ('person', 'dog', 'toothbrush')
 
 
-def test_other_classes_renew_the_last_layer_alone_and_say_so(trained, data, tmp_path, capsys):
-    mine = tmp_path / 'mine.json'
-    facts = json.loads((data / 'annotations' / 'instances_train2017.json').read_text())
-    for category in facts['categories']:
-        category['name'] = 'odd' if category['name'] in '13579' else 'even'
-    merged = {name: number for number, name in enumerate(('even', 'odd'))}
-    by_id = {category['id']: merged[category['name']] for category in facts['categories']}
+def merge_classes(path: Path, mine: Path) -> None:
+    """Writes a JSON of digits anew with two classes, even and odd."""
+    facts = json.loads(path.read_text())
+    odd = {category['id']: int(category['name']) % 2 for category in facts['categories']}
     for note in facts['annotations']:
-        note['category_id'] = by_id[note['category_id']]
-    facts['categories'] = [{'id': number, 'name': name} for name, number in merged.items()]
+        note['category_id'] = odd[note['category_id']]
+    facts['categories'] = [{'id': 0, 'name': 'even'}, {'id': 1, 'name': 'odd'}]
     mine.write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize('run,flags,renewed', [
+    ('trained', SMALL, {'bbox_head.retina_cls': 18}),
+    ('masked', MASK_WORDS, {'roi_head.bbox_head.fc_cls': 3, 'roi_head.bbox_head.fc_reg': 8,
+                            'roi_head.mask_head.conv_logits': 2})])
+def test_other_classes_renew_the_last_layers_alone_and_say_so(run, flags, renewed, data, tmp_path, capsys, request):
+    start = request.getfixturevalue(run)
+    mine = tmp_path / 'mine.json'
+    merge_classes(data / 'annotations' / 'instances_train2017.json', mine)
     files = ('--train_json', str(mine), '--val_json', str(mine), '--image_dir', str(data / 'train2017'))
-    words = [*SMALL, *files, '--num_workers', '0', '--batch_size', '4', '--total_batch_size', '4', '--epochs', 'none',
+    words = [*flags, *files, '--num_workers', '0', '--batch_size', '4', '--total_batch_size', '4', '--epochs', 'none',
              '--updates', '1', '--warmup_steps', '0', '--lr', '0', '--min_lr', '0', '--model_ema', 'false',
-             '--disable_eval', '--finetune', str(trained / 'checkpoint-last.pth'), '--output_dir',
-             str(tmp_path / 'run')]
+             '--disable_eval', '--finetune', str(start / 'checkpoint-last.pth'), '--output_dir', str(tmp_path / 'run')]
     assert main.main(words) == 0
     said = capsys.readouterr().out
-    assert 'bbox_head.retina_cls.weight, bbox_head.retina_cls.bias' in said and '2 classes' in said
-    ours, theirs = state_of(tmp_path / 'run')['model'], state_of(trained)['model_ema']
-    assert ours['bbox_head.retina_cls.weight'].shape[0] == 18
-    moved = [name for name in ours if not name.startswith('bbox_head.retina_cls')
-             and 'running' not in name and 'batches' not in name and not torch.equal(ours[name], theirs[name])]
+    assert '2 classes' in said
+    for name, channels in renewed.items():
+        assert f'{name}.weight, {name}.bias' in said
+        assert state_of(tmp_path / 'run')['model'][f'{name}.weight'].shape[0] == channels
+    ours, theirs = state_of(tmp_path / 'run')['model'], state_of(start)
+    theirs = theirs.get('model_ema') or theirs['model']
+    moved = [name for name in ours if not name.startswith(tuple(renewed)) and 'running' not in name
+             and 'batches' not in name and not torch.equal(ours[name], theirs[name])]
     assert moved == []  # at a learning rate of 0 all that was kept is as it was
 
 
@@ -384,12 +397,7 @@ def test_ones_own_classes_learn_faster_from_a_detector_than_from_a_classifier(tm
     digits_coco.write(tmp_path / 'first', train=400, val=8)
     digits_coco.write(tmp_path / 'mine', train=100, val=60, seed=1)
     for path in (tmp_path / 'mine' / 'annotations').glob('*.json'):
-        facts = json.loads(path.read_text())
-        names = {category['id']: category['name'] for category in facts['categories']}
-        for note in facts['annotations']:
-            note['category_id'] = int(names[note['category_id']]) % 2
-        facts['categories'] = [{'id': 0, 'name': 'even'}, {'id': 1, 'name': 'odd'}]
-        path.write_text(json.dumps(facts))
+        merge_classes(path, path)
     common = ('--device', 'cpu', '--num_workers', '0', '--epochs', 'none', '--model_ema', 'false')
     starts = {
         'detector': ('--recipe', ROW, '--data_set', 'coco', '--data_path', str(tmp_path / 'first'), '--updates', '250'),
