@@ -20,6 +20,9 @@ from models.detection import EPSILON, FPN, Detector, Target, by_anchor, convolut
 
 STRIDES = (4, 8, 16, 32)  # of the levels from which boxes and masks are pooled
 BOX, MASK = 7, 14  # cells along each side of a pooled map
+# RoIAlign's compiled form, whose values always repeat to the bit; on CUDA, its gradients do not. Torchvision's function
+# leaves it where `torch.are_deterministic_algorithms_enabled()`, even where there are no gradients
+KERNEL = torch.ops.torchvision.roi_align
 CANVASES = 2**24  # pixels of the masks that are pasted at once; each costs 12 bytes for a moment
 
 
@@ -168,11 +171,20 @@ def roi_features(levels: Sequence[Tensor], rois: Tensor, size: int) -> Tensor:
 
     Each level pools all RoIs, of which those of another level have no area: such a RoI has no sampling points, costs
     next to nothing and gives zeros. To pick the RoIs of a level, the CPU would have to wait for their number.
+
+    Where gradients shall repeat to the bit (`--deterministic`), a level's RoIs are picked all the same: on CUDA,
+    torchvision then takes a form of its own, in which a RoI without area divides 0 by 0 and has gradients of NaN.
     """
-    number, pooled = roi_levels(rois), 0.0
+    number = roi_levels(rois)
+    pooled = levels[0].new_zeros((rois.shape[0], levels[0].shape[1], size, size), dtype=torch.float32)
+    repeatable = torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled()
     for i, (level, stride) in enumerate(zip(levels, STRIDES, strict=True)):
-        own = torch.where((number == i)[:, None], rois, F.pad(rois[:, :1], (0, 4)))
-        pooled = pooled + roi_align(level.float(), own, size, 1 / stride, sampling_ratio=0, aligned=True)
+        if not repeatable:
+            own = torch.where((number == i)[:, None], rois, F.pad(rois[:, :1], (0, 4)))
+            pooled = pooled + KERNEL(level.float(), own, 1 / stride, size, size, 0, True)
+        elif len(which := (number == i).nonzero()[:, 0]):
+            pooled = pooled.index_put((which,), roi_align(level.float(), rois[which], size, 1 / stride,
+                                                          sampling_ratio=0, aligned=True))
     return pooled
 
 
@@ -204,7 +216,7 @@ def mask_targets(masks: Tensor, padded: tuple[int, int], boxes: Tensor, which: T
     height, width = masks.shape[1:]
     whole = F.pad(masks.float(), (0, padded[1] - width, 0, padded[0] - height))[:, None]
     rois = torch.cat((which[:, None].to(boxes.dtype), boxes), dim=1)
-    return (roi_align(whole, rois, 2 * MASK, sampling_ratio=0, aligned=True)[:, 0] >= 0.5).float()
+    return (KERNEL(whole, rois, 1.0, 2 * MASK, 2 * MASK, 0, True)[:, 0] >= 0.5).float()
 
 
 def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
