@@ -416,6 +416,33 @@ def test_ones_own_classes_learn_faster_from_a_detector_than_from_a_classifier(tm
     assert found['detector'] > 5 > found['classifier']
 
 
+@pytest.mark.slow
+def test_eight_images_are_learnt_by_heart_boxes_and_masks(tmp_path):
+    digits_coco.write(tmp_path, train=30, val=1)
+    facts = json.loads((tmp_path / 'annotations' / 'instances_train2017.json').read_text())
+    filled, crowded = ({note['image_id'] for note in facts['annotations'] if note['iscrowd'] >= least}
+                       for least in (0, 1))
+    facts['images'] = [image for image in facts['images'] if image['width'] > image['height']
+                       and image['id'] in filled - crowded][:8]  # of one orientation, for a batch of them all
+    ids = {image['id'] for image in facts['images']}
+    facts['annotations'] = [note for note in facts['annotations'] if note['image_id'] in ids]
+    (tmp_path / 'eight.json').write_text(json.dumps(facts))
+    # Batch statistics, of which the running ones are a mean: all updates see the same eight images
+    words = ('--recipe', MASKS, '--model_kwargs', 'dims=[16,32,64,128]', 'depths=[1,1,3,1]', 'ffn_ratios=[4,4,4,4]',
+             'layer_scale_init_value=0.1', '--network_kwargs', 'channels=64', 'hidden=256', 'samples=64',
+             'anchor_scale=4', '--image_scale', '160', '160', '--hflip', '0', '--drop_path', '0', '--device', 'cpu',
+             '--num_workers', '0', '--batch_size', '8', '--total_batch_size', '8', '--epochs', 'none', '--updates',
+             '600', '--milestones', '400', '520', '--lr', '1e-3', '--min_lr', '1e-6', '--warmup_steps', '50',
+             '--clip_grad', '1', '--weight_decay', '0', '--val_steps', '200', '--image_dir',
+             str(tmp_path / 'train2017'), '--output_dir', str(tmp_path / 'run'))
+    for split in ('train', 'val'):
+        words += (f'--{split}_json', str(tmp_path / 'eight.json'))
+    assert main.main(words) == 0
+    last = log_of(tmp_path / 'run')[-1]
+    print({name: last[f'test_{name}'] for name in ('box_ap', 'mask_ap', 'mask_ap50')})
+    assert last['test_box_ap'] >= 85 and last['test_mask_ap50'] >= 95
+
+
 # ---- What cannot be -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('flags,said', [
