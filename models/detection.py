@@ -158,7 +158,8 @@ class RetinaHead(nn.Module):
 
 def by_anchor(maps: Tensor, last: int) -> Tensor:
     """[..., A * last, H, W] -> float32 [..., H * W * A, last], in the anchors' order."""
-    return maps.movedim(-3, -1).flatten(-3).unflatten(-1, (-1, last)).float()
+    # Counted from the front, as ONNX does
+    return maps.movedim(maps.ndim - 3, maps.ndim - 1).flatten(maps.ndim - 3).unflatten(-1, (-1, last)).float()
 
 
 def focal_loss(logits: Tensor, labels: Tensor, weights: Tensor, count: Tensor | float) -> Tensor:

@@ -20,6 +20,9 @@ from models.detection import EPSILON, FPN, Detector, Target, by_anchor, convolut
 
 STRIDES = (4, 8, 16, 32)  # of the levels from which boxes and masks are pooled
 BOX, MASK = 7, 14  # cells along each side of a pooled map
+# RoIAlign's compiled form, whose values always repeat to the bit; on CUDA, its gradients do not. Torchvision's function
+# leaves it where `torch.are_deterministic_algorithms_enabled()`, even where there are no gradients
+KERNEL = torch.ops.torchvision.roi_align
 CANVASES = 2**24  # pixels of the masks that are pasted at once; each costs 12 bytes for a moment
 
 
@@ -168,11 +171,20 @@ def roi_features(levels: Sequence[Tensor], rois: Tensor, size: int) -> Tensor:
 
     Each level pools all RoIs, of which those of another level have no area: such a RoI has no sampling points, costs
     next to nothing and gives zeros. To pick the RoIs of a level, the CPU would have to wait for their number.
+
+    Where gradients shall repeat to the bit (`--deterministic`), a level's RoIs are picked all the same: on CUDA,
+    torchvision then takes a form of its own, in which a RoI without area divides 0 by 0 and has gradients of NaN.
     """
-    number, pooled = roi_levels(rois), 0.0
+    number = roi_levels(rois)
+    pooled = levels[0].new_zeros((rois.shape[0], levels[0].shape[1], size, size), dtype=torch.float32)
+    repeatable = torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled()
     for i, (level, stride) in enumerate(zip(levels, STRIDES, strict=True)):
-        own = torch.where((number == i)[:, None], rois, F.pad(rois[:, :1], (0, 4)))
-        pooled = pooled + roi_align(level.float(), own, size, 1 / stride, sampling_ratio=0, aligned=True)
+        if not repeatable:
+            own = torch.where((number == i)[:, None], rois, F.pad(rois[:, :1], (0, 4)))
+            pooled = pooled + KERNEL(level.float(), own, 1 / stride, size, size, 0, True)
+        elif len(which := (number == i).nonzero()[:, 0]):
+            pooled = pooled.index_put((which,), roi_align(level.float(), rois[which], size, 1 / stride,
+                                                          sampling_ratio=0, aligned=True))
     return pooled
 
 
@@ -183,7 +195,7 @@ def of_class(values: Tensor, labels: Tensor) -> Tensor:
     """
     if values.shape[1] == 1:
         return values[:, 0]
-    return values[torch.arange(len(values), device=values.device), labels]
+    return values[torch.arange(values.shape[0], device=values.device), labels]
 
 
 def positives(values: Tensor, samples: Sequence[Samples]) -> Tensor:
@@ -204,7 +216,7 @@ def mask_targets(masks: Tensor, padded: tuple[int, int], boxes: Tensor, which: T
     height, width = masks.shape[1:]
     whole = F.pad(masks.float(), (0, padded[1] - width, 0, padded[0] - height))[:, None]
     rois = torch.cat((which[:, None].to(boxes.dtype), boxes), dim=1)
-    return (roi_align(whole, rois, 2 * MASK, sampling_ratio=0, aligned=True)[:, 0] >= 0.5).float()
+    return (KERNEL(whole, rois, 1.0, 2 * MASK, 2 * MASK, 0, True)[:, 0] >= 0.5).float()
 
 
 def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -220,18 +232,22 @@ def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor
     """
     pasted = torch.empty((len(boxes), *size), dtype=torch.bool, device=boxes.device)
     count = max(1, CANVASES // (size[0] * size[1]))
-    rows, columns = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
     for start in range(0, len(boxes), count):
-        some = boxes[start:start + count]
-        x0, y0, x1, y1 = some[:, :, None].unbind(1)
-        tiny = torch.finfo(some.dtype).tiny  # far away, and not the middle, are the pixels of a box without area
-        x = (columns - x0) / (x1 - x0).clamp(min=tiny) * 2 - 1
-        y = (rows - y0) / (y1 - y0).clamp(min=tiny) * 2 - 1
-        grid = torch.stack((x[:, None].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])), dim=3)
-        grid = grid.clamp(-4, 4)  # a mask ends at -1 and 1
-        pasted[start:start + count] = F.grid_sample(
-            probabilities[start:start + count, None].to(grid.dtype), grid, align_corners=False)[:, 0] >= 0.5
+        pasted[start:start + count] = paste_at_once(
+            probabilities[start:start + count], boxes[start:start + count], size)
     return pasted
+
+
+def paste_at_once(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """As `paste`, for any number of masks without a loop, and 12 bytes a pixel of each."""
+    rows, columns = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    tiny = torch.finfo(boxes.dtype).tiny  # far away, and not the middle, are the pixels of a box without area
+    x = (columns - x0) / (x1 - x0).clamp(min=tiny) * 2 - 1
+    y = (rows - y0) / (y1 - y0).clamp(min=tiny) * 2 - 1
+    grid = torch.stack((x[:, None].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])), dim=3)
+    grid = grid.clamp(-4, 4)  # a mask ends at -1 and 1
+    return F.grid_sample(probabilities[:, None].to(grid.dtype), grid, align_corners=False)[:, 0] >= 0.5
 
 
 # ---- The models -----------------------------------------------------------------------------------------------------
@@ -287,6 +303,11 @@ class RCNN(Detector):
     def cascaded(self) -> bool:
         """Whether boxes pass through several stages."""
         return len(self.STAGES) > 1
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """The parts of a file for which the model has no place, and need not have one."""
+        return () if self.masks else ('roi_head.mask_head.',)
 
     def box_head(self, channels: int, hidden: int) -> BoxHead:
         """A stage's box head."""
@@ -400,9 +421,11 @@ class RCNN(Detector):
         for i, size in enumerate(sizes):
             boxes, scores, numbers = [], [], []
             for number, (x, y, level) in enumerate(zip(logits, deltas, anchors, strict=True)):
-                # Which of two equal scores comes first decides what is drawn later; `topk` does not say
-                score, index = (values[:before] for values in by_anchor(x[i], 1)[:, 0].sigmoid().sort(
-                    descending=True, stable=True))
+                score = by_anchor(x[i], 1)[:, 0].sigmoid()
+                if torch.onnx.is_in_onnx_export():  # which knows no stable sort
+                    score, index = score.topk(min(before, len(level)))
+                else:  # which of two equal scores comes first decides what is drawn later; `topk` does not say
+                    score, index = (values[:before] for values in score.sort(descending=True, stable=True))
                 boxes.append(box.decode(level[index], by_anchor(y[i], 4)[index], size=size))
                 scores.append(score)
                 numbers.append(torch.full_like(index, number))
@@ -490,7 +513,8 @@ class RCNN(Detector):
             found = self._detect(own, boxes, size, original)
             if self.masks:
                 rois = rois_of([box.scale(found['boxes'], original, size)])
-                found['masks'] = paste(self.mask_probabilities(own, rois, found['labels']), found['boxes'], original)
+                put = paste_at_once if torch.onnx.is_in_onnx_export() else paste
+                found['masks'] = put(self.mask_probabilities(own, rois, found['labels']), found['boxes'], original)
             detections.append(found)
         return detections
 
@@ -507,7 +531,7 @@ class RCNN(Detector):
         scores = (total / len(self.STAGES)).softmax(dim=1)[:, :-1]
         boxes = box.decode(boxes[:, None], deltas, stds=stage.stds, size=size).expand(-1, self.num_classes, -1)
         boxes, scores = box.scale(boxes.flatten(0, 1), size, original), scores.flatten()
-        labels = torch.arange(self.num_classes, device=scores.device).repeat(len(scores) // self.num_classes)
+        labels = torch.arange(self.num_classes, device=scores.device).repeat(scores.shape[0] // self.num_classes)
         kept = box.choose(boxes, scores, labels, score=0.05, iou=0.5, count=100)
         return {'boxes': boxes[kept], 'scores': scores[kept], 'labels': labels[kept]}
 

@@ -469,7 +469,8 @@ def apply_weights(model: nn.Module, weights: Weights, *, drop_classifier: bool =
     unexpected = [name for name in given if name not in ours]
     wrong_shape = [name for name in unfit if name not in resampled]
 
-    skipped = of_head | made
+    apart = tuple(getattr(model, 'without', ()))  # parts that the model could have, and has not
+    skipped = of_head | made | {name for name in given if name.startswith(apart)}
 
     def backbone(names: Iterable[str]) -> list[str]:
         return [name for name in names if name not in skipped and not name.endswith('num_batches_tracked')]

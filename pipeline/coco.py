@@ -30,12 +30,14 @@ from pipeline.labels import BadLabel
 from recipes import Recipe, Run
 from utils import UserError, log, reason_of
 
-RULES = '1'  # of the index: raise it where a rule of `scan` changes
+RULES = '2'  # of the index: raise it where a rule of `scan` changes
 SPLITS = {'train': ('train2017', 'train'), 'val': ('val2017', 'val', 'valid', 'validation', 'test')}
 EXPORT = '_annotations.coco.json'  # Roboflow's, in the folder of the images
 DIGITS = 5000  # made-up images to train on: of 1,000, a detector learns the images and not the digits
 MIN_SIDE = 32  # pixels: below, an image is left out of the training, as by the authors
-CROWD, IGNORED = 1, 2  # flags of an annotation
+CROWD, IGNORED, MASKLESS = 1, 2, 4  # flags of an annotation
+WITHOUT_MASKS = ('train boxes alone by --masks false (and evaluate them by --recipe ROW --masks false), or add its '
+                 'segmentation')
 IMAGE = [('id', '<i8'), ('height', '<i4'), ('width', '<i4'), ('first', '<i8'), ('count', '<i4')]
 ANNOTATION = [('id', '<i8'), ('category', '<i4'), ('flags', 'u1'), ('box', '<f8', 4), ('area', '<f8'),
               ('start', '<i8'), ('end', '<i8')]
@@ -215,7 +217,8 @@ class _Scan:
         except (KeyError, TypeError, ValueError, OverflowError):
             raise self.error(f'annotation {number} of image {image} has the bbox {note.get("bbox")!r} and the area '
                              f'{note.get("area")!r}', 'give four numbers, x, y, width, height, and one') from None
-        flags = CROWD * bool(note.get('iscrowd')) | IGNORED * bool(note.get('ignore'))
+        flags = (CROWD * bool(note.get('iscrowd')) | IGNORED * bool(note.get('ignore'))
+                 | MASKLESS * (not note.get('segmentation')))
         self.numbers.extend((number, image, category, flags, start, end))
         self.values.extend((x, y, width, height, area))
 
@@ -391,7 +394,7 @@ def usable(images: np.ndarray, notes: np.ndarray) -> np.ndarray:
     x, y, w, h = notes['box'].T
     width, height = (np.repeat(images[side], images['count']) for side in ('width', 'height'))
     inside = (np.minimum(x + w, width) > np.maximum(x, 0)) & (np.minimum(y + h, height) > np.maximum(y, 0))
-    return inside & (notes['area'] > 0) & (w >= 1) & (h >= 1) & (notes['flags'] == 0)
+    return inside & (notes['area'] > 0) & (w >= 1) & (h >= 1) & (notes['flags'] & (CROWD | IGNORED) == 0)
 
 
 class CocoSource:
@@ -498,6 +501,11 @@ class CocoSource:
                            notes['id'].copy(), partial(self._segments, notes[['id', 'start', 'end']].copy()),
                            (int(image['height']), int(image['width'])), int(image['id']))
 
+    def without_masks(self) -> np.ndarray:
+        """The ids, int64 [n], of the annotations that are taken and have no `segmentation`."""
+        notes = self._notes[self._good] if self._training else self._notes
+        return notes['id'][(notes['flags'] & MASKLESS).astype(bool)]
+
     def _segments(self, places: np.ndarray) -> list[Any]:
         """The `segmentation` of annotations, read from their places in the JSON. Raises BadLabel where it changed."""
         found = []
@@ -518,7 +526,6 @@ class CocoSource:
         with open(self._path(index), 'rb', buffering=0) as file:
             return file.read(), self.annotations(index)
 
-
     @property
     def shown(self) -> str:
         """The source in messages."""
@@ -536,8 +543,11 @@ class CocoSource:
         check_size(dense.decode_upright(image), notes.size)
 
 
-def check_coco(train: CocoSource | None, val: CocoSource | None) -> tuple[list[str], list[str]]:
+def check_coco(train: CocoSource | None, val: CocoSource | None, *, masks: bool = False) -> tuple[list[str], list[str]]:
     """What can be seen of two halves of a data set without opening an image.
+
+    Args:
+        masks: whether each annotation must have one.
 
     Returns:
         errors, with which the results would be worthless, and warnings; each names the file and the cure.
@@ -546,6 +556,8 @@ def check_coco(train: CocoSource | None, val: CocoSource | None) -> tuple[list[s
     for source in (train, val):
         if source is None:
             continue
+        if masks and len(bare := source.without_masks()):
+            errors.append(f'{source.json} has no mask in annotation {bare[0]} ({len(bare):,} such); {WITHOUT_MASKS}')
         left_out = {what: count for what, count in source.dropped.items() if count}
         if left_out:
             warnings.append(f'{source.json}: the training leaves out '
@@ -636,8 +648,8 @@ def crop_boxes(boxes: np.ndarray, top: int, left: int, size: tuple[int, int]) ->
     return moved, (moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])
 
 
-def rasterise(segments: Sequence[Any], size: tuple[int, int], ids: Sequence[int]) -> list[np.ndarray]:
-    """Masks, uint8 [h, w] each, of polygons or run lengths as a JSON has them, by the rules of COCO's own tools.
+def run_lengths_of(segments: Sequence[Any], size: tuple[int, int], ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Polygons or run lengths as a JSON has them, as compressed run lengths, by the rules of COCO's own tools.
 
     Args:
         segments: the `segmentation` of each annotation, None where it has none.
@@ -647,11 +659,10 @@ def rasterise(segments: Sequence[Any], size: tuple[int, int], ids: Sequence[int]
     Raises:
         BadLabel: where an annotation has no mask, or one of another form or size.
     """
-    masks = []
+    found = []
     for segment, number in zip(segments, ids, strict=True):
         if segment is None:
-            raise BadLabel(f'has no mask in annotation {number}; train boxes alone by --network_kwargs masks=false, or '
-                           'add its segmentation')
+            raise BadLabel(f'has no mask in annotation {number}; {WITHOUT_MASKS}')
         try:
             if isinstance(segment, list):  # polygons, whose union is the object
                 code = run_lengths.merge(run_lengths.frPyObjects(segment, *size))
@@ -659,13 +670,28 @@ def rasterise(segments: Sequence[Any], size: tuple[int, int], ids: Sequence[int]
                 code = run_lengths.frPyObjects(segment, *segment['size'])
             else:
                 code = segment
-            mask = run_lengths.decode(code)
-            if mask.shape != tuple(size):
-                raise ValueError(f'a mask of {mask.shape[1]} x {mask.shape[0]} pixels')
+            if list(code['size']) != list(size):
+                raise ValueError(f'a mask of {code["size"][1]} x {code["size"][0]} pixels')
+            run_lengths.area(code)
         except Exception as error:  # anything, of code that takes what it is given for right
-            raise BadLabel(f'has a segmentation that cannot be read in annotation {number} ({error}); give polygons or '
-                           "run lengths in COCO's form") from None
-        masks.append(mask)
+            raise _unreadable(number, error) from None
+        found.append(code)
+    return found
+
+
+def _unreadable(number: int, error: Exception) -> BadLabel:
+    return BadLabel(f'has a segmentation that cannot be read in annotation {number} ({error}); give polygons or run '
+                    "lengths in COCO's form")
+
+
+def rasterise(segments: Sequence[Any], size: tuple[int, int], ids: Sequence[int]) -> list[np.ndarray]:
+    """Masks, uint8 [h, w] each, of what `run_lengths_of` takes. Raises BadLabel as it does."""
+    masks = []
+    for code, number in zip(run_lengths_of(segments, size, ids), ids, strict=True):
+        try:
+            masks.append(run_lengths.decode(code))
+        except Exception as error:  # as above
+            raise _unreadable(number, error) from None
     return masks
 
 

@@ -5,24 +5,39 @@ from typing import Any, Literal
 from recipes.dense import Dense
 from recipes.fields import RATE, DataSet, Run, check, doc
 
+BOXES = {
+    'box_ap': ('box AP', ''), 'box_ap50': ('AP50', ''), 'box_ap75': ('AP75', ''), 'box_ap_small': ('small', ''),
+    'box_ap_medium': ('medium', ''), 'box_ap_large': ('large', ''), 'box_ar1': ('AR1', ''), 'box_ar10': ('AR10', ''),
+    'box_ar100': ('AR100', ''), 'box_ar_small': ('AR small', ''), 'box_ar_medium': ('AR medium', ''),
+    'box_ar_large': ('AR large', '')}
+MASKS = {name.replace('box', 'mask'): (f'mask {label.removeprefix("box ")}', unit)
+         for name, (label, unit) in BOXES.items()}
+
+
+class _Metrics:
+    """The metrics of all detectors together; of a recipe, those that its network has."""
+
+    def __get__(self, recipe: 'Detection | None', kind: type) -> dict[str, tuple[str, str]]:
+        return BOXES | MASKS if recipe is None or recipe.with_masks else BOXES
+
 
 @dataclass(frozen=True)
 class Detection(Dense):
     """All that can change a detector's accuracy. Two runs of one recipe differ by round-off and hardware only."""
 
     task = 'tasks.detection:Detection'
-    metrics = {  # noqa: RUF012
-        'box_ap': ('box AP', ''), 'box_ap50': ('AP50', ''), 'box_ap75': ('AP75', ''), 'box_ap_small': ('small', ''),
-        'box_ap_medium': ('medium', ''), 'box_ap_large': ('large', ''), 'box_ar1': ('AR1', ''),
-        'box_ar10': ('AR10', ''), 'box_ar100': ('AR100', ''), 'box_ar_small': ('AR small', ''),
-        'box_ar_medium': ('AR medium', ''), 'box_ar_large': ('AR large', '')}
+    metrics = _Metrics()
     best = 'box_ap'
     known_classes = 80
     published_data = DataSet('COCO 2017', classes=known_classes, images=117_266, gigabytes=20.4)  # those with boxes
     descriptive = (*Dense.descriptive, 'expected_box_ap', 'expected_mask_ap')
+    fixed = (*Dense.fixed, 'masks')
 
     expected_box_ap: float | None = doc(None, 'published AP of the boxes, in hundredths', flag=False)
     expected_mask_ap: float | None = doc(None, 'published AP of the masks, in hundredths', flag=False)
+
+    # Model
+    masks: bool = doc(True, 'train and evaluate masks beside boxes; false: boxes alone, from data without masks too')
 
     # Data and augmentation
     data_set: str = doc('coco', "coco: COCO's folder, or any COCO JSON; digits_coco: digits on photographs, made up")
@@ -32,9 +47,21 @@ class Detection(Dense):
                                                     'pixels')
     hflip: float = doc(0.5, 'probability of a horizontal flip', RATE)
 
+    @property
+    def knows_masks(self) -> bool:
+        """Whether the network can have mask heads."""
+        return 'mask' in self.network
+
+    @property
+    def with_masks(self) -> bool:
+        """Whether the network has mask heads."""
+        return self.masks and self.knows_masks
+
     def check(self) -> None:
         """Refuses values that cannot be meant. Raises UserError that names the flag."""
         super().check()
+        check(self.masks or self.knows_masks, f'--masks false: {self.network} has none; leave it out')
+        check('masks' not in self.network_kwargs, '--network_kwargs masks: say --masks false')
         check(self.data_set in ('coco', 'digits_coco'), f'--data_set {self.data_set} has no boxes; say coco (any COCO '
                                                         'JSON) or digits_coco')
         check(min(self.image_scale) > 0, f'--image_scale {self.image_scale}: give two sides above 0')
@@ -54,7 +81,11 @@ class Detection(Dense):
 
     def expected(self) -> dict[str, float | None]:
         """The published values of the row by metric, None where none was published."""
-        return {'box_ap': self.expected_box_ap}
+        return {'box_ap': self.expected_box_ap} | ({'mask_ap': self.expected_mask_ap} if self.with_masks else {})
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the network's constructor, beside `network_kwargs` and `model_kwargs`."""
+        return super().arguments() | ({'masks': self.masks} if self.knows_masks else {})
 
     def settings(self) -> dict[str, object]:
         """How the model and its images are prepared for a test, as eval.json holds it."""

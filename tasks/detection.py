@@ -24,7 +24,7 @@ from pipeline.dense import decode_upright, padded, stack
 from recipes import Run
 from recipes.coco import Detection as Recipe
 from tasks import Batch, pictures
-from tasks.average_precision import COLUMNS, average_precision
+from tasks.average_precision import COLUMNS, as_run_lengths, average_precision, decode, encode
 from tasks.dense import Dense
 from utils import UserError, from_rank_zero, write_atomically
 
@@ -62,9 +62,9 @@ class Detection(Dense):
 
     def __init__(self, recipe: Recipe, run: Run):
         super().__init__(recipe, run)
-        masks = recipe.network_kwargs.get('masks', True)
-        self.losses = tuple(shorten(name) for name in NETWORKS[recipe.network].LOSSES if masks or 'mask' not in name)
-        self._masks = any('mask' in name for name in self.losses)
+        self._masks = recipe.with_masks
+        self.losses = tuple(shorten(name) for name in NETWORKS[recipe.network].LOSSES
+                            if self._masks or 'mask' not in name)
         self._transform = coco.Transform(recipe.image_scale, hflip=recipe.hflip, masks=self._masks,
                                          multi_scale=recipe.resize == 'multi_scale')
         self._val: Any = None  # the source of the test images, which the metric asks for the ground truth
@@ -85,7 +85,7 @@ class Detection(Dense):
         return source
 
     def check_data(self, train: Any, val: Any) -> tuple[list[str], list[str]]:
-        return coco.check_coco(train, val)
+        return coco.check_coco(train, val, masks=self._masks)
 
     def learn_classes(self, sources: Sequence[Any]) -> None:
         if self.run.eval and not self.trained and self.recipe.num_classes == Recipe.known_classes:
@@ -126,7 +126,7 @@ class Detection(Dense):
 
     def metric(self, device: torch.device, *, names: Callable[[], Sequence[str]] | None = None,
                detailed: bool = False) -> 'BoxAP':
-        return BoxAP(self._val, device, self.run, detailed=detailed)
+        return BoxAP(self._val, device, self.run, masks=self._masks, detailed=detailed)
 
     # ---- For people
 
@@ -141,10 +141,10 @@ class Detection(Dense):
 
     def draw_result(self, result: dict[str, Any]) -> dict[str, Image.Image]:
         drawn = {}
-        for place, rows in enumerate(result.get('examples', ())):
+        for place, (rows, masks) in enumerate(result.get('examples', ())):
             image, truth = self._val.read(place)
             drawn[f'detections {place}'] = self.draw(pictures.draw_boxes(self.picture(image), truth.boxes),
-                                                     from_rows(rows))
+                                                     from_rows(rows) | ({'masks': masks} if self._masks else {}))
         return drawn
 
     def prepare(self, image: Any) -> dict[str, Any]:
@@ -153,8 +153,9 @@ class Detection(Dense):
         return self.sample((pixels, coco.Annotations.none(pixels.shape[:2])), None)
 
     @torch.inference_mode()
-    def predict(self, model: nn.Module, samples: Sequence[Any]) -> list[dict[str, Tensor]]:
-        """Boxes [n, 4] in pixels of the image, scores [n] and labels [n] on the CPU, by falling score.
+    def predict(self, model: nn.Module, samples: Sequence[Any]) -> list[dict[str, Any]]:
+        """Boxes [n, 4] in pixels of the image, scores [n] and labels [n] on the CPU, by falling score, and where the
+        network has masks, each as COCO's run lengths.
 
         One image at a time: beside a larger one, the padding would change the features.
         """
@@ -162,38 +163,50 @@ class Detection(Dense):
         for sample in samples:
             batch = self.finish(self.collate([sample]), next(model.parameters()).device, None)
             result, = model.predict(batch.images, batch.sizes, batch.original_sizes)
-            results.append({name: value.cpu() for name, value in result.items()})
+            # Whole masks of many photographs would not fit into memory
+            masks = {'masks': [as_run_lengths(text, batch.original_sizes[0]) for text in encode(result.pop('masks'))]
+                     } if self._masks else {}
+            results.append({name: value.cpu() for name, value in result.items()} | masks)
         return results
 
-    def to_json(self, result: dict[str, Tensor], *, count: int = 100) -> list[dict[str, Any]]:
-        return [{'class': label, 'name': self.classes[label], 'score': score, 'box': box} for label, score, box in zip(
-            *(result[name][:count].tolist() for name in ('labels', 'scores', 'boxes')), strict=True)]
+    def to_json(self, result: dict[str, Any], *, count: int = 100) -> list[dict[str, Any]]:
+        entries = [{'class': label, 'name': self.classes[label], 'score': score, 'box': box} for label, score, box in
+                   zip(*(result[name][:count].tolist() for name in ('labels', 'scores', 'boxes')), strict=True)]
+        for entry, mask in zip(entries, result.get('masks', ()), strict=False):
+            entry['mask'] = mask
+        return entries
 
-    def to_text(self, result: dict[str, Tensor], *, count: int = 100) -> list[str]:
+    def to_text(self, result: dict[str, Any], *, count: int = 100) -> list[str]:
         return [f'{100 * entry["score"]:8.2f} %  {entry["name"]}  at {" ".join(f"{x:.0f}" for x in entry["box"])}'
                 for entry in self.to_json(result, count=count) if entry['score'] >= SHOWN] or ['    nothing']
 
-    def draw(self, image: Image.Image, result: dict[str, Tensor], *, count: int = 100) -> Image.Image:
+    def draw(self, image: Image.Image, result: dict[str, Any], *, count: int = 100) -> Image.Image:
         shown = [entry for entry in self.to_json(result, count=count) if entry['score'] >= SHOWN]
+        if masks := [entry['mask'] for entry in shown if 'mask' in entry]:
+            image = pictures.draw_masks(image, decode(masks))
         return pictures.draw_boxes(image, [entry['box'] for entry in shown],
                                    [f'{entry["name"]} {100 * entry["score"]:.0f} %' for entry in shown])
 
 
 class BoxAP:
-    """COCO's average precision of the boxes over a data set that the ranks share out, each image once.
+    """COCO's average precision of boxes and masks over a data set that the ranks share out, each image once.
+
+    A mask is kept as run lengths, a few hundred bytes, as soon as its image is done.
 
     `result` gives, by model, the metrics of the recipe in hundredths (-1 where no object of the kind is in the set, as
     COCO has it), 'count', and where it is detailed 'classes' and, in a training, 'examples': what was found in the
     first images.
     """
 
-    def __init__(self, source: Any, device: torch.device, run: Run, *, detailed: bool = False):
+    def __init__(self, source: Any, device: torch.device, run: Run, *, masks: bool = False, detailed: bool = False):
         """
         Args:
             source: of the test images.
+            masks: whether the models find masks.
         """
         self._source, self._device, self._run, self._detailed = source, device, run, detailed
         self._rows: dict[str, list[np.ndarray]] = {}  # by model, of an image each
+        self._masks: dict[str, list[bytes]] | None = {} if masks else None  # by model, of a row each
         self._seen = 0
         self._order = np.argsort(source.ids)
         first = not dist.is_initialized() or dist.get_rank() == 0
@@ -209,6 +222,8 @@ class BoxAP:
             found = model.predict(batch.images, batch.sizes, batch.original_sizes)
             self._rows.setdefault(name, []).extend(
                 to_rows(int(place), result) for place, result in zip(places, found, strict=True))
+            if self._masks is not None:
+                self._masks.setdefault(name, []).extend(text for result in found for text in encode(result['masks']))
         self._seen += len(batch)
         self._bar.update(len(batch))
 
@@ -218,21 +233,28 @@ class BoxAP:
         results = {}
         for model in models:
             rows = gather(np.concatenate([np.empty((0, len(COLUMNS))), *self._rows.get(model, ())]), self._device)
+            masks = None if self._masks is None else gather_texts(self._masks.get(model, []), self._device)
             # One rank computes; others would take the same seconds from the same cores
-            text = from_rank_zero(f'average precision {next(_numbers)}', lambda rows=rows: json.dumps(self._of(rows)))
+            text = from_rank_zero(f'average precision {next(_numbers)}',
+                                  lambda rows=rows, masks=masks: json.dumps(self._of(rows, masks)))
             results[model] = json.loads(text) | {'count': count}
         return results
 
-    def _of(self, rows: np.ndarray) -> dict[str, Any]:
-        """The values of the rows of all ranks."""
-        rows = rows[np.argsort(rows[:, 0], kind='stable')]  # the same order on any number of ranks
-        result, classes = average_precision(self._source, rows)
+    def _of(self, rows: np.ndarray, masks: list[bytes] | None) -> dict[str, Any]:
+        """The values of the rows of all ranks, and of their masks."""
+        order = np.argsort(rows[:, 0], kind='stable')  # the same on any number of ranks
+        rows, masks = rows[order], masks and [masks[i] for i in order]
+        result, classes = average_precision(self._source, rows, masks)
+        segments = masks and [as_run_lengths(text, self._source.sizes[int(place)])
+                              for text, place in zip(masks, rows[:, 0], strict=True)]
         if self._run.save_predictions:
-            save_predictions(Path(self._run.save_predictions), self._source, rows)
+            save_predictions(Path(self._run.save_predictions), self._source, rows, segments)
         if self._detailed:
             result['classes'] = classes
             if not self._run.eval:
-                result['examples'] = [rows[rows[:, 0] == i].tolist() for i in range(min(EXAMPLES, len(self._source)))]
+                ends = np.searchsorted(rows[:, 0], range(min(EXAMPLES, len(self._source)) + 1))
+                result['examples'] = [(rows[start:end].tolist(), segments and segments[start:end])
+                                      for start, end in itertools.pairwise(ends)]
         return result
 
 
@@ -260,17 +282,26 @@ def from_rows(rows: Sequence[Sequence[float]]) -> dict[str, Tensor]:
 
 
 def gather(rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """The rows, float64 [n, columns], of all ranks, one rank after the other. Every rank calls it."""
+    """The rows [n, columns] of all ranks, one rank after the other. Every rank calls it."""
     if not dist.is_initialized():
         return rows
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(rows)], device=device))
     longest = int(max(counts))
-    mine = torch.zeros(longest, rows.shape[1], dtype=torch.float64, device=device)
-    mine[:len(rows)] = torch.from_numpy(rows).to(device)
+    own = torch.from_numpy(rows).to(device)
+    mine = own.new_zeros(longest, rows.shape[1])
+    mine[:len(rows)] = own
     parts = [torch.empty_like(mine) for _ in counts]
     dist.all_gather(parts, mine)
     return np.concatenate([part[:int(count)].cpu().numpy() for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_texts(texts: Sequence[bytes], device: torch.device) -> list[bytes]:
+    """The texts of all ranks, one rank after the other. Every rank calls it."""
+    lengths = gather(np.array([len(text) for text in texts], np.int64).reshape(-1, 1), device)[:, 0]
+    whole = gather(np.frombuffer(bytearray().join(texts), np.uint8).reshape(-1, 1), device).tobytes()
+    ends = lengths.cumsum()
+    return [whole[end - length:end] for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)]
 
 
 def check_writable(path: Path) -> None:
@@ -284,11 +315,18 @@ def check_writable(path: Path) -> None:
         raise UserError(f'--save_predictions {path} cannot be written ({error.strerror}); give a file') from None
 
 
-def save_predictions(path: Path, source: Any, rows: np.ndarray) -> None:
-    """Writes COCO's result JSON, with the ids of the data. Raises UserError where it cannot."""
+def save_predictions(path: Path, source: Any, rows: np.ndarray, segments: Sequence[dict[str, Any]] | None = None
+                     ) -> None:
+    """Writes COCO's result JSON, with the ids of the data. Raises UserError where it cannot.
+
+    Args:
+        rows: float64 [n, COLUMNS].
+        segments: of each row its mask as run lengths, where there are masks.
+    """
     numbers = {label: number for label, number in enumerate(source.category_ids) if number is not None}
     records = [{'image_id': int(source.ids[int(place)]), 'category_id': int(numbers[label]), 'bbox': box,
-                'score': score} for place, *box, score, label in rows.tolist()
+                'score': score} | ({'segmentation': segments[i]} if segments else {})
+               for i, (place, *box, score, label) in enumerate(rows.tolist())
                if label in numbers]  # others are classes of the model alone
     try:
         write_atomically(path, lambda file: file.write(json.dumps(records).encode()))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
 
@@ -26,6 +26,12 @@ def draw_boxes(image: Image.Image, boxes: Any, names: Sequence[str] | None = Non
         return image
     return to_pil_image(draw_bounding_boxes(pixels, boxes, list(names) if names else None,
                                             colors=ORANGE if names else BLUE, width=2))
+
+
+def draw_masks(image: Image.Image, masks: torch.Tensor) -> Image.Image:
+    """An image below masks, bool [n, h, w], half of each, every one in a colour of its own."""
+    return to_pil_image(draw_segmentation_masks(pil_to_tensor(image.convert('RGB')), masks, alpha=0.5,
+                                                colors=distinct_colors(len(masks))))
 
 
 def draw_batch_of_boxes(images: torch.Tensor, targets: Sequence[dict[str, Any]], *, mean: Sequence[float],

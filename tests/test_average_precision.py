@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import reference
+from pipeline import coco, digits_coco
 from pipeline.coco import CocoSource
-from tasks.average_precision import STATISTICS, average_precision
+from tasks.average_precision import STATISTICS, average_precision, encode
 
 RECORDED = json.loads(gzip.decompress((reference.DATA / 'dense' / 'resize_metrics.json.gz').read_bytes()))['coco']
 
@@ -34,12 +36,12 @@ def to_rows(source: CocoSource, detections: list[dict]) -> np.ndarray:
                      for found in detections]).reshape(-1, 7)
 
 
-def of_pycocotools(truth: dict, detections: list[dict]) -> list[float]:
+def of_pycocotools(truth: dict, detections: list[dict], kind: str = 'bbox') -> list[float]:
     with contextlib.redirect_stdout(io.StringIO()):
         judged = COCO()
         judged.dataset = json.loads(json.dumps(truth))
         judged.createIndex()
-        judge = COCOeval(judged, judged.loadRes(json.loads(json.dumps(detections))), 'bbox')
+        judge = COCOeval(judged, judged.loadRes(json.loads(json.dumps(detections))), kind)
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
@@ -90,6 +92,48 @@ def test_all_twelve_numbers_equal_pycocotools_on_many_boxes_with_crowds_and_equa
     values, _ = average_precision(source, to_rows(source, detections))
     assert list(values.values()) == pytest.approx(hundredths(of_pycocotools(truth, detections)), abs=1e-10)
     assert 0 < values['box_ap'] < values['box_ap50']
+
+
+def test_the_numbers_of_masks_equal_the_recorded_ones_with_areas_of_their_own(tmp_path, own_cache):
+    source = open_source(tmp_path, RECORDED['ground_truth'])
+    texts = [found['segmentation']['counts'].encode() for found in RECORDED['detections']]
+    values, classes = average_precision(source, to_rows(source, RECORDED['detections']), texts)
+    assert list(values) == [f'{of}_{name}' for of in ('box', 'mask') for name in STATISTICS]
+    boxes, masks = (list(values.values())[part] for part in (slice(12), slice(12, None)))
+    assert boxes == pytest.approx(hundredths(RECORDED['bbox']), abs=1e-10)
+    assert masks == pytest.approx(hundredths(RECORDED['segm']), abs=1e-10)
+    # By the areas of boxes, which pycocotools takes where results have boxes, two numbers would differ
+    assert sum(a != b for a, b in zip(RECORDED['segm'], RECORDED['segm_with_bbox_kept'], strict=True)) == 2
+    for number, entry in zip(source.category_ids, classes, strict=True):
+        if str(number) in RECORDED['per_category_segm']:
+            expected = hundredths([RECORDED['per_category_segm'][str(number)] or -1])[0]
+            assert entry['mask_ap'] == pytest.approx(expected, abs=1e-10)
+        assert list(entry)[3:] == ['box_ap', 'box_ap50', 'box_ap75', 'mask_ap', 'mask_ap50', 'mask_ap75']
+
+
+@pytest.mark.parametrize('seed', range(2))
+def test_the_numbers_of_masks_equal_pycocotools_on_masks_in_all_forms_with_crowds_and_empty_ones(
+        seed, tmp_path, own_cache):
+    digits_coco.write(tmp_path, train=1, val=12, seed=seed)
+    path = tmp_path / 'annotations' / 'instances_val2017.json'
+    truth, rng = json.loads(path.read_text()), np.random.default_rng(seed)
+    segments = [note['segmentation'] for note in truth['annotations']]
+    assert len({isinstance(one, list) or type(one['counts']) for one in segments}) == 3  # polygons, lengths, text
+    source = CocoSource(path, tmp_path / 'val2017', training=False)
+    detections, texts = [], []
+    for place in range(len(source)):
+        notes = source.annotations(place)
+        for mask, label in zip(coco.rasterise(notes.segments(), notes.size, notes.ids), notes.labels, strict=True):
+            shifted = torch.from_numpy(np.roll(mask, rng.integers(-3, 4, 2), (0, 1)))[None]
+            text, = encode(shifted * int(rng.random() > 0.1))  # some are empty
+            texts.append(text)
+            detections.append({'image_id': int(source.ids[place]), 'category_id': source.category_ids[label],
+                               'score': float(rng.integers(1, 20) / 20),
+                               'segmentation': {'size': list(notes.size), 'counts': text.decode()}})
+    rows = to_rows(source, [found | {'bbox': [0, 0, 1, 1]} for found in detections])
+    values, _ = average_precision(source, rows, texts)
+    expected = hundredths(of_pycocotools(truth, detections, 'segm'))
+    assert list(values.values())[12:] == pytest.approx(expected, abs=1e-10) and 5 < values['mask_ap'] < 95
 
 
 def test_without_a_detection_all_is_0_and_without_an_object_of_a_size_it_is_as_coco_has_it(tmp_path, own_cache):

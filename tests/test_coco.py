@@ -508,7 +508,7 @@ def test_masks_go_where_the_pixels_go_and_leave_with_their_boxes(multi_scale):
 
 
 @pytest.mark.parametrize('segment,said', [
-    (None, 'has no mask in annotation 7; train boxes alone by --network_kwargs masks=false'),
+    (None, 'has no mask in annotation 7; train boxes alone by --masks false'),
     ([[1, 2]], 'cannot be read in annotation 7'), ({'counts': 'zz'}, 'cannot be read in annotation 7'),
     ({'size': [4, 4], 'counts': [16]}, r'annotation 7 \(a mask of 4 x 4 pixels\)')])
 def test_a_mask_that_is_missing_or_broken_is_a_bad_label(segment, said):

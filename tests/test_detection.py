@@ -4,6 +4,7 @@ import json
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ import runs
 from builders import differences, log_of, state_of
 from pipeline import digits_coco
 from recipes import RECIPES, Run
-from tasks import create_task
+from tasks import create_task, detection
 from tasks.detection import coco_classes
 from utils import UserError
 
@@ -29,6 +30,12 @@ SMALL = ('--recipe', ROW, '--data_set', 'coco', *NETWORK, '--image_scale', '96',
 # 6 updates an epoch, of which each accumulates two micro-batches on one process
 WORDS = (*SMALL, '--num_workers', '1', '--epochs', '2', '--total_batch_size', '4', '--model_ema_decay', '0.9',
          '--print_freq', '2')
+
+
+MASKS = 'mask_rcnn_moganet_xtiny_1x'
+MASK_WORDS = ('--recipe', MASKS, *NETWORK[:5], 'channels=16', 'hidden=32', 'samples=32', '--image_scale', '96', '96',
+              '--device', 'cpu', '--num_workers', '0', '--epochs', '1', '--milestones', '0.5', '--warmup_steps', '2',
+              '--total_batch_size', '4', '--batch_size', '2')
 
 
 @pytest.fixture(scope='module')
@@ -52,6 +59,30 @@ def trained(words, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope='module')
+def masked(data, tmp_path_factory) -> Path:
+    """A run of Mask R-CNN of one epoch."""
+    folder = tmp_path_factory.mktemp('masks') / 'run'
+    runs.run((*MASK_WORDS, '--data_path', str(data), '--output_dir', str(folder)), folder.with_suffix('.txt'))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def sure_of_masks(masked, tmp_path_factory) -> Path:
+    """The trained Mask R-CNN with random biases by which it is sure of some classes and of parts of masks."""
+    state = torch.load(masked / 'checkpoint-last.pth', weights_only=True)
+    rng = torch.Generator().manual_seed(0)
+    for kind in ('model', 'model_ema'):
+        if head := state.get(kind):
+            head['roi_head.bbox_head.fc_cls.bias'][-1] -= 5  # of the background
+            head['roi_head.mask_head.conv_logits.bias'] += 1
+            for name, std in (('bbox_head.fc_cls.weight', 0.1), ('mask_head.conv_logits.weight', 0.5)):
+                head[f'roi_head.{name}'] += std * torch.randn(head[f'roi_head.{name}'].shape, generator=rng)
+    path = tmp_path_factory.mktemp('sure_of_masks') / 'file.pth'
+    torch.save(state, path)
+    return path
+
+
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 def test_the_log_has_the_single_losses_and_cocos_numbers(trained):
@@ -70,24 +101,39 @@ def test_the_log_has_the_single_losses_and_cocos_numbers(trained):
     assert saved['task'] == 'tasks.detection:Detection' and recipes.from_dict(saved).image_scale == (96, 96)
 
 
-def test_masks_are_trained_beside_boxes_and_a_set_without_them_is_refused_with_the_cure(data, tmp_path, capsys):
-    words = ['--recipe', 'mask_rcnn_moganet_xtiny_1x', *NETWORK[:5], 'channels=16', 'hidden=32', 'samples=32',
-             '--image_scale', '96', '96', '--device', 'cpu', '--num_workers', '0', '--epochs', '1', '--milestones',
-             '0.5', '--warmup_steps', '2', '--total_batch_size', '4', '--batch_size', '2', '--disable_eval',
-             '--data_path']
-    assert main.main([*words, str(data), '--output_dir', str(tmp_path / 'run')]) == 0
-    entry, = log_of(tmp_path / 'run')
+def test_masks_are_trained_and_measured_beside_boxes(masked, data):
+    entry, = log_of(masked)
     assert entry['train_mask'] > 0 and sum(entry[f'train_{name}'] for name in (
         'rpn_cls', 'rpn_bbox', 'cls', 'bbox', 'mask')) == pytest.approx(entry['train_loss'], rel=1e-5)
-    path = data / 'annotations' / 'instances_train2017.json'
-    notes = json.loads(path.read_text())
-    for annotation in notes['annotations']:
-        del annotation['segmentation']
-    bare = tmp_path / 'bare.json'
-    bare.write_text(json.dumps(notes))
-    words += [str(data), '--train_json', str(bare), '--image_dir', str(data / 'train2017'), '--output_dir']
-    assert main.main([*words, str(tmp_path / 'other')]) == 2
-    assert 'has no mask in annotation' in capsys.readouterr().err
+    metrics = RECIPES[MASKS].metrics
+    assert len(metrics) == 24 and {f'test_{name}' for name in metrics} <= entry.keys()
+    assert state_of(masked)['best']['test_box_ap'] == entry['test_box_ap']
+
+
+def test_a_set_without_masks_trains_and_evaluates_boxes_alone_and_is_else_refused_with_the_cure(
+        masked, data, tmp_path, capsys):
+    for split in ('train', 'val'):
+        notes = json.loads((data / 'annotations' / f'instances_{split}2017.json').read_text())
+        for image in notes['images']:
+            image['file_name'] = f'{split}2017/{image["file_name"]}'
+        for annotation in notes['annotations']:
+            del annotation['segmentation']
+        (tmp_path / f'{split}.json').write_text(json.dumps(notes))
+    bare = ['--val_json', str(tmp_path / 'val.json'), '--image_dir', str(data), '--output_dir', str(tmp_path / 'run')]
+    words = [*MASK_WORDS, '--train_json', str(tmp_path / 'train.json'), *bare]
+    assert main.main(words) == 2
+    said = capsys.readouterr().err
+    assert 'has no mask in annotation' in said and 'by --masks false' in said and not (tmp_path / 'run').exists()
+    assert main.main([*words, '--masks', 'false']) == 0
+    entry, = log_of(tmp_path / 'run')
+    assert {'train_bbox', 'test_box_ap'} <= entry.keys() and not [name for name in entry if 'mask' in name]
+    assert not [name for name in state_of(tmp_path / 'run')['model'] if 'mask' in name]
+    # A file that has masks, too
+    words = ['--eval', '--checkpoint', str(masked / 'checkpoint-last.pth'), '--device', 'cpu', *bare]
+    assert main.main(words) == 2 and 'has no mask in annotation' in capsys.readouterr().err
+    assert main.main([*words, '--recipe', MASKS, '--masks', 'false']) == 0
+    assert 'unexpected: roi_head.mask_head' in capsys.readouterr().out
+    assert not [name for name in json.loads((tmp_path / 'run' / 'eval.json').read_text()) if 'mask' in name]
 
 
 def test_pictures_of_the_first_batch_and_of_the_last_detections_are_on_tensorboard(trained):
@@ -96,9 +142,13 @@ def test_pictures_of_the_first_batch_and_of_the_last_detections_are_on_tensorboa
     assert {'train/images', 'test/detections 0', 'test/detections 3_ema'} <= set(events.Tags()['images'])
 
 
+@pytest.mark.parametrize('masks', [False, True])
 @pytest.mark.parametrize('world_size', [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_run_that_is_stopped_and_killed_at_any_update_ends_with_the_same_bits(world_size, words, tmp_path):
+def test_a_run_that_is_stopped_and_killed_at_any_update_ends_with_the_same_bits(
+        world_size, masks, words, data, tmp_path):
     batch = {1: ('--batch_size', '2'), 2: (), 3: ('--total_batch_size', '6')}[world_size]
+    if masks:
+        words, batch = (*MASK_WORDS, '--data_path', str(data)), (*batch, '--resize', 'multi_scale')
     words = (*words, *batch, '--epochs', '1', '--disable_eval', '--print_freq', '1')
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     runs.run((*words, '--output_dir', str(whole)), tmp_path / 'whole.txt', world_size=world_size)
@@ -196,6 +246,36 @@ def test_the_predictions_are_cocos_result_json_and_the_classes_a_table(evaluated
     assert sum(int(row['boxes']) for row in rows) == sum(not note['iscrowd'] for note in truth.anns.values())
 
 
+def test_masks_are_evaluated_alike_on_one_and_two_processes_and_saved_as_run_lengths(sure_of_masks, data, tmp_path):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    results, found = [], []
+    for world_size in (1, 2):
+        folder = tmp_path / str(world_size)
+        runs.run(('--eval', '--checkpoint', str(sure_of_masks), '--device', 'cpu', '--data_path', str(data),
+                  '--num_workers', '0', '--val_batch_size', '1', '--output_dir', str(folder), '--save_predictions',
+                  str(folder / 'found.json')), tmp_path / 'log.txt', world_size=world_size)
+        result = json.loads((folder / 'eval.json').read_text())
+        results.append({name: result[name] for name in (*RECIPES[MASKS].metrics, 'count')})
+        found.append(json.loads((folder / 'found.json').read_text()))
+    assert results[0] == results[1] and results[0]['box_ar100'] > 0
+    assert found[0] == found[1] and len({one['segmentation']['counts'] for one in found[0]}) > len(found[0]) / 2
+    truth = COCO(str(data / 'annotations' / 'instances_val2017.json'))
+    for name, kind in (('box', 'bbox'), ('mask', 'segm')):
+        if kind == 'segm':  # areas of masks and not of boxes, as mmdet
+            found[0] = [{key: value for key, value in one.items() if key != 'bbox'} for one in found[0]]
+        judge = COCOeval(truth, truth.loadRes(found[0]), kind)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+        expected = [100 * value if value >= 0 else -1 for value in judge.stats]
+        assert [results[0][one] for one in RECIPES[MASKS].metrics if one.startswith(name)] == pytest.approx(
+            expected, abs=1e-9)  # sums in another order
+    tables = [(tmp_path / world_size / 'eval-classes.csv').read_text() for world_size in '12']
+    assert tables[0] == tables[1]
+    assert tables[0].splitlines()[0].endswith('class,name,boxes,box_ap,box_ap50,box_ap75,mask_ap,mask_ap50,mask_ap75')
+
+
 # ---- Prediction -----------------------------------------------------------------------------------------------------
 
 def test_boxes_are_told_and_drawn_at_the_size_of_the_photograph(sure, data, tmp_path, capsys):
@@ -215,6 +295,26 @@ def test_boxes_are_told_and_drawn_at_the_size_of_the_photograph(sure, data, tmp_
     assert drawn.size == (width, height) and drawn.tobytes() != Image.open(photo).convert('RGB').tobytes()
     assert predict.main([*words, '--topk', '2']) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_masks_are_told_as_run_lengths_and_drawn(sure_of_masks, data, tmp_path, capsys, monkeypatch):
+    from faster_coco_eval.core import mask as codes
+    monkeypatch.setattr(detection, 'SHOWN', 0.1)  # of 80 classes, it is not surer
+    photo = next((data / 'val2017').iterdir())
+    picture = Image.open(photo).convert('RGB')
+    words = [str(photo), '--checkpoint', str(sure_of_masks), '--device', 'cpu', '--json', '--draw', str(tmp_path)]
+    assert predict.main(words) == 0
+    entry, = json.loads(capsys.readouterr().out)
+    masks = [codes.decode(one['mask']).astype(bool) for one in entry['predictions']]
+    assert masks and {mask.shape for mask in masks} == {picture.size[::-1]} and any(mask.any() for mask in masks)
+    for mask, one in zip(masks, entry['predictions'], strict=True):
+        rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+        left, top, right, bottom = one['box']
+        assert not len(rows) or (rows[0] >= top - 1 and rows[-1] <= bottom and columns[0] >= left - 1
+                                 and columns[-1] <= right)
+    shown = [mask for mask, one in zip(masks, entry['predictions'], strict=True) if one['score'] >= 0.1]
+    changed = (np.asarray(Image.open(tmp_path / f'{photo.stem}.png')) != np.asarray(picture)).any(2)
+    assert shown and changed[np.any(shown, axis=0)].mean() > 0.9
 
 
 def test_a_photograph_is_looked_at_upright(sure, data, tmp_path, capsys):
@@ -237,29 +337,38 @@ def test_coco_has_80_classes_by_torchvisions_names():
     assert (names[0], names[16], names[79]) == ('person', 'dog', 'toothbrush')
 
 
-def test_other_classes_renew_the_last_layer_alone_and_say_so(trained, data, tmp_path, capsys):
-    mine = tmp_path / 'mine.json'
-    facts = json.loads((data / 'annotations' / 'instances_train2017.json').read_text())
-    for category in facts['categories']:
-        category['name'] = 'odd' if category['name'] in '13579' else 'even'
-    merged = {name: number for number, name in enumerate(('even', 'odd'))}
-    by_id = {category['id']: merged[category['name']] for category in facts['categories']}
+def merge_classes(path: Path, mine: Path) -> None:
+    """Writes a JSON of digits anew with two classes, even and odd."""
+    facts = json.loads(path.read_text())
+    odd = {category['id']: int(category['name']) % 2 for category in facts['categories']}
     for note in facts['annotations']:
-        note['category_id'] = by_id[note['category_id']]
-    facts['categories'] = [{'id': number, 'name': name} for name, number in merged.items()]
+        note['category_id'] = odd[note['category_id']]
+    facts['categories'] = [{'id': 0, 'name': 'even'}, {'id': 1, 'name': 'odd'}]
     mine.write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize('run,flags,renewed', [
+    ('trained', SMALL, {'bbox_head.retina_cls': 18}),
+    ('masked', MASK_WORDS, {'roi_head.bbox_head.fc_cls': 3, 'roi_head.bbox_head.fc_reg': 8,
+                            'roi_head.mask_head.conv_logits': 2})])
+def test_other_classes_renew_the_last_layers_alone_and_say_so(run, flags, renewed, data, tmp_path, capsys, request):
+    start = request.getfixturevalue(run)
+    mine = tmp_path / 'mine.json'
+    merge_classes(data / 'annotations' / 'instances_train2017.json', mine)
     files = ('--train_json', str(mine), '--val_json', str(mine), '--image_dir', str(data / 'train2017'))
-    words = [*SMALL, *files, '--num_workers', '0', '--batch_size', '4', '--total_batch_size', '4', '--epochs', 'none',
+    words = [*flags, *files, '--num_workers', '0', '--batch_size', '4', '--total_batch_size', '4', '--epochs', 'none',
              '--updates', '1', '--warmup_steps', '0', '--lr', '0', '--min_lr', '0', '--model_ema', 'false',
-             '--disable_eval', '--finetune', str(trained / 'checkpoint-last.pth'), '--output_dir',
-             str(tmp_path / 'run')]
+             '--disable_eval', '--finetune', str(start / 'checkpoint-last.pth'), '--output_dir', str(tmp_path / 'run')]
     assert main.main(words) == 0
     said = capsys.readouterr().out
-    assert 'bbox_head.retina_cls.weight, bbox_head.retina_cls.bias' in said and '2 classes' in said
-    ours, theirs = state_of(tmp_path / 'run')['model'], state_of(trained)['model_ema']
-    assert ours['bbox_head.retina_cls.weight'].shape[0] == 18
-    moved = [name for name in ours if not name.startswith('bbox_head.retina_cls')
-             and 'running' not in name and 'batches' not in name and not torch.equal(ours[name], theirs[name])]
+    assert '2 classes' in said
+    for name, channels in renewed.items():
+        assert f'{name}.weight, {name}.bias' in said
+        assert state_of(tmp_path / 'run')['model'][f'{name}.weight'].shape[0] == channels
+    ours, theirs = state_of(tmp_path / 'run')['model'], state_of(start)
+    theirs = theirs.get('model_ema') or theirs['model']
+    moved = [name for name in ours if not name.startswith(tuple(renewed)) and 'running' not in name
+             and 'batches' not in name and not torch.equal(ours[name], theirs[name])]
     assert moved == []  # at a learning rate of 0 all that was kept is as it was
 
 
@@ -292,12 +401,7 @@ def test_ones_own_classes_learn_faster_from_a_detector_than_from_a_classifier(tm
     digits_coco.write(tmp_path / 'first', train=400, val=8)
     digits_coco.write(tmp_path / 'mine', train=100, val=60, seed=1)
     for path in (tmp_path / 'mine' / 'annotations').glob('*.json'):
-        facts = json.loads(path.read_text())
-        names = {category['id']: category['name'] for category in facts['categories']}
-        for note in facts['annotations']:
-            note['category_id'] = int(names[note['category_id']]) % 2
-        facts['categories'] = [{'id': 0, 'name': 'even'}, {'id': 1, 'name': 'odd'}]
-        path.write_text(json.dumps(facts))
+        merge_classes(path, path)
     common = ('--device', 'cpu', '--num_workers', '0', '--epochs', 'none', '--model_ema', 'false')
     starts = {
         'detector': ('--recipe', ROW, '--data_set', 'coco', '--data_path', str(tmp_path / 'first'), '--updates', '250'),
@@ -313,6 +417,33 @@ def test_ones_own_classes_learn_faster_from_a_detector_than_from_a_classifier(tm
         assert main.main([*words]) == 0
         found[name] = log_of(tmp_path / f'from_{name}')[-1]['test_box_ap50']
     assert found['detector'] > 4 > found['classifier']  # measured AP50: 7.8 and 1.0
+
+
+@pytest.mark.slow
+def test_eight_images_are_learnt_by_heart_boxes_and_masks(tmp_path):
+    digits_coco.write(tmp_path, train=30, val=1)
+    facts = json.loads((tmp_path / 'annotations' / 'instances_train2017.json').read_text())
+    filled, crowded = ({note['image_id'] for note in facts['annotations'] if note['iscrowd'] >= least}
+                       for least in (0, 1))
+    facts['images'] = [image for image in facts['images'] if image['width'] > image['height']
+                       and image['id'] in filled - crowded][:8]  # of one orientation, for a batch of them all
+    ids = {image['id'] for image in facts['images']}
+    facts['annotations'] = [note for note in facts['annotations'] if note['image_id'] in ids]
+    (tmp_path / 'eight.json').write_text(json.dumps(facts))
+    # Batch statistics, of which the running ones are a mean: all updates see the same eight images
+    words = ('--recipe', MASKS, '--model_kwargs', 'dims=[16,32,64,128]', 'depths=[1,1,3,1]', 'ffn_ratios=[4,4,4,4]',
+             'layer_scale_init_value=0.1', '--network_kwargs', 'channels=64', 'hidden=256', 'samples=64',
+             'anchor_scale=4', '--image_scale', '160', '160', '--hflip', '0', '--drop_path', '0', '--device', 'cpu',
+             '--num_workers', '0', '--batch_size', '8', '--total_batch_size', '8', '--epochs', 'none', '--updates',
+             '600', '--milestones', '400', '520', '--lr', '1e-3', '--min_lr', '1e-6', '--warmup_steps', '50',
+             '--clip_grad', '1', '--weight_decay', '0', '--val_steps', '200', '--image_dir',
+             str(tmp_path / 'train2017'), '--output_dir', str(tmp_path / 'run'))
+    for split in ('train', 'val'):
+        words += (f'--{split}_json', str(tmp_path / 'eight.json'))
+    assert main.main(words) == 0
+    last = log_of(tmp_path / 'run')[-1]
+    print({name: last[f'test_{name}'] for name in ('box_ap', 'mask_ap', 'mask_ap50')})
+    assert last['test_box_ap'] >= 85 and last['test_mask_ap50'] >= 95
 
 
 # ---- What cannot be -------------------------------------------------------------------------------------------------

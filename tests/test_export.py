@@ -1,4 +1,5 @@
 """Exported files compute what the checkpoint does, say what they are, and can be read by those they are for."""
+import dataclasses
 import hashlib
 import io
 import json
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 import reference
 from builders import mmcv_file, put, seeded, training_file
 from conftest import ROOT
+from models.dense import build_dense
 from models.download import sha256_of
 from models.moganet import MogaNet
 from models.weights import build_model, load_weights
+from recipes import RECIPES, to_dict
 from tools import export, strip_checkpoint
 from utils import UserError
 
@@ -236,3 +239,65 @@ def test_exported_program_needs_nothing_of_this_repository(checkpoint: Path, out
             'torch.save(y.detach(), "logits.pt")')
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, env={'PATH': ''})
     assert_close(torch.load(tmp_path / 'logits.pt'), expected(checkpoint, images(2)))
+
+
+# ---- Detectors ------------------------------------------------------------------------------------------------------
+
+DETECTORS = {'retinanet': {'channels': 16, 'depth': 1}, 'mask_rcnn': {'channels': 16, 'hidden': 32},
+             'cascade_mask_rcnn': {'channels': 16, 'hidden': 32}}
+
+
+def detector(path: Path, network: str) -> nn.Module:
+    """Writes a training checkpoint of a tiny detector that finds a hundred things; returns its model."""
+    row = 'retinanet_moganet_xtiny_1x' if network == 'retinanet' else f'{network}_moganet_small_3x'
+    recipe = dataclasses.replace(RECIPES[row], model='moganet_xtiny', model_kwargs=TINY, num_classes=3,
+                                 network_kwargs=DETECTORS[network], image_scale=(96, 90))
+    torch.manual_seed(0)
+    model = build_dense(recipe, num_classes=3, **TINY)
+    for name, value in model.named_parameters():
+        if name.endswith(('fc_cls.weight', 'fc_reg.weight', 'rpn_cls.weight', 'retina_cls.weight')):
+            nn.init.normal_(value, std=0.3)
+        elif name.endswith('conv_logits.weight'):
+            nn.init.normal_(value)
+        elif name.endswith('retina_cls.bias'):
+            nn.init.zeros_(value)
+    training_file(path, model.state_dict(), model.state_dict())
+    payload = torch.load(path) | {'classes': ['cat', 'dog', 'owl'], 'recipe': to_dict(recipe)}
+    torch.save(payload, path)
+    return model.eval()
+
+
+@pytest.mark.parametrize('network', ['retinanet', 'mask_rcnn'])
+def test_onnx_finds_what_a_detector_finds_its_nms_inside(network: str, tmp_path: Path) -> None:
+    model = detector(tmp_path / 'file.pth', network)
+    run(tmp_path / 'file.pth', 'onnx', tmp_path / 'out.onnx')  # of 96 pixels
+    onnx.checker.check_model(tmp_path / 'out.onnx')
+    assert b'NonMaxSuppression' in (tmp_path / 'out.onnx').read_bytes()  # in a graph within the graph
+    session = onnxruntime.InferenceSession(tmp_path / 'out.onnx', providers=['CPUExecutionProvider'])
+    names = ['boxes', 'scores', 'labels'] + ['masks'] * (network == 'mask_rcnn')
+    assert [output.name for output in session.get_outputs()] == names
+    for seed in (5, 6):
+        image = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(seed))
+        with torch.inference_mode():
+            expected, = model.predict(image, [(96, 96)], [(96, 96)])
+        found = dict(zip(names, map(torch.from_numpy, session.run(None, {'images': image.numpy()})), strict=True))
+        assert found.keys() == expected.keys() and len(expected['boxes'])
+        assert torch.equal(found['labels'], expected['labels'])
+        # Pixels and probabilities, by float32 in another order: 5e-5 and 2e-6
+        assert (found['boxes'] - expected['boxes']).abs().max() <= 1e-3
+        assert (found['scores'] - expected['scores']).abs().max() <= 1e-5
+        if 'masks' in names:
+            assert found['masks'].dtype == torch.bool and expected['masks'].any()
+            assert (found['masks'] != expected['masks']).float().mean() <= 1e-4
+    assert json.loads(session.get_modelmeta().custom_metadata_map['classes']) == ['cat', 'dog', 'owl']
+
+
+@pytest.mark.parametrize('network,format,flags,said', [
+    ('cascade_mask_rcnn', 'onnx', [], 'is a cascade, which is not exported'),
+    ('retinanet', 'torch_export', [], 'choose --format onnx'),
+    ('retinanet', 'onnx', ['--input_size', '100'], 'multiple of 32; give 128')])
+def test_what_cannot_be_exported_of_a_detector_is_one_line(network, format, flags, said, tmp_path, output):
+    detector(tmp_path / 'file.pth', network)
+    with pytest.raises(UserError, match=said):
+        run(tmp_path / 'file.pth', format, output, *flags)
+    assert not output.exists()

@@ -873,7 +873,7 @@ DETECTOR_WEIGHTS: dict[str, tuple[str, str]] = {
     'hflip': ('--hflip 1', ''),
     'batch_size': ('--batch_size 2', ''),  # BN sees smaller batches, the losses other normalisers
 }
-OF_DETECTORS = set(DETECTOR_WEIGHTS) | {'data_set', 'freeze_bn'}
+OF_DETECTORS = set(DETECTOR_WEIGHTS) | {'data_set', 'freeze_bn', 'masks'}
 
 
 @pytest.mark.parametrize('case', DETECTOR_WEIGHTS)
@@ -945,6 +945,22 @@ def test_predictions_are_saved_where_they_are_wanted(detect, digits, tmp_path, c
     (tmp_path / 'file').touch()
     assert main.main([*words, '--save_predictions', str(tmp_path / 'file' / 'found.json')]) == 2
     assert '--save_predictions' in capsys.readouterr().err
+
+
+def test_mask_heads_are_left_out_where_no_masks_are_wanted_and_a_network_without_them_refuses_that(capsys):
+    words = ['--recipe', 'mask_rcnn_moganet_xtiny_1x', '--num_classes', '3']
+
+    def heads(*flags: str) -> set[str]:
+        task = create_task(*recipes.resolve([*words, *flags, '--batch_size', '2', '--total_batch_size', '2']))
+        assert ('mask' in task.losses) == ('mask_ap' in task.recipe.metrics) == ('mask_ap' in task.recipe.expected())
+        with torch.device('meta'):
+            return {name.split('.')[1] for name, _ in task.build_model().named_parameters() if 'roi_head' in name}
+
+    assert heads() == heads('--masks') == {'bbox_head', 'mask_head'} and heads('--masks', 'false') == {'bbox_head'}
+    assert main.main([*DETECTOR, '--masks', 'false']) == 2
+    assert '--masks false: retinanet has none' in capsys.readouterr().err
+    assert main.main([*words, '--network_kwargs', 'masks=false']) == 2
+    assert 'say --masks false' in capsys.readouterr().err
 
 
 def test_made_up_digits_are_read_by_their_name(digits, monkeypatch):

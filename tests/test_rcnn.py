@@ -1,6 +1,7 @@
 """Mask R-CNN and the cascades compute the authors' function under their names; the figures are those of
 tests/dense_reference.py."""
 import copy
+import importlib
 import math
 import traceback
 from types import SimpleNamespace
@@ -191,6 +192,26 @@ def test_pooled_features_and_their_gradients_equal_the_recorded_ones():
     (boxes.flatten() * weights.repeat(-(-boxes.numel() // 1000))[:boxes.numel()]).sum().backward()
     for i, level in enumerate(levels):
         assert relative(level.grad, UNITS[f'roialign/grad{i}']) <= 1e-6
+
+
+def test_where_gradients_shall_repeat_torchvisions_own_form_of_them_gives_the_same_and_no_nan(monkeypatch):
+    form = importlib.import_module('torchvision.ops.roi_align')._roi_align.__wrapped__  # as on CUDA, not compiled
+    monkeypatch.setattr(rcnn, 'roi_align', lambda level, rois, size, scale, *, sampling_ratio, aligned: form(
+        level, rois, scale, size, size, sampling_ratio, aligned))
+    rng, found = torch.Generator().manual_seed(0), {}
+    levels = [torch.randn(1, 2, 16 >> i, 24 >> i, generator=rng) for i in range(4)]
+    rois = torch.tensor([[0, 4.0, 4, 20, 28], [0, 1, 1, 90, 60], [0, 3, 2, 9, 7]])  # of two of the levels
+    for repeatable in (False, True):
+        torch.use_deterministic_algorithms(repeatable)
+        try:
+            own = [level.clone().requires_grad_() for level in levels]
+            pooled = rcnn.roi_features(own, rois, BOX)
+            pooled.square().sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        found[repeatable] = [pooled, *(torch.zeros_like(x) if x.grad is None else x.grad for x in own)]
+    for plain, exact in zip(found[False], found[True], strict=True):
+        assert relative(exact, plain) <= 1e-6  # float32 sums in another order
 
 
 def test_a_roi_of_no_level_costs_no_sampling_and_gives_zeros():

@@ -150,13 +150,13 @@ def dense_blocks(kind: type[Dense]) -> str:
 def dense_results(kind: type[Dense]) -> str:
     """The table of the published rows of a task."""
     costs, rows = load_costs(), [row for row in RECIPES.values() if type(row) is kind and any(row.expected().values())]
-    names = list(rows[0].expected())
+    names = list(dict.fromkeys(name for row in rows for name in row.expected()))
     heads = [f'{kind.metrics[name][0]}{"," if kind.metrics[name][1] else ""}{kind.metrics[name][1]}' for name in names]
     lines = [f'| recipe | parameters, M (published) | GMACs at {size_of(rows[0])} (published) | {" | ".join(heads)} |',
              '|---' * (3 + len(names)) + '|']
     for row in rows:
         cost = costs[row.name][size_of(row)]
-        values = [f'{row.expected()[name]:.1f}' if row.expected()[name] else '-' for name in names]
+        values = [f'{value:.1f}' if (value := row.expected().get(name)) else '-' for name in names]
         parameters, gmacs = (f' ({value:g})' if value else ''
                              for value in (row.expected_parameters, row.expected_flops))
         lines.append(f'| [`{row.name}`](TRAINING.md#{row.name}) | {cost["parameters"] / 1e6:.2f}{parameters} | '

@@ -5,16 +5,19 @@
 Formats: `safetensors`, weights that `load_weights` and timm read; `huggingface`, a model folder (config.json,
 model.safetensors, README.md) that `timm.create_model('local-dir:...')` opens; `onnx` and `torch_export`, programs with
 a dynamic batch that need nothing of this repository. A segmentor's program gives logits [B, classes, H, W] of square
-images, by default of the side of its training crops.
+images, by default of the side of its training crops. RetinaNet's and Mask R-CNN's, in `onnx` alone, takes one square
+image of a fixed size and gives what is found in it: `boxes`, `scores`, `labels` and `masks`, by falling score.
 """
 import argparse
 import dataclasses
 import io
 import json
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 from models.detection import Detector
 from models.download import sha256_of
 from models.moganet import MogaNet, fuse
+from models.rcnn import CascadeMaskRCNN
 from models.segmentation import Segmentor
 from models.weights import Weights
 from predict import Predictor
@@ -54,6 +58,20 @@ class Logits(nn.Module):
         return self.model.logits(images)
 
 
+class Detections(nn.Module):
+    """A detector as a function of one image alone, which fills its whole size."""
+
+    def __init__(self, model: Detector) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """[1, 3, H, W] -> boxes [n, 4], scores [n], labels [n] and, with mask heads, masks bool [n, H, W]."""
+        size = int(images.shape[2]), int(images.shape[3])
+        found, = self.model.predict(images, [size], [size])
+        return tuple(found.values())
+
+
 class Normalized(nn.Module):
     """A model that takes RGB images in 0..1 and normalises them itself."""
 
@@ -64,7 +82,7 @@ class Normalized(nn.Module):
         self.register_buffer('std', torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> logits [B, classes]."""
+        """[B, 3, H, W] -> what the model gives."""
         return self.model((images - self.mean) / self.std)
 
 
@@ -73,15 +91,16 @@ def describe(source: Predictor, weights: Weights, size: int | None) -> dict[str,
     model, recipe = source.model, source.recipe
     cfg = model.pretrained_cfg
     about = {'model': cfg['architecture'], 'weights': weights.which}
-    if isinstance(model, Segmentor):
-        about |= {'network': recipe.name, 'test_size': recipe.crop_size, 'mean': recipe.mean, 'std': recipe.std,
+    if isinstance(model, (Segmentor, Detector)):
+        size_of = max(recipe.image_scale) if isinstance(model, Detector) else recipe.crop_size
+        about |= {'network': recipe.name, 'test_size': size_of, 'mean': recipe.mean, 'std': recipe.std,
                   'classes': source.task.classes}
     else:
         about |= {'test_size': cfg['input_size'][-1]} | {
             key: cfg[key] for key in ('crop_pct', 'interpolation', 'mean', 'std')}
     if isinstance(model, MogaNet):
         about['gate'] = weights.gate or 'single'
-    if 'released' in weights.meta and not isinstance(model, Segmentor):
+    if 'released' in weights.meta and not isinstance(model, (Segmentor, Detector)):
         names = ImageNetInfo('imagenet-1k')
         about['classes'] = [names.index_to_description(index) for index in range(names.num_classes())]
     # what describes the source file rather than the model stays behind
@@ -110,14 +129,46 @@ def check(run: Callable[[Tensor], Tensor], model: nn.Module, shape: tuple[int, i
     return max(errors)
 
 
+def check_detections(run: Callable[[Tensor], Sequence[Tensor]], program: nn.Module, shape: tuple[int, int, int]
+                     ) -> float:
+    """As `check`, of what is found in three images: the numbers of things, classes and masks must be equal.
+
+    Of a mask, a thousandth of the pixels may differ, where its probability is 0.5 but for round-off.
+    """
+    generator, errors = torch.Generator().manual_seed(0), []
+    with torch.inference_mode():
+        for _ in range(3):
+            image = torch.rand(1, *shape, generator=generator)
+            expected, actual = program(image), run(image)
+            boxes, scores, labels, *masks = zip(actual, expected, strict=True)
+            equal = boxes[0].shape == boxes[1].shape and torch.equal(*labels) and all(
+                (ours != theirs).float().mean() <= 1e-3 for ours, theirs in masks)
+            errors += [((a - b).norm() / b.norm().clamp(min=1e-12)).item() if equal else math.inf
+                       for a, b in (boxes, scores)]
+    if not all(error <= TOLERANCE for error in errors):  # NaN too
+        raise UserError('the exported program finds other things in an image of noise than the checkpoint, so nothing '
+                        'was written: try another --input_size, or another version of torch')
+    return max(errors)
+
+
 def program_of(model: nn.Module) -> nn.Module:
-    """The model as a function of images alone: itself, or a segmentor's logits. Raises UserError for a detector."""
-    if isinstance(model, Segmentor):
-        return Logits(model)
-    if isinstance(model, Detector):
-        raise UserError(f'{model.pretrained_cfg["architecture"]} is a detector, whose boxes are no fixed number of '
-                        'outputs; export is for classifiers and segmentors')
-    return model
+    """The model as a function of images alone: itself, a segmentor's logits, or what a detector finds."""
+    kind = Logits if isinstance(model, Segmentor) else Detections if isinstance(model, Detector) else None
+    # In evaluation mode as a whole: the exporter sets the mode of the outermost module anew, and of all below it
+    return kind(model).eval() if kind else model
+
+
+def check_detector(model: Detector, *, format: str, size: int) -> None:
+    """Refuses what a detector cannot be written as. Raises UserError."""
+    name = model.pretrained_cfg['architecture']
+    if isinstance(model, CascadeMaskRCNN):
+        raise UserError(f'{name} is a cascade, which is not exported; choose a RetinaNet or a Mask R-CNN')
+    if format != 'onnx':
+        raise UserError(f'{name} is a detector, which is exported as a program with its choice of boxes alone; choose '
+                        '--format onnx')
+    if size % model.SIZE_DIVISOR:
+        raise UserError(f'--input_size {size}: a detector takes a multiple of {model.SIZE_DIVISOR}; give '
+                        f'{model.padded((size, size))[0]}')
 
 
 # ---- The formats ----------------------------------------------------------------------------------------------------
@@ -133,27 +184,42 @@ def to_safetensors(model: nn.Module, weights: Weights, about: dict[str, Any]) ->
         return data, program_of(Predictor(str(path), device='cpu').model)
 
 
-def to_onnx(program: nn.Module, images: Tensor, about: dict[str, Any]) -> Exported:
-    """An ONNX model from `images` to `logits` with a dynamic batch, and `about` as its metadata."""
+def to_onnx(program: nn.Module, images: Tensor, about: dict[str, Any], outputs: Sequence[str] = ('logits',)
+            ) -> Exported:
+    """An ONNX model from `images` to its outputs, and `about` as its metadata.
+
+    From logits, with a dynamic batch; a detector's outputs, of one image, are as many as things are found.
+    """
     try:
         import onnx
         import onnxruntime
         import onnxscript  # noqa: F401  used by torch.onnx.export
     except ImportError as error:
         raise UserError(f'--format onnx needs {error.name}: pip install onnx onnxruntime onnxscript') from None
-    names = {'input_names': ['images'], 'output_names': ['logits'], 'verbose': False}
-    if torch.__version__ >= (2, 7):
+    names = {'input_names': ['images'], 'output_names': list(outputs), 'verbose': False}
+    single = outputs == ('logits',)
+    if single and torch.__version__ >= (2, 7):
         shapes = ({0: torch.export.Dim('batch')},)
         proto = torch.onnx.export(program, (images,), dynamo=True, dynamic_shapes=shapes, **names).model_proto
-    else:  # torch 2.6 fails to decompose lerp under a dynamic batch
-        buffer, axes = io.BytesIO(), {'images': {0: 'batch'}, 'logits': {0: 'batch'}}
-        torch.onnx.export(program, (images,), buffer, dynamo=False, dynamic_axes=axes, **names)
+    else:  # torch 2.6 fails to decompose lerp under a dynamic batch, and torch.export at the number of boxes
+        axes = {'images': {0: 'batch'}, 'logits': {0: 'batch'}} if single else {name: {0: 'n'} for name in outputs}
+        buffer = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of sizes that become constants, as they shall
+            # RoIAlign as here came with ONNX's 16
+            torch.onnx.export(program, (images,), buffer, dynamo=False, dynamic_axes=axes, **names,
+                              **({} if single else {'opset_version': 17}))
         proto = onnx.load_from_string(buffer.getvalue())
     onnx.helper.set_model_props(proto, {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()})
     data = proto.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=['CPUExecutionProvider'])
-    return data, lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+
+    def run(images: Tensor) -> Any:
+        found = [torch.from_numpy(value) for value in session.run(None, {'images': images.numpy()})]
+        return found[0] if single else found
+
+    return data, run
 
 
 def to_torch_export(program: nn.Module, images: Tensor, about: dict[str, Any]) -> Exported:
@@ -229,13 +295,18 @@ def main(argv: list[str] | None = None) -> None:
     source = Predictor(args.checkpoint, device='cpu', weights=args.weights,
                        settings={name: value for name, value in settings.items() if value is not None})
     model = program = program_of(source.model)
+    detector = isinstance(model, Detections)
     if args.format == 'huggingface' and isinstance(model, Logits):
         raise UserError('--format huggingface is for classifiers, which timm opens; choose safetensors, onnx or '
                         'torch_export')
     weights = dataclasses.replace(source.weights, gate=args.gate or source.weights.gate)
     about = describe(source, weights, args.input_size)
     channels = next(value.shape[1] for value in model.parameters() if value.ndim == 4)  # of the first convolution
+    if detector and not args.input_size:  # with its padding
+        about['test_size'] = source.model.padded((about['test_size'],) * 2)[0]
     shape = (channels, about['test_size'], about['test_size'])
+    if detector:
+        check_detector(source.model, format=args.format, size=about['test_size'])
     if args.fuse:
         if not isinstance(model, MogaNet):
             raise UserError(f'--fuse knows MogaNet alone, not {about["model"]}: leave it out')
@@ -252,11 +323,14 @@ def main(argv: list[str] | None = None) -> None:
                 error = check(fill_folder(folder, model, weights, about), model, shape)
                 os.rename(folder, args.output)
         else:
-            images = torch.zeros(2, *shape)
+            # Of zeros nothing might be found
+            images = torch.rand(1, *shape) if detector else torch.zeros(2, *shape)
+            outputs = ('boxes', 'scores', 'labels', 'masks')[:4 if source.recipe.with_masks else 3] if detector else (
+                'logits',)
             data, run = (to_safetensors(source.model, weights, about) if args.format == 'safetensors' else
-                         to_onnx(program, images, about) if args.format == 'onnx' else
+                         to_onnx(program, images, about, outputs) if args.format == 'onnx' else
                          to_torch_export(program, images, about))
-            error = check(run, model, shape)
+            error = (check_detections if detector else check)(run, model, shape)
             write_atomically(args.output, lambda file: file.write(data))
     except OSError as failure:
         raise UserError(f'cannot write {args.output}: {failure.strerror or failure}') from None
@@ -269,7 +343,8 @@ def main(argv: list[str] | None = None) -> None:
                         '--input_size') from failure
     file = args.output / 'model.safetensors' if args.format == 'huggingface' else args.output
     print(f'{weights}\n{file}: {file.stat().st_size:,} bytes, sha256 {sha256_of(file)}\n'
-          f'logits within {error:.1e} of the checkpoint\'s at batch sizes 1 and 3')
+          + (f'boxes and scores within {error:.1e} of the checkpoint\'s in three images' if detector else
+             f'logits within {error:.1e} of the checkpoint\'s at batch sizes 1 and 3'))
 
 
 if __name__ == '__main__':
