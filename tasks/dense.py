@@ -9,7 +9,7 @@ from torch import nn
 
 from models.dense import build_dense
 from models.detection import freeze_backbone
-from pipeline.dense import decode_upright, normalise_padded
+from pipeline.dense import decode_upright, normalise_padded, padded
 from pipeline.loaders import Position
 from recipes.dense import Dense as Recipe
 from tasks import Batch, Task
@@ -25,6 +25,10 @@ class Dense(Task):
     def known_classes(self) -> list[str]:
         """The names of the classes of the data set that the rows were trained on."""
         raise NotImplementedError
+
+    def sample_bytes(self, *, training: bool) -> int:
+        height, width = padded([tuple(sorted(self.recipe.image_scale))])
+        return 3 * height * width
 
     def finish(self, batch: Batch, device: torch.device, position: Position | None) -> Batch:
         batch = batch.to(device)

@@ -65,6 +65,9 @@ class Segmentation(Dense):
     def open(self, split: str) -> Any:
         return ade20k.open_ade20k(self.recipe, self.run, split)
 
+    def sample_bytes(self, *, training: bool) -> int:
+        return 4 * self.recipe.crop_size ** 2 if training else super().sample_bytes(training=training)
+
     def sample(self, item: tuple[Any, Any], seed: int | None) -> dict[str, Any]:
         with refusing_bad_images():
             return self._transform(item, seed, num_classes=self.recipe.num_classes)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from builders import make_image_folder, open_loaders, pairs
+from builders import encoded, make_image_folder, open_loaders, pairs
 from conftest import ROOT
-from pipeline import augmentation, loaders
+from pipeline import augmentation, coco, loaders
 from pipeline.loaders import MapBatches
 from recipes import RECIPES, Run
 from tasks import classification, create_task
@@ -470,3 +470,19 @@ def test_shared_memory_that_cannot_hold_the_workers_batches_is_refused_before_th
         with pytest.raises(UserError, match=r'share up to [12] MB of batches, and /dev/shm has [12]: .*--shm-size=16g'):
             of(2 * wanted - 1)
     of(2 * wanted)
+
+
+@pytest.mark.parametrize('row, training', [
+    ('retinanet_moganet_digits', False), ('semantic_fpn_moganet_digits', True), ('semantic_fpn_moganet_digits', False)])
+def test_a_sample_of_a_dense_task_takes_no_more_shared_memory_than_is_said(row, training):
+    task = create_task(replace(RECIPES[row], num_classes=11), run_of())
+    width, height = RECIPES[row].image_scale
+    image = encoded(Image.new('RGB', (width, height)))  # fills its room
+    target = (coco.Annotations.none((height, width)) if 'retinanet' in row else encoded(
+        Image.fromarray(np.ones((height, width), np.uint8)), 'PNG'))
+    batch = task.collate([task.sample((image, target), 1 if training else None)])
+    taken = sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor))
+    if isinstance(labels := getattr(batch, 'labels', None), list):
+        taken += sum(label.nbytes for label in labels)
+    # The labels of a test come at the image's own size, which nobody knows beforehand
+    assert taken / 1.4 <= task.sample_bytes(training=training) <= 2 * taken
