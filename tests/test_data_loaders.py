@@ -16,6 +16,7 @@ from PIL import Image
 from builders import encoded, make_image_folder, open_loaders, pairs
 from conftest import ROOT
 from pipeline import augmentation, coco, loaders
+from pipeline.ade20k import LabelFile
 from pipeline.loaders import MapBatches
 from recipes import RECIPES, Run
 from tasks import classification, create_task
@@ -478,8 +479,8 @@ def test_a_sample_of_a_dense_task_takes_no_more_shared_memory_than_is_said(row, 
     task = create_task(replace(RECIPES[row], num_classes=11), run_of())
     width, height = RECIPES[row].image_scale
     image = encoded(Image.new('RGB', (width, height)))  # fills its room
-    target = (coco.Annotations.none((height, width)) if 'retinanet' in row else encoded(
-        Image.fromarray(np.ones((height, width), np.uint8)), 'PNG'))
+    target = coco.Annotations.none((height, width)) if 'retinanet' in row else LabelFile(
+        'labels.png', encoded(Image.fromarray(np.ones((height, width), np.uint8)), 'PNG'), True, None, None)
     batch = task.collate([task.sample((image, target), 1 if training else None)])
     taken = sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor))
     if isinstance(labels := getattr(batch, 'labels', None), list):
