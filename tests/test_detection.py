@@ -420,6 +420,15 @@ def test_ones_own_classes_learn_faster_from_a_detector_than_from_a_classifier(tm
 
 
 @pytest.mark.slow
+def test_the_demo_finds_the_digits_of_photographs_that_it_has_not_seen(tmp_path):
+    """As `make demo-detection`: about ten minutes of one core."""
+    assert main.main(['--recipe', ROW, '--device', 'cpu', '--num_workers', '0', '--output_dir', str(tmp_path)]) == 0
+    best = tmp_path / 'checkpoint-best-ema.pth'
+    runs.run(('--eval', '--checkpoint', str(best), '--device', 'cpu', '--output_dir', str(tmp_path)), tmp_path / 'log')
+    assert json.loads((tmp_path / 'eval.json').read_text())['box_ap50'] > 55  # measured, of one seed: 62.9
+
+
+@pytest.mark.slow
 def test_eight_images_are_learnt_by_heart_boxes_and_masks(tmp_path):
     digits_coco.write(tmp_path, train=30, val=1)
     facts = json.loads((tmp_path / 'annotations' / 'instances_train2017.json').read_text())
