@@ -452,6 +452,7 @@ def test_eight_images_are_learnt_by_heart_boxes_and_masks(tmp_path):
     assert main.main(words) == 0
     last = log_of(tmp_path / 'run')[-1]
     print({name: last[f'test_{name}'] for name in ('box_ap', 'mask_ap', 'mask_ap50')})
+    # Measured: 98.5, 72.2 and 100
     assert last['test_box_ap'] >= 85 and last['test_mask_ap50'] >= 95
 
 
