@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--batch_size', type=int, default=32, help='images at a time')
     add_flags(parser)
     args = parser.parse_args(argv)
-    if min(args.topk or 1, args.batch_size) < 1:
+    if min(1 if args.topk is None else args.topk, args.batch_size) < 1:
         raise UserError('--topk and --batch_size: give at least 1')
     predictor = from_flags(args)
     to_stderr(predictor.about)

@@ -462,7 +462,7 @@ def test_every_path_of_the_command_line_has_its_home_expanded(monkeypatch):
     assert {field.name for field in paths} >= named
     for field in paths:
         words = ['--eval', '--checkpoint', 'x'] if field.name in (
-            'checkpoint', 'valid_labels', 'real_labels', 'results_file') else ['--model', 'moganet_tiny']
+            'checkpoint', 'valid_labels', 'real_labels', 'results_file', 'suite') else ['--model', 'moganet_tiny']
         resolved = recipes.resolve([*words, f'--{field.name}=~/x'])
         value = next(getattr(part, field.name) for part in resolved if hasattr(part, field.name))
         assert value == (('/home/of/x',) if field.name == 'checkpoint' else '/home/of/x'), field.name
@@ -588,5 +588,5 @@ def test_the_digits_of_a_checkpoint_are_not_evaluated_in_place_of_a_folder(tmp_p
              '350']
     assert main.main(words) == 0
     for flag in ('--data_path', '--eval_data_path'):
-        assert '--data_set digits reads no --data_path' in refusal(
+        assert f'--data_set digits reads no {flag}' in refusal(
             ['--eval', '--checkpoint', str(tmp_path / 'run' / 'checkpoint-last.pth'), flag, str(data)], capsys)

@@ -152,10 +152,10 @@ def test_the_set_is_written_into_the_cache_once(written, tmp_path):
 def test_of_two_processes_one_writes_and_the_other_takes_what_it_wrote(written, tmp_path, monkeypatch):
     ours = digits_coco.write
 
-    def other_comes_first(root: Path) -> None:
+    def other_comes_first(root: Path, **sizes: int) -> None:
         monkeypatch.setattr(digits_coco, 'write', ours)
         digits_coco.root()
-        ours(root)
+        ours(root, **sizes)
 
     monkeypatch.setattr(digits_coco, 'write', other_comes_first)
     root = digits_coco.root()
@@ -163,7 +163,7 @@ def test_of_two_processes_one_writes_and_the_other_takes_what_it_wrote(written, 
 
 
 def test_a_set_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(root: Path) -> None:
+    def interrupted(root: Path, **_: int) -> None:
         (root / 'train2017').mkdir()
         raise KeyboardInterrupt
 

@@ -104,7 +104,7 @@ def test_no_flag_of_the_script_hides_one_of_main():
     shared = [option for option in options if sum(
         option in action.option_strings for made in (run_with_submitit.parser(), parser_of(recipes.Classification))
         for action in made._actions) > 1]
-    assert sorted(shared) == ['--help', '-h']
+    assert sorted(shared) == ['--gpus', '--help', '-h']  # of a plan, which is refused here
     assert not set(run_with_submitit.SPELLINGS) & {option.lstrip('-') for option in options}
 
 

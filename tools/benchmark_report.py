@@ -122,7 +122,7 @@ def by_device(figures: dict[str, Row], subject: str, rows: dict[str, str]) -> st
     """A table of one subject's figures: a column for each kind of device, a row for each that one of them has."""
     return table(('', *DEVICES.values()), [
         [text, *(figures.get(kind, {}).get(subject, {}).get(name) for kind in DEVICES)] for name, text in rows.items()
-        if any(name in kept[subject] for kept in figures.values())])
+        if any(name in kept.get(subject, ()) for kept in figures.values())])
 
 
 def render(figures: dict[str, Row]) -> str:

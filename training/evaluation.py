@@ -333,8 +333,9 @@ def append_result(path: Path, result: dict[str, Any], recipe: Recipe) -> None:
         with open(path, 'a+', newline='') as file:
             file.seek(0)
             known = next(csv.reader(file), None)  # a file keeps the columns that it was begun with
-            if lacking := [name for name in ('checkpoint', recipe.best) if known is not None and name not in known]:
-                raise ValueError(f'its first line has no column {lacking[0]}')
+            for wanted in (('checkpoint',), tuple(recipe.metrics)) if known is not None else ():
+                if not any(name in known for name in wanted):
+                    raise ValueError(f'its first line has no column {wanted[0]}')
             writer = csv.DictWriter(file, known or columns, extrasaction='ignore')
             if known is None:
                 writer.writeheader()
