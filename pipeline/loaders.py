@@ -191,8 +191,16 @@ def _cannot_hand_over(error: Exception, _batch: Any) -> None:
     os._exit(getattr(error, 'errno', None) or next(told, 1))
 
 
+def _note_once(_: type[BaseException], error: BaseException, __: Any) -> None:
+    """Tells in a line, once, what stops multiprocessing's server of descriptors for a moment; it would print each trace
+    and goes on."""
+    sys.excepthook = lambda *_: None
+    to_stderr(f'a data worker cannot hand over a batch at once: {reason_of(error)}')
+
+
 def _start_worker(_: int) -> None:
     """Signals are the main process's business: a preempted job saves while its workers go on."""
+    sys.excepthook = _note_once
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -266,7 +274,7 @@ def why_lost(error: BaseException, workers: Iterable[Any]) -> WorkersLost | None
     """What the data workers lack, by the error that came of it and the workers' own ends; None for another error."""
     text = reason_of(error)
     if isinstance(error, EOFError | ConnectionError):  # which may come a moment before the end of the worker that died
-        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=5)
     ends = {worker.exitcode for worker in workers} - {None, 0}
 
     def found(pattern: str, *codes: int) -> bool:
