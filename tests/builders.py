@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+import signal
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import datasets
 import recipes
 import reference
+import runs
 from models.released import RELEASED, RELEASED_DENSE
 from recipes import Recipe, Run
 from tasks import Task, create_task
@@ -351,3 +353,30 @@ def assert_same_run(folder: Path, other: Path) -> None:
         assert differences(state_of(folder, name), state_of(other, name)) == []
     assert untimed_log(folder) == untimed_log(other)
     assert not list(folder.glob('.*.part'))
+
+
+def run_whole_and_interrupted(words: tuple[str, ...], folder: Path, *, world_size: int) -> tuple[Path, Path]:
+    """Runs `main.py` once without a stop, and once stopped by SIGTERM after update 1 and killed after update 3.
+
+    The last rank has the signals. Returns the two runs' folders.
+    """
+    whole, parts = folder / 'whole', folder / 'parts'
+    runs.run((*words, '--output_dir', str(whole)), folder / 'whole.txt', world_size=world_size)
+    for number, update in ((signal.SIGTERM, 1), (signal.SIGKILL, 3)):
+        stop = f'''
+import os
+def observe(state):
+    if state.step == {update} and rank == {world_size - 1}:
+        os.kill(os.getpid(), {int(number)})
+'''
+        job = runs.start((*words, '--output_dir', str(parts), '--save_ckpt_steps', '1'), folder / f'{update}.txt',
+                         world_size=world_size, before=stop)
+        if number == signal.SIGKILL:
+            job.ranks[-1].join(timeout=120)
+            job.kill()
+        statuses = job.wait()
+        if number == signal.SIGTERM:
+            assert statuses == [128 + number] * world_size, job.text()
+            assert state_of(parts)['step'] in (update, update + 1)  # several ranks agree an update later
+    runs.run((*words, '--output_dir', str(parts)), folder / 'rest.txt', world_size=world_size)
+    return whole, parts

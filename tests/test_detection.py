@@ -1,7 +1,6 @@
 """Detection from end to end: a made-up set in COCO's form, trained, interrupted, evaluated, told and drawn."""
 import csv
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import main
 import predict
 import recipes
 import runs
-from builders import differences, log_of, state_of
+from builders import differences, log_of, run_whole_and_interrupted, state_of
 from pipeline import digits_coco
 from recipes import RECIPES, Run
 from tasks import create_task, detection
@@ -150,25 +149,7 @@ def test_a_run_that_is_stopped_and_killed_at_any_update_ends_with_the_same_bits(
     if masks:
         words, batch = (*MASK_WORDS, '--data_path', str(data)), (*batch, '--resize', 'multi_scale')
     words = (*words, *batch, '--epochs', '1', '--disable_eval', '--print_freq', '1')
-    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-    runs.run((*words, '--output_dir', str(whole)), tmp_path / 'whole.txt', world_size=world_size)
-    for number, update in ((signal.SIGTERM, 1), (signal.SIGKILL, 3)):
-        stop = f'''
-import os
-def observe(state):
-    if state.step == {update} and rank == {world_size - 1}:
-        os.kill(os.getpid(), {int(number)})
-'''
-        job = runs.start((*words, '--output_dir', str(parts), '--save_ckpt_steps', '1'), tmp_path / f'{update}.txt',
-                         world_size=world_size, before=stop)
-        if number == signal.SIGKILL:
-            job.ranks[-1].join(timeout=120)
-            job.kill()
-        statuses = job.wait()
-        if number == signal.SIGTERM:
-            assert statuses == [128 + number] * world_size, job.text()
-            assert state_of(parts)['step'] in (update, update + 1)  # several ranks agree an update later
-    runs.run((*words, '--output_dir', str(parts)), tmp_path / 'rest.txt', world_size=world_size)
+    whole, parts = run_whole_and_interrupted(words, tmp_path, world_size=world_size)
     assert state_of(parts)['step'] == state_of(parts)['updates_per_epoch'] >= 4
     assert differences(state_of(whole), state_of(parts)) == []
 

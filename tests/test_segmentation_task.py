@@ -3,7 +3,6 @@ import csv
 import io
 import itertools
 import json
-import signal
 import subprocess
 import sys
 import zipfile
@@ -20,7 +19,7 @@ import main
 import predict
 import recipes
 import runs
-from builders import differences, log_of, put, state_of
+from builders import differences, log_of, put, run_whole_and_interrupted, state_of
 from models.released import RELEASED_DENSE
 from models.segmentation import IGNORED
 from pipeline import ade20k_classes, digits_coco
@@ -104,25 +103,7 @@ def test_a_run_that_is_stopped_and_killed_at_any_update_ends_with_the_same_bits(
                'auxiliary_channels=16', '--warmup_steps', '2', '--epochs', 'none', '--updates', '5', '--val_steps', '4',
                '--lr', '1e-3')
     words = (*words, *upernet, *batch, '--print_freq', '1')
-    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-    runs.run((*words, '--output_dir', str(whole)), tmp_path / 'whole.txt', world_size=world_size)
-    for number, update in ((signal.SIGTERM, 1), (signal.SIGKILL, 3)):
-        stop = f'''
-import os
-def observe(state):
-    if state.step == {update} and rank == {world_size - 1}:
-        os.kill(os.getpid(), {int(number)})
-'''
-        job = runs.start((*words, '--output_dir', str(parts), '--save_ckpt_steps', '1'), tmp_path / f'{update}.txt',
-                         world_size=world_size, before=stop)
-        if number == signal.SIGKILL:
-            job.ranks[-1].join(timeout=120)
-            job.kill()
-        statuses = job.wait()
-        if number == signal.SIGTERM:
-            assert statuses == [128 + number] * world_size, job.text()
-            assert state_of(parts)['step'] in (update, update + 1)  # several ranks agree an update later
-    runs.run((*words, '--output_dir', str(parts)), tmp_path / 'rest.txt', world_size=world_size)
+    whole, parts = run_whole_and_interrupted(words, tmp_path, world_size=world_size)
     assert state_of(parts)['step'] == 5
     assert differences(state_of(whole), state_of(parts)) == []
     logs = [[{name: value for name, value in entry.items() if 'second' not in name and 'wait' not in name}
