@@ -322,7 +322,8 @@ def plan(recipe: Recipe, run: Run) -> str:
         f'({gpus} x {run.batch_size} x {run.update_freq}), {recipe.precision}{tf32}; {data.images:,} images of '
         f'{data.name}',
         'Nothing of this is measured. Memory is counted as the allocator hands it out; a micro-batch fits where that, '
-        f'{FRAGMENTS - 1:.0%} more and {CONTEXT / GIB:.0f} GiB do. Hours are predicted: from '
+        f'{FRAGMENTS - 1:.0%} more and {CONTEXT / GIB:.0f} GiB do, and the largest of a card divides the '
+        f'{recipe.total_batch_size // run.world_size:,} images of a GPU. Hours are predicted: from '
         f'{costs.moved(run.batch_size) / run.batch_size / 1e6:,.0f} MB and {costs.operations / 1e9:,.0f} GFLOP an '
         f'image, {BANDWIDTH[0]:.0%} to {BANDWIDTH[1]:.0%} of the bandwidth and {ARITHMETIC:.0%} of the arithmetic of '
         "the card's data sheet, without evaluations, exchange between GPUs"
