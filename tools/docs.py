@@ -135,7 +135,8 @@ def dense_block(row: Dense, costs: Costs) -> str:
     published = [f'{row.metrics[name][0]} {value:g}{row.metrics[name][1]}' for name, value in row.expected().items()
                  if value is not None]
     figures = [', '.join(published) or 'no accuracy was published', row.hardware,
-               f'{cost["parameters"] / 1e6:.2f} M parameters', f'{cost["gmacs"]:.1f} GMACs at {size_of(row)}']
+               f'{cost["parameters"] / 1e6:.2f} M parameters with {row.known_classes} classes',
+               f'{cost["gmacs"]:.1f} GMACs at {size_of(row)}']
     spread = batches(row) if row.hardware.startswith('8') else []
     return '\n'.join([f'#### `{row.name}`', '', f'    {words[0]}', '', *spread,
                       f'{"; ".join(figures)}. Source: {row.source}.'])
