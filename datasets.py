@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
 class Loaders:
     """What a run reads; None for a half that was not asked for."""
 
-    train: TrainLoader | None
+    train: TrainLoader | ValLoader | None
     val: ValLoader | None
 
     def close(self) -> None:
@@ -59,7 +59,7 @@ class Loaders:
 
 
 def build_loaders(task: Any, run: Run, *, rank: int = 0, device: torch.device | str = 'cpu',
-                  splits: Sequence[str] = ('train', 'val')) -> Loaders:
+                  splits: Sequence[str] = ('train', 'val'), augmented: bool = True) -> Loaders:
     """The loaders of a run; the task learns its classes and their number from the data.
 
     Args:
@@ -68,6 +68,7 @@ def build_loaders(task: Any, run: Run, *, rank: int = 0, device: torch.device | 
         rank: of this process among `run.world_size`.
         device: where the batches are wanted.
         splits: 'train', 'val' or both.
+        augmented: whether the training images come to be trained on, else in order and as the test images.
 
     Raises:
         UserError: for data that is missing, too small or does not fit the recipe, with the cure.
@@ -81,5 +82,5 @@ def build_loaders(task: Any, run: Run, *, rank: int = 0, device: torch.device | 
         raise UserError(errors[0])
     task.learn_classes([source for source in (train, val) if source is not None])
     others = {'rank': rank, 'device': torch.device(device)}
-    return Loaders(None if train is None else TrainLoader(train, task, run, **others),
+    return Loaders(None if train is None else (TrainLoader if augmented else ValLoader)(train, task, run, **others),
                    None if val is None else ValLoader(val, task, run, **others))

@@ -2,6 +2,7 @@
 
     python predict.py photo.jpg folder https://HOST/cat.png --checkpoint released:moganet_small
     python predict.py folder --checkpoint runs/demo/checkpoint-best-ema.pth --topk 3 --json --draw pictures
+    python predict.py folder --checkpoint released:moganet_small --embed features.npz
 
 The pixels are those of the evaluation: sizes, interpolation and normalisation are the checkpoint's own. EXIF's rotation
 is applied for detectors and segmentors, as in their training, and not for classifiers. Exit status 2 where an image
@@ -158,15 +159,23 @@ def main(argv: list[str] | None = None) -> int:
                         help='write a picture of each prediction into a folder')
     parser.add_argument('--labels', type=as_path, metavar='FOLDER',
                         help="write a segmentor's class of each pixel, numbered from 0, as a PNG into a folder")
+    parser.add_argument('--embed', type=as_path, metavar='FILE',
+                        help="write a NumPy archive instead: 'names', and what the classifier takes of each image, "
+                             "'features', float32 [images, features]")
     parser.add_argument('--batch_size', type=int, default=32, help='images at a time')
     add_flags(parser)
     args = parser.parse_args(argv)
     if min(1 if args.topk is None else args.topk, args.batch_size) < 1:
         raise UserError('--topk and --batch_size: give at least 1')
+    if args.embed and (args.json or args.draw or args.labels or args.topk):
+        raise UserError('--embed writes features in place of predictions; leave --json, --draw, --labels, --topk out')
+    if args.embed and args.embed.exists():
+        raise UserError(f'--embed {args.embed} is there already; give another file')
     predictor = from_flags(args)
     to_stderr(predictor.about)
     count = {} if args.topk is None else {'count': args.topk}
     task, predicted, bad, pending = predictor.task, [], 0, iter([*find_images(args.images)])
+    embedded: list[tuple[str, torch.Tensor]] = []
     while some := list(itertools.islice(pending, args.batch_size)):
         names, files, samples = [], [], []
         for source in some:
@@ -180,6 +189,9 @@ def main(argv: list[str] | None = None) -> int:
             except BadImage as error:
                 to_stderr(f'error: {shown}: {error}')
                 bad += 1
+        if args.embed:
+            embedded += zip(names, task.embed(predictor.model, samples) if samples else (), strict=True)
+            continue
         results = task.predict(predictor.model, samples) if samples else ()
         for name, file, result in zip(names, files, results, strict=True):
             if args.draw:
@@ -192,7 +204,21 @@ def main(argv: list[str] | None = None) -> int:
                 print(name, *task.to_text(result, **count), sep='\n')
     if args.json:
         print(json.dumps(predicted, indent=1))
+    if args.embed:
+        write_features(args.embed, embedded)
     return 2 if bad else 0
+
+
+def write_features(path: Path, embedded: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Writes the names and the features of images as a NumPy archive. Raises UserError where it cannot."""
+    if not embedded:
+        raise UserError(f'--embed {path}: no image could be read, and nothing is written')
+    names, rows = zip(*embedded, strict=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: np.savez(file, names=np.array(names), features=torch.stack(rows).numpy()))
+    except OSError as error:
+        raise UserError(f'--embed {path} cannot be written ({error.strerror or error}); give another file') from None
 
 
 def draw(folder: Path, name: str, picture: Image.Image, *, flag: str = '--draw') -> None:

@@ -28,7 +28,7 @@ from models.download import download, forget, remembered
 from models.moganet import Gate
 from models.released import RELEASED, RELEASED_BY_FILE, RELEASED_DENSE, Which
 from recipes import RECIPES, to_dict
-from utils import UserError, expand, nearest, reason_of
+from utils import UserError, expand, nearest, reason_of, write_atomically
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
@@ -545,3 +545,21 @@ def build_model(weights: Weights, name: str | None = None, *, gate: Gate | None 
     model = create_model(name, num_classes=classes_of(weights, name), **kwargs)
     apply_weights(model, weights)
     return model.eval()
+
+
+# ---- Into a file ----------------------------------------------------------------------------------------------------
+
+def save_weights(weights: Weights, path: Path) -> None:
+    """Writes weights and what they need to be evaluated, no optimizer, into a file that `load_weights` reads.
+
+    Raises:
+        UserError: where it cannot be written; what was there is then left as it was.
+    """
+    kept = {key: weights.meta[key] for key in ('epoch', 'classes', 'class_map', 'recipe') if key in weights.meta}
+    payload = {'model': weights.state_dict, 'which': weights.which, 'gate': weights.gate,
+               'arch': weights.meta.get('model'), **kept}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: torch.save(payload, file))
+    except OSError as error:
+        raise UserError(f'cannot write {path}: {error.strerror or error}') from None

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import create_dataset
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity
 
 from pipeline import labels
 from pipeline.augmentation import decode
 from pipeline.files import EXTENSIONS, GROUND_TRUTHS, Split, find_files, from_file, load_index, show_others, to_file
 from pipeline.labels import BadLabel
 from recipes import Recipe, Run
-from utils import UserError, derive_seed, nearest
+from utils import UserError, derive_seed, nearest, reason_of
 
 
 def open_source(recipe: Recipe, run: Run, split: Split) -> Any:
@@ -52,20 +54,31 @@ def open_timm(recipe: Recipe, run: Run, split: Split) -> Any:
     root = run.eval_data_path if split == 'val' and run.eval_data_path else run.data_path
     # Which members of a shard are images: for timm by itself, .jpg, .png and .webp alone
     more = {'input_key': ';'.join(dict.fromkeys(('jpg', 'png', 'webp', *(ending[1:] for ending in EXTENSIONS))))
-            } if kind == 'wds' else {}
+            } if kind == 'wds' else {'download': run.download or has_archive(recipe.data_set, Path(root))}
     class_map = labels.read_class_map(run.class_map, Path(root)) if run.class_map else None
     try:
         data = create_dataset(
             recipe.data_set, root=root, split='train' if split == 'train' else 'validation', class_map=class_map,
             is_training=split == 'train', batch_size=run.batch_size or 1, seed=recipe.seed, **more)
     except (Exception, SystemExit) as error:  # anything that a foreign reader raises
-        reason = ' '.join(str(error).split()) or type(error).__name__
+        reason = reason_of(error).removesuffix(' You can use download=True to download it')
+        cure = ('check --data_path, or fetch them into it by --download' if kind == 'torch' else
+                'check --data_path and that the package of the reader is installed')
         raise UserError(f'--data_set {recipe.data_set}: the {split} images under {root} cannot be opened ({reason}); '
-                        'check --data_path and that the package of the reader is installed') from error
+                        f'{cure}') from error
     if not isinstance(data, torch.utils.data.IterableDataset):
         return TimmSource(data, class_map)
     data.class_map = class_map  # for the checkpoints
     return data
+
+
+def has_archive(data_set: str, root: Path) -> bool:
+    """Whether a folder has the archive of CIFAR-10 or 100 as it is offered: torchvision then unpacks it beside.
+
+    Their files are pickles. torchvision opens none that has another checksum than the official one.
+    """
+    kind = {'torch/cifar10': CIFAR10, 'torch/cifar100': CIFAR100}.get(data_set.lower())
+    return kind is not None and check_integrity(root / kind.filename, kind.tgz_md5)
 
 
 def class_names(data: Any) -> list[str]:

@@ -284,7 +284,13 @@ def check_start(recipe: Recipe, run: Run) -> None:
 
 
 def check_data_path(recipe: Recipe, run: Run) -> None:
-    """Refuses a path of images beside a data set that reads none. Raises UserError."""
+    """Refuses a path of images beside a data set that reads none, and to fetch one that is not torchvision's.
+
+    Raises:
+        UserError: that names the flag.
+    """
+    if run.download and recipe.model and not recipe.data_set.startswith('torch/'):
+        raise UserError(f'--download fetches a --data_set torch/NAME, and this is {recipe.data_set}; leave it out')
     if recipe.data_set not in MADE_UP:
         return
     for name in ('data_path', 'eval_data_path', 'train_json', 'val_json', 'image_dir'):

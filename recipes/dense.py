@@ -39,7 +39,7 @@ class Dense(Recipe):
                                'for each size anew; leave it out')
         check(not (run.eval and run.pretrained), '--pretrained is an ImageNet classifier; give what is to be evaluated '
                                                  'by --checkpoint FILE')
-        for name in ('class_map', 'valid_labels', 'real_labels'):
+        for name in ('class_map', 'valid_labels', 'real_labels', 'knn'):
             check(getattr(run, name) is None, f'--{name} is for classification; leave it out')
 
     def count_size(self) -> tuple[int, int]:

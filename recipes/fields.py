@@ -247,6 +247,8 @@ class Run:
     val_json: str | None = doc(None, "COCO JSON of the test images, where it is not COCO's in --data_path", path=True)
     image_dir: str | None = doc(None, "folder of the images that --train_json and --val_json name; the JSON's own by "
                                       'default', path=True)
+    download: bool = doc(False, "fetch a --data_set torch/NAME into --data_path, from its authors' server, where it is "
+                                'not there yet')
     class_map: str | None = doc(None, "file that maps class names to indices (timm's class map)", path=True)
     output_dir: str = doc('', "the run's folder; runs/<recipe> by default", path=True)
     log_dir: str | None = doc(None, "TensorBoard's folder; <output_dir>/tensorboard by default", path=True)
@@ -304,6 +306,8 @@ class Run:
     corruption: tuple[str, int] | None = doc(None, 'corruption of the test crops, and its severity', flag=False)
     test_sizes: tuple[int, ...] = doc((), 'the test sizes, where --test_size gives several', flag=False)
     tta: Literal['hflip'] | None = doc(None, 'evaluate the mean of the logits of an image and of its mirror image')
+    knn: int | None = doc(None, 'classify by so many nearest training images, in the features before the classifier, '
+                                'in place of the classifier', COUNT)
     throughput: bool = doc(False, 'measure the images/s of the model alone too')
     results_file: str | None = doc(None, 'CSV file to which the results are appended', path=True)
     save_predictions: str | None = doc(None, "JSON file for what a detector finds in the test images, in COCO's form",
@@ -330,11 +334,14 @@ class Run:
     def check(self) -> None:
         """Refuses values that cannot be meant. Raises UserError that names the flag."""
         check_bounds(self)
-        for name in ('valid_labels', 'real_labels', 'suite', 'tta', 'throughput', 'results_file'):
+        for name in ('valid_labels', 'real_labels', 'suite', 'tta', 'knn', 'throughput', 'results_file'):
             check(self.eval or not getattr(self, name), f'--{name} goes with --eval')
         for name in ('data_path', 'eval_data_path', 'class_map'):
             check(not self.suite or getattr(self, name) == getattr(Run, name),
                   f'--suite knows its sets; leave --{name} out')
+        for name in ('suite', 'valid_labels', 'compile'):
+            check(self.knn is None or not getattr(self, name),
+                  f'--knn compares the features of training and test images of --data_path; leave --{name} out')
         check(all(size > 0 for size in self.test_sizes), f'--test_size {self.test_sizes}: give values above 0')
         check(self.suite is not None or not self.corruptions, '--corruptions go with --suite FOLDER')
         check('all' not in self.corruptions or len(self.corruptions) == 1, '--corruptions all has all of them')

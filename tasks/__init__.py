@@ -284,6 +284,14 @@ class Task:
         """What the model finds in each of some images, as `prepare` returns them."""
         raise NotImplementedError
 
+    def embed(self, model: nn.Module, samples: Sequence[Any]) -> Tensor:
+        """What the model's classifier takes of each of some images, float32 [images, features] on the CPU.
+
+        Raises:
+            UserError: where the model has no classifier.
+        """
+        raise UserError(f'{self.recipe.name}: its task classifies no images; leave --embed out')
+
     def draw(self, image: Image.Image, result: Any, *, count: int = 5) -> Image.Image:
         """An image with what was found in it. Raises UserError where the task cannot show that."""
         raise UserError(f'{self.recipe.name}: its task draws no predictions; leave --draw out')

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 import optim_factory
 from models import create_model
-from models.build import check_forward
+from models.build import check_forward, name_of
 from pipeline import memory
 from pipeline.augmentation import (
     TestTransform,
@@ -34,13 +34,14 @@ from pipeline.augmentation import (
 )
 from pipeline.corruptions import corrupt
 from pipeline.labels import BadLabel
-from pipeline.loaders import Position
+from pipeline.loaders import Position, ValLoader
 from pipeline.sources import ImageFiles, check_files, class_names, open_source
 from recipes import Classification as Recipe
 from recipes import Run
 from tasks import Batch, Task, evidence, pictures
 from utils import UserError, derive_seed, seed_everything, sum_dtype
 
+VOTE_TEMPERATURE = 0.07  # of the votes of nearest neighbours, as in arXiv 1805.01978
 MAX_CONFUSION = 100  # classes of which a confusion matrix is still one that a person reads
 
 
@@ -159,6 +160,26 @@ class Classification(Task):
         smoothing = 0.0 if targets.is_floating_point() else self.recipe.smoothing
         return {'loss': F.cross_entropy(logits, targets, label_smoothing=smoothing)}
 
+    @torch.no_grad()
+    def nearest_neighbours(self, model: nn.Module, batches: ValLoader) -> 'NearestNeighbours':
+        """A classifier by the nearest of some images, which the ranks share out.
+
+        Args:
+            model: in evaluation mode.
+
+        Raises:
+            UserError: for a stream, or too few images.
+        """
+        wanted = max(self.run.knn, self.run.world_size)
+        if not batches.exact or batches.count < wanted:
+            found = f'has {batches.count}' if batches.exact else 'is a stream'
+            raise UserError(f'--knn {self.run.knn} compares with {wanted} or more training images in any order, and this '
+                            f'data set {found}; give a lower --knn, or another --data_path')
+        rows = [torch.cat([batch.targets[:, None], features(model, batch.images)], 1) for batch in batches]
+        known = gather(rows)
+        return NearestNeighbours(model, known[:, 1:], known[:, 0].long(), count=self.run.knn,
+                                 classes=self.recipe.num_classes)
+
     def example_batch(self, size: int, device: torch.device) -> Labelled:
         side = self.recipe.input_size
         # In the layout of the loader's, for which a compiled model would else be compiled again
@@ -184,7 +205,8 @@ class Classification(Task):
     def show_settings(self) -> str:
         recipe, gate = self.recipe, self.recipe.settings()['gate']
         return (f'{recipe.model}{f", {gate} gate" if gate else ""}, at {recipe.test_size}, crop {recipe.crop_pct:g} '
-                f'({recipe.crop_mode}), {recipe.interpolation}{", with mirror images" if self.run.tta else ""}')
+                f'({recipe.crop_mode}), {recipe.interpolation}{", with mirror images" if self.run.tta else ""}'
+                f'{f", by {self.run.knn} nearest neighbours" if self.run.knn else ""}')
 
     def show_result(self, result: dict[str, Any]) -> str:
         real = f'  top-1 by the reassessed labels {result["real_acc1"]:.3f} %' if 'real_acc1' in result else ''
@@ -217,6 +239,10 @@ class Classification(Task):
         """The probabilities, [classes] on the CPU: the softmax, also where training was by binary cross-entropy."""
         device = next(model.parameters()).device
         return list(model(self.to_input(samples, device)).float().softmax(1).cpu())
+
+    @torch.inference_mode()
+    def embed(self, model: nn.Module, samples: Sequence[np.ndarray]) -> Tensor:
+        return features(model, self.to_input(samples, next(model.parameters()).device)).cpu()
 
     def prepare(self, image: Any) -> np.ndarray:
         """The test crop, uint8 [H, W, 3], of an image that `augmentation.decode` takes. Raises BadImage."""
@@ -340,6 +366,47 @@ class Finish:
                 shape = {'pixel': (3, height, width), 'rand': (3, 1, 1), 'const': (3, 0, 0)}[self._recipe.remode]
                 fill = torch.randn(shape, device=self._device, generator=generator) if shape[1] else 0.0
                 images[number, :, top:top + height, left:left + width] = fill
+
+
+# ---- Features -------------------------------------------------------------------------------------------------------
+
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    """What the classifier of a model takes, float32 [B, features], of images [B, 3, H, W]. Raises UserError."""
+    try:
+        found = model.forward_head(model.forward_features(images), pre_logits=True)
+    except (AttributeError, TypeError) as error:  # of the few models of timm without these, or without the argument
+        raise UserError(f'{name_of(model)} does not tell what its classifier takes ({error}); give another model'
+                        ) from None
+    return found.float().flatten(1)
+
+
+class NearestNeighbours(nn.Module):
+    """Classifies by known images: the nearest vote by `exp(cosine / VOTE_TEMPERATURE)` (Wu et al., arXiv 1805.01978).
+
+    Attributes:
+        model: whose features are compared.
+    """
+
+    def __init__(self, model: nn.Module, known: Tensor, labels: Tensor, *, count: int, classes: int):
+        """
+        Args:
+            known: features, float32 [images, features].
+            labels: int64 [images].
+            count: of the nearest images, which vote.
+            classes: number of the classes.
+        """
+        super().__init__()
+        self.model, self._labels, self._count, self._classes = model, labels, count, classes
+        self._known = F.normalize(known)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> the logarithm of the shares of the votes, at least of 1e-6, float32 [B, classes]."""
+        ours = F.normalize(features(self.model, images))
+        with torch.autocast(images.device.type, enabled=False):
+            nearest = (ours @ self._known.T).topk(self._count)
+        votes = (nearest.values / VOTE_TEMPERATURE).softmax(1)
+        shares = votes.new_zeros(len(ours), self._classes).scatter_add_(1, self._labels[nearest.indices], votes)
+        return shares.clamp(min=1e-6).log()
 
 
 # ---- Accuracy -------------------------------------------------------------------------------------------------------

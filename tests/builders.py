@@ -2,8 +2,11 @@
 import argparse
 import dataclasses
 import functools
+import gzip
+import hashlib
 import io
 import json
+import pickle
 import signal
 import tarfile
 import zipfile
@@ -57,6 +60,21 @@ def make_image_folder(root: Path, *, classes: int = 3, train: int = 16, val: int
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(count):
                 draw(rng, label).save(folder / f'{i}.png')
+    return root
+
+
+def write_digits(root: Path, labels: Sequence[int], *, train: int) -> Path:
+    """scikit-learn's digits of these labels as an image folder: of the first `train` of all, and 360 others to test."""
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.images))
+    for split, chosen in (('train', order[:train]), ('val', order[1437:])):
+        for index in chosen:
+            if digits.target[index] in labels:
+                folder = root / split / str(digits.target[index])
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray((digits.images[index] * 15.9).astype(np.uint8)).convert('RGB').save(
+                    folder / f'{index}.png')
     return root
 
 
@@ -128,6 +146,30 @@ def write_shards(root: Path, shards: int = 3, *, ending: str = 'jpg', broken: Se
             lengths.append(len(numbers))
         splits[split] = {'name': split, 'num_samples': count, 'filenames': names, 'shard_lengths': lengths}
     (root / '_info.json').write_text(json.dumps({'name': 'made up', 'splits': splits}))
+
+
+def write_cifar(path: Path, kind: Any, monkeypatch: Any, *, images: int = 8) -> bytes:
+    """An archive of CIFAR's official form, `images` in each of its files, and its bytes.
+
+    torchvision opens what has the official checksums; here those of the class become these files' own.
+
+    Args:
+        kind: torchvision's CIFAR10 or CIFAR100.
+    """
+    rng, key = np.random.default_rng(0), 'labels' if kind.meta['key'] == 'label_names' else 'fine_labels'
+    members = {name: pickle.dumps({'data': rng.integers(0, 256, (images, 3072), np.uint8),
+                                   key: [number % 10 for number in range(images)]})
+               for name, _ in (*kind.train_list, *kind.test_list)}
+    names = [f'class {number:02d}' for number in range(10 if key == 'labels' else 100)]
+    members[kind.meta['filename']] = pickle.dumps({kind.meta['key']: names})
+    content = gzip.compress(tar({f'{kind.base_folder}/{name}': member for name, member in members.items()}))
+    sums = {name: hashlib.md5(member).hexdigest() for name, member in members.items()}
+    for halves in ('train_list', 'test_list'):
+        monkeypatch.setattr(kind, halves, [[name, sums[name]] for name, _ in getattr(kind, halves)])
+    monkeypatch.setattr(kind, 'meta', kind.meta | {'md5': sums[kind.meta['filename']]})
+    monkeypatch.setattr(kind, 'tgz_md5', hashlib.md5(content).hexdigest())
+    write(path / kind.filename, content)
+    return content
 
 
 # ---- Boxes, and labels of pixels ------------------------------------------------------------------------------------

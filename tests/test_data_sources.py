@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,9 +14,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
 
 import engine
-from builders import encoded, open_loaders, pairs, photo, tar, write, write_meta, write_parquet, write_shards
+from builders import (
+    encoded,
+    open_loaders,
+    pairs,
+    photo,
+    tar,
+    write,
+    write_cifar,
+    write_meta,
+    write_parquet,
+    write_shards,
+)
 from conftest import ROOT
 from pipeline import augmentation, files
 from pipeline.sources import ImageFiles
@@ -370,22 +383,35 @@ def test_what_is_wrong_in_a_stream_follows_on_bad_image_and_costs_an_evaluation_
             assert len(list(skipping.epoch(0))) == skipping.updates_per_epoch and skipping.bad_images > 0
 
 
-def test_torchvisions_sets_are_read(tmp_path):
-    rng, root = np.random.default_rng(0), tmp_path / 'cifar-10-batches-py'
-    root.mkdir()
-    from torchvision.datasets import CIFAR10
-    for name in [*(name for name, _ in CIFAR10.train_list), *(name for name, _ in CIFAR10.test_list)]:
-        with open(root / name, 'wb') as file:
-            pickle.dump({'data': rng.integers(0, 256, (8, 3072), np.uint8), 'labels': [i % 10 for i in range(8)]}, file)
-    with open(root / 'batches.meta', 'wb') as file:
-        pickle.dump({'label_names': list('abcdefghij')}, file)
-    environment = pytest.MonkeyPatch()
-    environment.setattr(CIFAR10, '_check_integrity', lambda self: True)
-    environment.setattr('torchvision.datasets.cifar.check_integrity', lambda *_: True)
-    opened = loaders(tmp_path, replace(RECIPE, data_set='torch/cifar10'))
-    environment.undo()
-    assert opened.task.classes == list('abcdefghij') and opened.train.count == 40 and opened.val.count == 8
-    assert [label for _, labels in pairs(opened.val) for label in labels.tolist()] == list(range(8))
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def test_cifars_rows_read_the_official_archive_as_other_images_are_read(name, tmp_path, monkeypatch):
+    kind = {'cifar10': CIFAR10, 'cifar100': CIFAR100}[name]
+    recipe = replace(RECIPES[f'moganet_xtiny_{name}'], total_batch_size=8)
+    write_cifar(tmp_path, kind, monkeypatch, images=24)
+    opened = loaders(tmp_path, recipe)
+    count = 24 * len(kind.train_list)
+    assert opened.task.recipe.num_classes == int(name.removeprefix('cifar'))
+    assert opened.task.classes[:2] == ['class 00', 'class 01'] and (opened.train.count, opened.val.count) == (count, 24)
+    images, labels = (torch.cat(parts) for parts in zip(*pairs(opened.val), strict=True))
+    assert labels.tolist() == [number % 10 for number in range(24)]
+    pixels = torch.from_numpy(kind(tmp_path, train=False).data).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.mean, recipe.std))
+    torch.testing.assert_close(images, (pixels - mean) / std)  # no resize at 32 pixels; float32 in another order
+    shutil.rmtree(tmp_path / kind.base_folder)  # a second start unpacks anew, and workers make the same bits
+    again = loaders(tmp_path, recipe, num_workers=1)
+    for (ours, to_ours), (theirs, to_theirs) in zip(pairs(opened.train.epoch(1)), pairs(again.train.epoch(1)),
+                                                    strict=True):
+        assert torch.equal(ours, theirs) and torch.equal(to_ours, to_theirs)
+    again.close()
+
+
+def test_an_archive_of_another_checksum_is_not_opened(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        content = write_cifar(tmp_path, CIFAR10, patch)
+    with pytest.raises(UserError, match=r'cannot be opened \(Dataset not found or corrupted\.\); check --data_path, or '
+                                        'fetch them into it by --download'):
+        loaders(tmp_path, replace(RECIPE, data_set='torch/cifar10'))
+    assert os.listdir(tmp_path) == [CIFAR10.filename] and (tmp_path / CIFAR10.filename).read_bytes() == content
 
 
 def test_unknown_and_unreadable_data_sets_are_told(tmp_path):

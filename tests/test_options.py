@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 import engine
 import main
 import recipes
 import runs
-from builders import log_of, make_image_folder, open_loaders, smooth, state_of
+from builders import log_of, make_image_folder, open_loaders, smooth, state_of, write, write_cifar
 from pipeline import digits_coco, loaders
 from pipeline.files import cache_folder
 from recipes.ade20k import Segmentation
@@ -672,6 +673,30 @@ def test_eval_evaluates_the_checkpoint_and_the_weights_asked_for(trained, data, 
 def test_eval_needs_a_checkpoint(capsys):
     assert main.main([*MODEL, '--eval']) == 2
     assert '--checkpoint' in capsys.readouterr().err
+
+
+@proves('knn')
+def test_nearest_neighbours_decide_in_place_of_the_classifier(trained, data, tmp_path):
+    results = []
+    for flags in ([], ['--knn', '1'], ['--knn', '9']):
+        assert main.main(['--eval', '--checkpoint', str(trained / 'checkpoint-last.pth'), '--data_path', str(data),
+                          '--output_dir', str(tmp_path), '--num_workers', '0', '--device', 'cpu', *flags]) == 0
+        results.append(json.loads((tmp_path / 'eval.json').read_text()))
+    assert len({result['loss'] for result in results}) == 3
+    assert [result.get('knn') for result in results] == [None, 1, 9]
+
+
+@proves('download')
+def test_download_fetches_what_is_not_there_and_only_when_told(tmp_path, monkeypatch, capsys):
+    content = write_cifar(tmp_path / 'server', CIFAR10, monkeypatch)
+    monkeypatch.setattr('torchvision.datasets.utils.download_url',
+                        lambda url, root, filename, md5: write(Path(root) / filename, content))
+    command = [*BASE, '--data_set', 'torch/cifar10', '--data_path', str(tmp_path / 'data'), '--disable_eval',
+               '--output_dir', str(tmp_path / 'run')]
+    assert main.main(command) == 2 and 'by --download' in capsys.readouterr().err
+    assert main.main([*command, '--download']) == 0 and state_of(tmp_path / 'run')['step'] == 5
+    with pytest.raises(UserError, match='--download fetches a --data_set torch/NAME, and this is digits'):
+        recipes.check_start(*recipes.resolve([*BASE, '--data_set', 'digits', '--download']))
 
 
 @proves('results_file')

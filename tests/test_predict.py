@@ -127,6 +127,32 @@ def test_drawn_pictures_show_the_image_over_a_bar_for_each_class(data: Path, che
         predict.main([str(path), '--checkpoint', str(checkpoint), '--device', 'cpu', '--draw', str(tmp_path / 'file')])
 
 
+def test_embedded_features_are_what_the_classifier_takes_bit_for_bit(data: Path, checkpoint: Path, tmp_path: Path,
+                                                                     capsys) -> None:
+    (tmp_path / 'broken.png').write_bytes(b'no image')
+    words = [str(data / 'val'), str(tmp_path / 'broken.png'), '--checkpoint', str(checkpoint), '--device', 'cpu',
+             '--batch_size', '8']
+    output = tmp_path / 'new' / 'features.npz'
+    assert predict.main([*words, '--embed', str(output)]) == 2  # of the broken image; the others are there
+    said = capsys.readouterr()
+    assert not said.out and 'broken.png' in said.err
+    with np.load(output) as archive:
+        names, found = archive['names'].tolist(), archive['features']
+    assert names == list(predict.find_images([str(data / 'val')])) and found.dtype == np.float32
+    classifier, inputs = predict.Classifier(str(checkpoint), device='cpu'), []
+    classifier.model.head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    for start in range(0, len(names), 8):  # the same batches, and so the same bits
+        classifier.probabilities(classifier.images([classifier.pixels(name) for name in names[start:start + 8]]))
+    assert np.array_equal(found, torch.cat(inputs).numpy())
+    with pytest.raises(UserError, match=r'features\.npz is there already; give another file'):
+        predict.main([*words, '--embed', str(output)])
+    for flags in (['--json'], ['--topk', '3']):
+        with pytest.raises(UserError, match='--embed writes features in place of predictions; leave --json'):
+            predict.main([*words, '--embed', str(tmp_path / 'more.npz'), *flags])
+    with pytest.raises(UserError, match='no image could be read, and nothing is written'):
+        predict.main([*words[1:], '--embed', str(tmp_path / 'none.npz')])
+
+
 # ---- Names ----------------------------------------------------------------------------------------------------------
 
 def test_file_with_1000_classes_answers_in_imagenets_words(tmp_path: Path, capsys) -> None:

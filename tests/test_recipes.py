@@ -95,6 +95,15 @@ def test_digits_row_does_not_mirror_and_its_average_fits_its_length():
     assert row.model_ema and 1 / (1 - row.model_ema_decay) < updates / 3
 
 
+def test_the_rows_of_cifar_train_from_scratch_at_32_pixels_and_promise_nothing():
+    for classes in (10, 100):
+        row = RECIPES[f'moganet_xtiny_cifar{classes}']
+        assert row.data_set == f'torch/cifar{classes}' and row.input_size == row.test_size == 32 and row.crop_pct == 1
+        assert row.expected_acc1 is row.expected_acc5 is None and not row.freezes()
+        assert 'not published' in row.source and row.hardware == '1 GPU (not measured)'
+        assert 1 / (1 - row.model_ema_decay) < 5 * (50_000 // row.total_batch_size)  # looks back over few epochs
+
+
 @pytest.mark.parametrize('row', RECIPES.values(), ids=str)
 def test_every_row_resolves_at_8_processes_and_at_1(row, monkeypatch):
     for world in (1, 8):

@@ -112,7 +112,9 @@ def command(row: Classification) -> str:
     if row.name.endswith(('_ft384', '_transfer')):
         words.append(f'--finetune released:{row.model}')
     if row.data_set != 'digits':
-        words.append(f'--data_path /path/to/{"own/classes" if row.name.endswith("_transfer") else "imagenet"}')
+        place = ('own/classes' if row.name.endswith('_transfer') else 'cifar' if row.data_set.startswith('torch/') else
+                 'imagenet')
+        words.append(f'--data_path /path/to/{place}')
     return ' '.join(words)
 
 
@@ -303,6 +305,7 @@ PARTS = {
     ('TRAINING.md', 'feeding'): feeding,
     ('TRAINING.md', 'memory'): memory,
     ('TRAINING.md', 'demo'): lambda: blocks('_digits'),
+    ('TRAINING.md', 'cifar'): lambda: blocks('_cifar10', '_cifar100'),
     ('TRAINING.md', 'recipes'): lambda: blocks('', '_256', '_3aug_256', '_rsb_a3'),
     ('TRAINING.md', 'detection'): lambda: dense_blocks(Detection),
     ('TRAINING.md', 'segmentation'): lambda: dense_blocks(Segmentation),

@@ -11,11 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
 from models.download import sha256_of
-from models.weights import load_weights
-from utils import UserError, as_path, run_cli, write_atomically
+from models.weights import load_weights, save_weights
+from utils import UserError, as_path, run_cli
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,14 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.exists() and os.path.exists(args.checkpoint) and args.output.samefile(args.checkpoint):
         raise UserError(f'{args.output} is the checkpoint itself, the rest of which would be lost; give another file')
     weights = load_weights(args.checkpoint, args.weights)
-    kept = {key: weights.meta[key] for key in ('epoch', 'classes', 'recipe') if key in weights.meta}
-    payload = {'model': weights.state_dict, 'which': weights.which, 'gate': weights.gate,
-               'arch': weights.meta.get('model'), **kept}
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.output, lambda file: torch.save(payload, file))
-    except OSError as error:
-        raise UserError(f'cannot write {args.output}: {error.strerror or error}') from None
+    save_weights(weights, args.output)
     print(f'{weights}\n{args.output}: {args.output.stat().st_size:,} bytes\nsha256 {sha256_of(args.output)}')
 
 

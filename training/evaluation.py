@@ -148,6 +148,10 @@ def find_recipe(source: str | None, recipe: Recipe, run: Run) -> tuple[Weights |
     if not recipes.is_moganet(name):  # those have rows of their own
         meta = settings_of_timm(name) | meta
     recipe = recipes.of_weights(meta, weights and weights.gate, recipe, run.given)
+    if run.knn:  # nothing was published for it, and the classes are those of the data
+        meta = {key: value for key, value in meta.items() if key not in recipe.metrics}
+        return weights, recipe if 'num_classes' in run.given else dataclasses.replace(
+            recipe, num_classes=None), meta
     if recipe.num_classes is None:
         known = getattr(timm.get_pretrained_cfg(recipe.model), 'num_classes', None)
         if weights is not None:
@@ -191,15 +195,17 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
     check_data_path(recipe, run)  # of the checkpoint's own data set
     recipe.check_run(run)
     task = create_task(recipe, run)
-    task.trained, task.trained_map = labels.known_names(meta.get('classes')), meta.get('class_map')
-    loaders = datasets.build_loaders(task, run, rank=processes.rank, device=processes.device, splits=('val',))
+    if not run.knn:  # else the classes are the data's, whatever the model was trained on
+        task.trained, task.trained_map = labels.known_names(meta.get('classes')), meta.get('class_map')
+    loaders = datasets.build_loaders(task, run, rank=processes.rank, device=processes.device, augmented=False,
+                                     splits=('train', 'val') if run.knn else ('val',))
     recipe = task.recipe
     check_classes(task.classes, task.trained, run, num_classes=recipe.num_classes, cure=task.class_cure)
     which = 'pretrained' if weights is None else weights.which
     if kept.get('recipe') != recipe:  # the sets of a suite have one model
         model = prepare_model(task, run, processes.device, pretrained=weights is None)
         if weights is not None:
-            log.info('%s: %s', weights, apply_weights(model, weights))
+            log.info('%s: %s', weights, apply_weights(model, weights, drop_classifier=bool(run.knn)))
         if run.compile:
             compile_model(model, processes.device)
         kept |= {'recipe': recipe, 'model': model}
@@ -210,7 +216,9 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
     begin = time.perf_counter()
     # No signals, which end an evaluation at once, but a limit to its waits
     with utils.StopRequest(processes, ()), compile_errors():
-        result = engine.evaluate({'': model}, loaders.val, metric, count=loaders.val.count, exact=loaders.val.exact,
+        with engine.autocast(processes.device, recipe.precision):
+            judge = task.nearest_neighbours(model.eval(), loaders.train) if run.knn else model
+        result = engine.evaluate({'': judge}, loaders.val, metric, count=loaders.val.count, exact=loaders.val.exact,
                                  device=processes.device, precision=recipe.precision, compiling=run.compile)['']
     seconds = time.perf_counter() - begin
     log.info('%s  (%s weights, %d images)', task.show_result(result), which, result['count'])
@@ -232,7 +240,7 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
     loaders.close()
     return result | {
         'weights': which, 'model': recipe.model,
-        **recipe.settings(), **({'tta': run.tta} if run.tta else {}),
+        **recipe.settings(), **({'tta': run.tta} if run.tta else {}), **({'knn': run.knn} if run.knn else {}),
         'precision': recipe.precision, 'seconds': seconds, 'images_per_second': result['count'] / seconds}
 
 
@@ -326,8 +334,8 @@ def append_result(path: Path, result: dict[str, Any], recipe: Recipe) -> None:
     """Appends an evaluation to a CSV file, with a header where it is new. Raises UserError where it cannot."""
     published = [f'{kind}_{name}' for name in recipe.expected() for kind in ('published', 'difference')]
     columns = ('checkpoint', 'model', 'weights', *recipe.settings(), *recipe.metrics, 'count',
-               *published, 'images_per_second', 'set', 'tta', 'real_acc1', 'ece', 'temperature', 'corruption_error',
-               'mce')
+               *published, 'images_per_second', 'set', 'tta', 'knn', 'real_acc1', 'ece', 'temperature',
+               'corruption_error', 'mce')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'a+', newline='') as file:
