@@ -173,8 +173,8 @@ class Classification(Task):
         wanted = max(self.run.knn, self.run.world_size)
         if not batches.exact or batches.count < wanted:
             found = f'has {batches.count}' if batches.exact else 'is a stream'
-            raise UserError(f'--knn {self.run.knn} compares with {wanted} or more training images in any order, and this '
-                            f'data set {found}; give a lower --knn, or another --data_path')
+            raise UserError(f'--knn {self.run.knn} compares with {wanted} or more training images in any order, and '
+                            f'this data set {found}; give a lower --knn, or another --data_path')
         rows = [torch.cat([batch.targets[:, None], features(model, batch.images)], 1) for batch in batches]
         known = gather(rows)
         return NearestNeighbours(model, known[:, 1:], known[:, 0].long(), count=self.run.knn,

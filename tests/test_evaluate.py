@@ -372,6 +372,50 @@ def test_two_and_three_processes_reach_the_same_result(data: Path, tmp_path: Pat
         assert said.count('Evaluating the ema weights') == said.count(f'top-1 {wanted["acc1"]:.3f} %') == 1
 
 
+def test_nearest_neighbours_are_those_computed_by_hand_on_one_two_and_three_processes(tmp_path: Path) -> None:
+    """A checkpoint of six classes, on images of three: its classifier has no part in it."""
+    training_file(tmp_path / 'file', 1, None)
+    data = files.make_image_folder(tmp_path / 'data', train=6, val=5, draw=files.smooth)  # 18 and 15 images
+    model = timm.create_model(XT, num_classes=6, gate='double', **FOUR_BLOCKS).eval()
+    model.load_state_dict(state_of(1, 'four blocks'))
+    inputs = []
+    model.head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    transform = create_transform(64, interpolation='bicubic', crop_pct=0.8)
+    targets = []
+    for split in ('train', 'val'):
+        paths = sorted((data / split).glob('*/*'))
+        targets.append(torch.tensor([int(path.parent.name.removeprefix('class')) for path in paths]))
+        with torch.no_grad():
+            model(torch.stack([transform(Image.open(path)) for path in paths]))
+    known, asked = (features.double() for features in inputs)
+    cosines = (asked @ known.T) / asked.norm(dim=1)[:, None] / known.norm(dim=1)
+    votes = torch.zeros(15, 3, dtype=torch.float64)
+    for image, row in enumerate(cosines):
+        for neighbour in row.argsort(descending=True)[:4].tolist():
+            votes[image, targets[0][neighbour]] += (row[neighbour] / 0.07).exp()
+    shares = votes / votes.sum(1, keepdim=True)
+    loss = -shares[torch.arange(15), targets[1]].clamp(min=1e-6).log().mean().item()
+    acc1 = 100 * (shares.argmax(1) == targets[1]).double().mean().item()
+    for world_size in (1, 2, 3):
+        output = tmp_path / str(world_size)
+        runs.run(('--eval', '--checkpoint', str(tmp_path / 'file'), '--output_dir', str(output), *flags(data), '--knn',
+                  '4'), tmp_path / 'log', world_size=world_size)
+        result = json.loads((output / 'eval.json').read_text())
+        assert (result['count'], result['knn']) == (15, 4) and result['acc1'] == pytest.approx(acc1, abs=1e-9)
+        # Cosines near 1 are divided by 0.07, which makes round-off 14 times as large
+        assert result['loss'] == pytest.approx(loss, rel=20 * ROUND_OFF)
+
+
+@pytest.mark.parametrize(('words', 'reason'), [
+    ('--knn 0', '--knn 0: give a whole number above 0'), ('--knn 99', '--knn 99 compares with 99 or more training'),
+    ('--knn 5 --compile', 'leave --compile out'), ('--knn 5 --valid_labels x', 'leave --valid_labels out')])
+def test_nearest_neighbours_that_cannot_be_are_refused(words: str, reason: str, tmp_path: Path, capsys) -> None:
+    training_file(tmp_path / 'file', 1, None)
+    data = files.make_image_folder(tmp_path / 'data', train=2, val=1)
+    assert main.main(['--eval', '--checkpoint', str(tmp_path / 'file'), *flags(data), *words.split()]) == 2
+    assert reason in capsys.readouterr().err
+
+
 # Rank 0 must not be gone before rank 1 has joined it, which would then have an error of its own to tell
 JOINED = '''
 import torch.distributed, utils

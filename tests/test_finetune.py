@@ -120,9 +120,9 @@ def test_fine_tuning_from_five_digits_beats_training_from_scratch_on_ten(tmp_pat
 
 def test_neighbours_in_features_of_five_digits_tell_ten_apart_as_linear_probing_does(tmp_path):
     """Three seeds: ..."""
-    five = write_digits(tmp_path / 'five', range(5), train=500)
+    five = write_digits(tmp_path / 'five', range(5), train=1437)
     ten = write_digits(tmp_path / 'ten', range(10), train=192)
-    command = ['--recipe', 'moganet_xtiny_digits', *TINY[2:-6], '--data_set', 'image_folder', '--num_workers', '0',
+    command = ['--recipe', 'moganet_xtiny_digits', '--model_kwargs', 'dims=[16,16,32,64]', *TINY[4:6], '--data_set', 'image_folder', '--num_workers', '0',
                '--model_ema', 'false', '--device', 'cpu', '--layer_scale_init_value', '0.1', '--warmup_epochs', '0']
     rows = []
     for seed in range(3):
@@ -136,8 +136,8 @@ def test_neighbours_in_features_of_five_digits_tell_ten_apart_as_linear_probing_
                               'cpu', '--num_workers', '0', '--data_path', str(ten), '--output_dir', str(run)]) == 0
             row[name] = json.loads((run / 'eval.json').read_text())['acc1']
         probe = tmp_path / f'probe{seed}'
-        assert main.main([*command, '--finetune', str(run / 'checkpoint-last.pth'), '--linear_probe', '--epochs', '8',
-                          '--lr', '2e-2', '--data_path', str(ten), '--output_dir', str(probe)]) == 0
+        assert main.main([*command, '--finetune', str(run / 'checkpoint-last.pth'), '--linear_probe', '--epochs', '20',
+                          '--lr', '1e-1', '--data_path', str(ten), '--output_dir', str(probe)]) == 0
         rows.append(row | {'probe': state_of(probe)['best']['test_acc1']})
     print(rows)
     gains = [row['trained'] - row['untrained'] for row in rows]
