@@ -4,9 +4,11 @@ A map-style source has `len`, `classes`, `read(i) -> (image, label)` and `name(i
 bytes, or pixels as a PIL image or a uint8 array [H, W, 3]. Sources travel to the worker processes: what is large in
 them is one array, which the workers share.
 """
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +59,10 @@ def open_timm(recipe: Recipe, run: Run, split: Split) -> Any:
             } if kind == 'wds' else {'download': run.download or has_archive(recipe.data_set, Path(root))}
     class_map = labels.read_class_map(run.class_map, Path(root)) if run.class_map else None
     try:
-        data = create_dataset(
-            recipe.data_set, root=root, split='train' if split == 'train' else 'validation', class_map=class_map,
-            is_training=split == 'train', batch_size=run.batch_size or 1, seed=recipe.seed, **more)
+        with _patience():
+            data = create_dataset(
+                recipe.data_set, root=root, split='train' if split == 'train' else 'validation', class_map=class_map,
+                is_training=split == 'train', batch_size=run.batch_size or 1, seed=recipe.seed, **more)
     except (Exception, SystemExit) as error:  # anything that a foreign reader raises
         reason = reason_of(error).removesuffix(' You can use download=True to download it')
         cure = ('check --data_path, or fetch them into it by --download' if kind == 'torch' else
@@ -70,6 +73,17 @@ def open_timm(recipe: Recipe, run: Run, split: Split) -> Any:
         return TimmSource(data, class_map)
     data.class_map = class_map  # for the checkpoints
     return data
+
+
+@contextlib.contextmanager
+def _patience(seconds: float = 30) -> Iterator[None]:
+    """Within it, a server that sends nothing is given up: torchvision would wait for it without end."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def has_archive(data_set: str, root: Path) -> bool:

@@ -63,21 +63,6 @@ def make_image_folder(root: Path, *, classes: int = 3, train: int = 16, val: int
     return root
 
 
-def write_digits(root: Path, labels: Sequence[int], *, train: int) -> Path:
-    """scikit-learn's digits of these labels as an image folder: of the first `train` of all, and 360 others to test."""
-    from sklearn.datasets import load_digits
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.images))
-    for split, chosen in (('train', order[:train]), ('val', order[1437:])):
-        for index in chosen:
-            if digits.target[index] in labels:
-                folder = root / split / str(digits.target[index])
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray((digits.images[index] * 15.9).astype(np.uint8)).convert('RGB').save(
-                    folder / f'{index}.png')
-    return root
-
-
 # ---- Images and data sets -------------------------------------------------------------------------------------------
 
 def photo() -> Image.Image:

@@ -12,7 +12,7 @@ import main
 import recipes
 import runs
 from builders import make_image_folder, open_loaders, state_of
-from models.weights import load_weights
+from models.weights import load_weights, save_weights
 from tools import average
 from utils import UserError
 
@@ -145,15 +145,25 @@ DIGITS = ('--recipe', 'moganet_xtiny_digits', '--model_kwargs', 'dims=[16,16,32,
           *CPU)
 
 
-def evaluated(folder: Path, *words: object) -> list[dict]:
-    """The results of an evaluation of digits."""
-    assert main.main(['--eval', *map(str, words), *CPU, '--output_dir', str(folder)]) == 0
+def evaluated(folder: Path, *words: object) -> list[float]:
+    """Top-1 of checkpoints on digits, %."""
+    assert main.main(['--eval', '--checkpoint', *map(str, words), *CPU, '--output_dir', str(folder)]) == 0
     results = json.loads((folder / 'eval.json').read_text())
-    return results if isinstance(results, list) else [results]
+    return [result['acc1'] for result in (results if isinstance(results, list) else [results])]
 
 
+def gains(rows: list[dict[str, float]], better: str, worse: str) -> np.ndarray:
+    """What one has over another, for each seed."""
+    return np.array([row[better] - row[worse] for row in rows])
+
+
+@pytest.mark.slow
 def test_a_mean_of_fine_tunings_is_better_than_they_are_and_so_are_new_statistics(tmp_path):
-    """Three starts..."""
+    """Three starts with four fine-tunings each, at a high rate that does not fall, from which a mean has most.
+
+    Top-1: 68.9, 85.8 and 76.7 % in the mean of the single ones and 82.5, 90.6 and 88.9 the best; the uniform mean 95.6,
+    95.3 and 95.0, and with the mean of statistics 83.6, 93.9 and 88.6; the greedy one 95.6, 96.4 and 94.7.
+    """
     rows = []
     for seed in range(3):
         start, files = tmp_path / f'start{seed}', []
@@ -167,13 +177,32 @@ def test_a_mean_of_fine_tunings_is_better_than_they_are_and_so_are_new_statistic
         uniform, chosen, plain = (tmp_path / f'{name}{seed}.pth' for name in ('uniform', 'greedy', 'plain'))
         averaged(files, uniform)
         averaged(files, chosen, '--greedy')
-        average.save_weights(average.mean_of([load_weights(file) for file in files]), plain)
-        results = evaluated(tmp_path, '--checkpoint', *files, uniform, chosen, plain)
-        *singles, of_uniform, of_greedy, of_plain = [result['acc1'] for result in results]
+        save_weights(average.mean_of([load_weights(file) for file in files]), plain)
+        *singles, of_uniform, of_greedy, of_plain = evaluated(tmp_path, *files, uniform, chosen, plain)
         rows.append({'single': np.mean(singles), 'best': max(singles), 'uniform': of_uniform, 'greedy': of_greedy,
                      'plain': of_plain})
     print(rows)
     for better, worse in (('uniform', 'single'), ('uniform', 'plain'), ('greedy', 'best')):
-        gains = [row[better] - row[worse] for row in rows]
-        print(better, worse, gains, np.mean(gains), np.std(gains))
-    assert all(row['greedy'] >= row['best'] for row in rows)
+        gained = gains(rows, better, worse)
+        assert gained.mean() > gained.std() and gained.min() > 0, (better, worse, gained)
+
+
+def test_neighbours_tell_features_that_have_learnt_from_those_that_have_not(tmp_path):
+    """Three seeds."""
+    rows = []
+    for seed in range(3):
+        row = {}
+        for name, flags in {'untrained': ('--lr', '0', '--min_lr', '0', '--epochs', '1'), 'trained': ('--epochs', '3')
+                            }.items():
+            run = tmp_path / f'{name}{seed}'
+            assert main.main([*DIGITS, *flags, '--seed', str(seed), '--disable_eval', '--output_dir', str(run)]) == 0
+            row[name], = evaluated(tmp_path, run / 'checkpoint-last.pth', '--knn', '10')
+            row[f'{name} classifier'], = evaluated(tmp_path, run / 'checkpoint-last.pth')
+            probe = tmp_path / f'probe of {name}{seed}'
+            assert main.main([*DIGITS, '--finetune', str(run / 'checkpoint-last.pth'), '--linear_probe', '--epochs',
+                              '6', '--lr', '1e-1', '--seed', str(seed), '--output_dir', str(probe)]) == 0
+            row[f'{name} probe'] = state_of(probe)['best']['test_acc1']
+        rows.append(row)
+    print(rows)
+    gained = gains(rows, 'trained', 'untrained')
+    assert gained.mean() > gained.std() and gained.min() > 0

@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -689,12 +690,18 @@ def test_nearest_neighbours_decide_in_place_of_the_classifier(trained, data, tmp
 @proves('download')
 def test_download_fetches_what_is_not_there_and_only_when_told(tmp_path, monkeypatch, capsys):
     content = write_cifar(tmp_path / 'server', CIFAR10, monkeypatch)
-    monkeypatch.setattr('torchvision.datasets.utils.download_url',
-                        lambda url, root, filename, md5: write(Path(root) / filename, content))
+    limits = []
+
+    def fetch(url: str, root: str, filename: str, md5: str) -> None:
+        limits.append(socket.getdefaulttimeout())
+        write(Path(root) / filename, content)
+
+    monkeypatch.setattr('torchvision.datasets.utils.download_url', fetch)
     command = [*BASE, '--data_set', 'torch/cifar10', '--data_path', str(tmp_path / 'data'), '--disable_eval',
                '--output_dir', str(tmp_path / 'run')]
     assert main.main(command) == 2 and 'by --download' in capsys.readouterr().err
     assert main.main([*command, '--download']) == 0 and state_of(tmp_path / 'run')['step'] == 5
+    assert limits == [30] and socket.getdefaulttimeout() is None  # once for both halves; no server is waited for longer
     with pytest.raises(UserError, match='--download fetches a --data_set torch/NAME, and this is digits'):
         recipes.check_start(*recipes.resolve([*BASE, '--data_set', 'digits', '--download']))
 
