@@ -187,8 +187,12 @@ def test_a_mean_of_fine_tunings_is_better_than_they_are_and_so_are_new_statistic
         assert gained.mean() > gained.std() and gained.min() > 0, (better, worse, gained)
 
 
-def test_neighbours_tell_features_that_have_learnt_from_those_that_have_not(tmp_path):
-    """Three seeds."""
+@pytest.mark.slow
+def test_neighbours_tell_features_that_have_learnt_from_those_that_have_not_as_linear_probing_does(tmp_path):
+    """Three seeds: ten neighbours reach 95.0, 97.8 and 94.7 % after three epochs, and 92.5, 92.5 and 89.7 before any.
+
+    A linear probe of six epochs on the same features reaches 92.5, 95.0 and 93.9 %, and 79 to 81 before any training.
+    """
     rows = []
     for seed in range(3):
         row = {}
@@ -197,12 +201,11 @@ def test_neighbours_tell_features_that_have_learnt_from_those_that_have_not(tmp_
             run = tmp_path / f'{name}{seed}'
             assert main.main([*DIGITS, *flags, '--seed', str(seed), '--disable_eval', '--output_dir', str(run)]) == 0
             row[name], = evaluated(tmp_path, run / 'checkpoint-last.pth', '--knn', '10')
-            row[f'{name} classifier'], = evaluated(tmp_path, run / 'checkpoint-last.pth')
-            probe = tmp_path / f'probe of {name}{seed}'
-            assert main.main([*DIGITS, '--finetune', str(run / 'checkpoint-last.pth'), '--linear_probe', '--epochs',
-                              '6', '--lr', '1e-1', '--seed', str(seed), '--output_dir', str(probe)]) == 0
-            row[f'{name} probe'] = state_of(probe)['best']['test_acc1']
-        rows.append(row)
+        probe = tmp_path / f'probe{seed}'
+        assert main.main([*DIGITS, '--finetune', str(run / 'checkpoint-last.pth'), '--linear_probe', '--epochs', '6',
+                          '--lr', '1e-1', '--seed', str(seed), '--output_dir', str(probe)]) == 0
+        rows.append(row | {'probe': state_of(probe)['best']['test_acc1']})
     print(rows)
     gained = gains(rows, 'trained', 'untrained')
     assert gained.mean() > gained.std() and gained.min() > 0
+    assert abs(gains(rows, 'trained', 'probe')).max() < 5
