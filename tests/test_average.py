@@ -124,6 +124,12 @@ def test_files_that_do_not_fit_are_refused_in_a_line_that_names_them(files, data
         averaged(files, files[0])
 
 
+def test_detectors_and_segmentors_are_refused_in_a_line():
+    state = {'backbone.stem.weight': torch.zeros(1), 'decode_head.conv.weight': torch.zeros(1)}
+    with pytest.raises(UserError, match=r'a\.pth is of a detector or a segmentor, and means are made of classifiers'):
+        average.check_alike([average.Weights(state, None, 'raw', 'bare', source='a.pth')] * 2)
+
+
 def test_greedy_takes_files_by_falling_score_and_keeps_what_makes_the_mean_no_worse():
     parts = [dataclasses.replace(average.Weights({'w': torch.tensor(value)}, None, 'raw', 'bare'), source=str(value))
              for value in (9.0, 1.0, 5.0, 3.0)]

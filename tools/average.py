@@ -1,4 +1,4 @@
-"""Averages the weights of several runs from one start into one file, a model soup (arXiv 2203.05482).
+"""Averages the weights of several classifiers from one start into one file, a model soup (arXiv 2203.05482).
 
     python tools/average.py runs/a/checkpoint-last.pth runs/b/checkpoint-last.pth --output soup.pth --data_path FOLDER
     python tools/average.py runs/*/checkpoint-last.pth --greedy --output soup.pth --data_path FOLDER
@@ -38,8 +38,14 @@ FLAGS = ('weights', 'model', 'data_set', 'data_path', 'eval_data_path', 'class_m
 
 
 def check_alike(parts: Sequence[Weights]) -> None:
-    """Refuses files that are not of one architecture and of the same classes. Raises UserError that names the file."""
+    """Refuses files that are not classifiers of one architecture and of the same classes.
+
+    Raises:
+        UserError: that names the file.
+    """
     first = parts[0]
+    if dense := [part.source for part in parts if part.dense]:
+        raise UserError(f'{dense[0]} is of a detector or a segmentor, and means are made of classifiers alone')
 
     def shapes(weights: Weights) -> dict[str, torch.Size]:
         return {name: value.shape for name, value in weights.state_dict.items()}
