@@ -113,7 +113,7 @@ class Recipe:
     # Data
     data_set: str = doc('image_folder', "image_folder, digits, fake, or a name of timm's create_dataset, as hfds/...")
     repeated_aug: int = doc(1, 'augmented copies of one image in an epoch (DeiT: 3); 1 is none', POSITIVE)
-    on_bad_image: Literal['stop', 'skip'] = doc('stop', 'an unreadable training image: stop, or take another and '
+    on_bad_image: Literal['stop', 'skip'] = doc('stop', 'at an unreadable training image: stop, or take another and '
                                                         'count it')
     mean: tuple[float, float, float] = doc(IMAGENET_MEAN, 'mean of the normalisation, of values in 0..1')
     std: tuple[float, float, float] = doc(IMAGENET_STD, 'standard deviation of the normalisation')
@@ -158,8 +158,8 @@ class Recipe:
     model_ema: bool = doc(True, 'keep an exponential moving average of the model')
     model_ema_decay: float = doc(0.9999, 'decay of the average, per update', RATE, BELOW_ONE)
     model_ema_warmup: bool = doc(False, 'let the decay rise as (1 + t) / (10 + t) at the beginning')
-    dist_bn: Literal['reduce', 'broadcast', 'none'] = doc('reduce', 'BN statistics over the ranks before evaluating '
-                                                                    'and saving')
+    dist_bn: Literal['reduce', 'broadcast', 'none'] = doc('reduce', 'before evaluating and saving, give all ranks the '
+                                                                    "mean of their BN statistics, or rank 0's")
     sync_bn: bool = doc(False, 'BN statistics of the batch over all ranks')
     precise_bn: int = doc(0, 're-estimate the BN statistics on so many training images before evaluating',
                           NOT_NEGATIVE)
@@ -186,8 +186,8 @@ class Recipe:
     def check_run(self, run: 'Run') -> None:
         """Refuses a way to run that this task cannot take. Raises UserError that names the flag."""
         for name in ('train_json', 'val_json', 'image_dir', 'save_predictions'):
-            check(getattr(run, name) is None, f'--{name} is for detectors, and {self.name or self.model} is none; '
-                                              'leave it out')
+            check(getattr(run, name) is None, f'--{name} is for detectors, and {self.name or self.model} is no '
+                                              'detector; leave it out')
 
     def expected(self) -> dict[str, float | None]:
         """The published values of the row by metric, None where none was published."""
@@ -284,23 +284,24 @@ class Run:
     save_ckpt_steps: int | None = doc(None, 'updates between further checkpoints inside an epoch', COUNT)
     save_ckpt_num: int = doc(3, 'checkpoints to keep beside the best', COUNT)
     stop_signals: tuple[Literal['TERM', 'INT', 'HUP', 'USR1', 'USR2'], ...] = doc(
-        ('TERM', 'INT', 'HUP', 'USR1', 'USR2'), 'signals on which the run saves and stops; others do what they do by '
-                                                'default')
+        ('TERM', 'INT', 'HUP', 'USR1', 'USR2'), 'signals on which the run saves and stops; all others keep their '
+                                                'usual effect')
     max_skips: int = doc(50, 'updates that the fp16 scaler may skip in a row before the run is stopped', COUNT)
-    on_nan: Literal['stop', 'rollback'] = doc('stop', 'on a NaN: stop, or go back to the last checkpoint with another '
+    on_nan: Literal['stop', 'rollback'] = doc('stop', 'at a NaN: stop, or go back to the last checkpoint with another '
                                                       'data order, at most 3 times')
 
     # Evaluating
     eval: bool = doc(False, 'evaluate --checkpoint and exit')
     checkpoint: tuple[str, ...] = doc((), 'checkpoints to evaluate', path=True)
-    weights: Literal['auto', 'raw', 'ema'] = doc('auto', 'which weights of it: auto takes the EMA where there is one')
+    weights: Literal['auto', 'raw', 'ema'] = doc('auto', 'weights of a checkpoint: auto takes its average where it '
+                                                         'has one')
     valid_labels: str | None = doc(None, "file of the model's classes that the test set has, one index a line, in the "
                                          'order of its labels', path=True)
     real_labels: str | None = doc(None, 'JSON of the reassessed labels of the ImageNet test images (ReaL)', path=True)
     suite: str | None = doc(None, 'folder of ImageNet sets to evaluate on, each by its usual name: val, V2, A, R, '
                                   'Sketch, C', path=True)
     corruptions: tuple[Literal[Corruption, 'all'], ...] = doc(
-        (), 'with --suite: evaluate val under these corruptions too, made on the fly')
+        (), 'with --suite: evaluate val under these corruptions too, made on the fly at five severities')
     corruption: tuple[str, int] | None = doc(None, 'corruption of the test crops, and its severity', flag=False)
     test_sizes: tuple[int, ...] = doc((), 'the test sizes, where --test_size gives several', flag=False)
     tta: Literal['hflip'] | None = doc(None, 'evaluate the mean of the logits of an image and of its mirror image')
@@ -308,7 +309,7 @@ class Run:
     results_file: str | None = doc(None, 'CSV file to which the results are appended', path=True)
     save_predictions: str | None = doc(None, "JSON file for what a detector finds in the test images, in COCO's form",
                                        path=True)
-    val_batch_size: int | None = doc(None, 'images per process when evaluating; 1.5 micro-batches by default', COUNT)
+    val_batch_size: int | None = doc(None, 'images per process in an evaluation; by default 1.5 micro-batches', COUNT)
     val_interval: int = doc(1, 'epochs between evaluations', COUNT)
     val_steps: int | None = doc(None, 'updates between evaluations, instead of --val_interval', COUNT)
     disable_eval: bool = doc(False, 'do not evaluate while training')
@@ -316,14 +317,14 @@ class Run:
 
     # Planning
     plan: bool = doc(False, 'print what the run will cost, counted without a GPU and without images, and exit')
-    card: Literal['h100', 'a100', 'v100', '4090'] | None = doc(None, '--plan for one of these; for all by default')
-    gpus: int | None = doc(None, "--plan for so many GPUs; the recipe's own hardware by default", COUNT)
+    card: Literal['h100', 'a100', 'v100', '4090'] | None = doc(None, '--plan: the card; by default all four')
+    gpus: int | None = doc(None, "--plan: the number of GPUs; by default that of the recipe's hardware", COUNT)
     price: float | None = doc(None, '--plan: what one GPU costs an hour, in any currency', NOT_NEGATIVE)
 
     # Reporting
     print_freq: int = doc(50, 'updates between log lines, and between checks for NaN', COUNT)
     print_param_groups: bool = doc(False, "print the optimizer's parameter groups")
-    wandb: bool = doc(False, 'show the run on Weights & Biases too')
+    wandb: bool = doc(False, 'show the run on Weights & Biases too; an interruption may cost its last seconds there')
     project: str = doc('moganet', 'project on Weights & Biases')
     wandb_ckpt: bool = doc(False, 'upload the best checkpoints there when the run is complete')
 
@@ -337,8 +338,10 @@ class Run:
                   f'--suite knows its sets; leave --{name} out')
         check(all(size > 0 for size in self.test_sizes), f'--test_size {self.test_sizes}: give values above 0')
         check(self.suite is not None or not self.corruptions, '--corruptions go with --suite FOLDER')
-        check('all' not in self.corruptions or len(self.corruptions) == 1, '--corruptions all has all of them')
-        check(not (self.eval and not self.checkpoint and not self.pretrained), 'evaluate what? say --checkpoint FILE')
+        check('all' not in self.corruptions or len(self.corruptions) == 1,
+              '--corruptions all includes every corruption; leave the others out')
+        check(not (self.eval and not self.checkpoint and not self.pretrained),
+              'there is nothing to evaluate: say --checkpoint FILE')
         check(not (self.checkpoint and self.pretrained),
               '--checkpoint and --pretrained both name the weights; give one')
         check(not (self.eval and self.batch_size == 'auto'), '--batch_size auto is for training; give --val_batch_size')

@@ -201,8 +201,8 @@ def speed() -> str:
     return textwrap.fill(
         f"It is also fast: a training step moves {traffic:.2f} of the memory traffic of the authors' formulation; on "
         f'two cores, a step of {cpu["model"][0]["model"]} is {default} times as fast, {compiled} compiled; and a core '
-        f'prepares {cell(cpu["data"]["ratio_uint8"])} times the images of the usual pipeline. These are medians, and in '
-        'brackets the smallest and the largest, of alternated runs. All '
+        f'prepares {cell(cpu["data"]["ratio_uint8"])} times the images of the usual pipeline. These are medians, and '
+        'in brackets the smallest and the largest, of alternated runs. All '
         f'figures are in [BENCHMARKS.md](BENCHMARKS.md){gpu}.', 120)
 
 
