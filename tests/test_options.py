@@ -958,7 +958,7 @@ def test_mask_heads_are_left_out_where_no_masks_are_wanted_and_a_network_without
 
     assert heads() == heads('--masks') == {'bbox_head', 'mask_head'} and heads('--masks', 'false') == {'bbox_head'}
     assert main.main([*DETECTOR, '--masks', 'false']) == 2
-    assert '--masks false: retinanet has none' in capsys.readouterr().err
+    assert '--masks false: retinanet has no masks' in capsys.readouterr().err
     assert main.main([*words, '--network_kwargs', 'masks=false']) == 2
     assert 'say --masks false' in capsys.readouterr().err
 

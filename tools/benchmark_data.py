@@ -30,7 +30,7 @@ BATCH = 32  # images; the C library takes larger float batches from the kernel p
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """Processor time: another process on the core does not count."""
+    """The processor time, in which another process on the core does not count."""
     start = time.process_time()
     work()
     return time.process_time() - start
@@ -40,7 +40,7 @@ PATIENCE = 600  # seconds that a pipeline may take for a batch
 
 
 class _Worker:
-    """A process for one pipeline, as a DataLoader has: what another one does to the heap does not count."""
+    """A process for one pipeline, as a DataLoader has: no other pipeline has changed its heap."""
 
     def __init__(self, work: Callable[[int], None]):
         context = multiprocessing.get_context('fork')
@@ -75,7 +75,7 @@ def alternate_workers(pipelines: dict[str, Callable[[int], None]], *, batches: i
     workers = {name: _Worker(work) for name, work in pipelines.items()}
     taken = []
     for number in range(-1, rounds):  # the first does not count
-        # In turns of all batches: after another process on its core, one runs a third slower for its first images
+        # A turn is all batches: after another process had its core, a process runs a third slower for its first images
         seconds = {name: sum(map(worker, range(batches))) for name, worker in workers.items()}
         if number >= 0:
             taken.append(seconds)

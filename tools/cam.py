@@ -27,7 +27,7 @@ from utils import UserError, as_path, expand, nearest, run_cli, write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The aggregation's parts in the order of `aggregation`; a 5x5 comes before the other two as well
+# The parts of the aggregation, in the order of `aggregation`; the 5x5 also comes before the other two
 PARTS = ('low order\n5x5', 'middle order\n5x5, dilation 2', 'high order\n7x7, dilation 3', 'gate')
 
 
@@ -59,7 +59,7 @@ def stage_layers(model: nn.Module, image: Tensor) -> list[nn.Module]:
 
 
 def grad_cam(model: nn.Module, layer: nn.Module, image: Tensor, target: int) -> Tensor:
-    """Grad-CAM, [h, w], of a layer's output: channels weighted by their mean gradients, what is negative cut off."""
+    """Grad-CAM, [h, w], of a layer's output: channels weighted by their mean gradients, and negative sums set to 0."""
     from captum.attr import LayerGradCam
     return LayerGradCam(model, layer).attribute(image, target, relu_attributions=True)[0, 0].detach()
 
@@ -75,7 +75,7 @@ def aggregation(model: nn.Module, attn: MultiOrderGatedAggregation, image: Tenso
 
 
 def find_class(word: str, names: list[str]) -> int:
-    """The class of a name, of one of the synonyms in it, or of a number. Raises UserError."""
+    """The class that a word means: a name, one of the synonyms in a name, or a number. Raises UserError."""
     known = {}
     for index, name in enumerate(names):
         for synonym in (name, *name.split(', ')):
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = explain(classifier, image, target, stages=args.stages, block=args.block)
         figure = draw(pixels, rows, f'{classifier.recipe.model}: {title}')
     except ImportError as error:
-        raise UserError(f"this needs {error.name}: pip install -e '.[plot]'") from None
+        raise UserError(f"tools/cam.py needs {error.name}: pip install -e '.[plot]'") from None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, lambda file: figure.savefig(file, format='png'))

@@ -258,15 +258,16 @@ def needs() -> str:
     from tools.benchmark_memory import FIGURES, FORMS
     from tools.benchmark_report import table
     kept, costs, lines = json.loads(FIGURES.read_text()), load_costs(), []
-    for row in all_rows():
+    for row in RECIPES.values():
         if row.name not in kept:
             continue
         figures = kept[row.name]
         if (figures['micro_batch'], figures['precision']) != (row.micro_batch_size, row.precision):
             raise UserError(f'{FIGURES.name} is of another micro-batch or precision of {row.name}; on a GPU run '
                             f'tools/benchmark.py memory {row.name}')
-        rates = [predicted(row, costs, card, precision=precision)
-                 for precision in (row.precision, 'bf16') for card in ('a100', 'h100')]
+        forms = [(card, precision) for precision in (row.precision, 'bf16') for card in ('a100', 'h100')]
+        rates = [predicted(row, costs, card, precision=precision) if isinstance(row, Classification) else ''
+                 for card, precision in forms]
         lines.append([f'`{row.name}`, {row.precision}', str(row.micro_batch_size), *(
             f'{found["allocated"]:.1f} ({found["reserved"]:.1f})' if found else 'too much'
             for found in map(figures.get, FORMS)), *rates])
