@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# ImageNet-C's 15 (arXiv 1903.12261), in its order; its authors' extra four count nowhere
+# The 15 corruptions of ImageNet-C (arXiv 1903.12261), in its order; the authors' four further ones count nowhere
 Corruption = Literal[
     'gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur', 'zoom_blur', 'snow',
     'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate', 'jpeg_compression']
@@ -84,18 +84,18 @@ class Recipe:
     A task has a subclass with its own fields.
     """
 
-    task: ClassVar[str] = ''  # the class that carries it out, as `module:Class`
-    metrics: ClassVar[dict[str, tuple[str, str]]] = {}  # those of the log; for people, their names and units
+    task: ClassVar[str] = ''  # the class of the task, as `module:Class`
+    metrics: ClassVar[dict[str, tuple[str, str]]] = {}  # by column of the log: name and unit for people
     best: ClassVar[str] = ''  # the metric that decides which checkpoint is the best; higher is better
-    published_data: ClassVar[DataSet | None] = None  # that of the rows with a published value
-    # Fields that compute nothing: they say where a row comes from, or have been carried out when it was resolved
+    published_data: ClassVar[DataSet | None] = None  # of the rows with a published value
+    # Fields that change no result: they say where a row comes from, or were applied when the row was resolved
     descriptive: ClassVar[tuple[str, ...]] = ('name', 'source', 'hardware', 'micro_batch_size', 'scale_lr')
     # What a checkpoint's state depends on, so that a run cannot be resumed with other values
     fixed: ClassVar[tuple[str, ...]] = ('model', 'model_kwargs', 'num_classes', 'opt', 'layer_decay', 'param_groups',
                                         'freeze_stages', 'total_batch_size')
-    # Whether a row asks for synchronised batch norms that may be plain ones off CUDA, where there are no others
+    # Whether synchronised batch norms, which exist on CUDA alone, may be plain ones elsewhere
     plain_bn_without_cuda: ClassVar[bool] = False
-    # Which weights of a classifier's file a model with the classifier as its backbone starts from
+    # The weights of a classifier's file from which a model starts that has the classifier as its backbone
     backbone_weights: ClassVar[Literal['raw', 'ema'] | None] = None
 
     # Where the row comes from
@@ -369,6 +369,6 @@ class Run:
         check(self.wandb or not self.wandb_ckpt, '--wandb_ckpt goes with --wandb')
         check(not self.wandb_ckpt or (self.save_ckpt and not self.disable_eval),
               '--wandb_ckpt uploads the best checkpoints; leave out --save_ckpt false and --disable_eval')
-        # A folder `wandb`, as the package leaves them, passes for a package without origin
+        # A folder `wandb`, such as the package leaves behind, passes for a package without origin
         check(not self.wandb or getattr(importlib.util.find_spec('wandb'), 'origin', None) is not None,
               '--wandb needs its package: pip install wandb')

@@ -1,7 +1,7 @@
 """The measurements behind this repository's claims, one subcommand a subject: `python tools/benchmark.py model`.
 
-Everything timed is alternated with what it is compared to, since a shared
-machine changes its speed within seconds: a ratio is formed within a round and given with its spread over the rounds.
+A shared machine changes its speed within seconds. So a measurement alternates with what it is compared to: each ratio
+is formed within a round, and is given with its spread over the rounds.
 """
 import argparse
 import json

@@ -87,8 +87,8 @@ def alternate_workers(pipelines: dict[str, Callable[[int], None]], *, batches: i
 def draw_photos(count: int, size: tuple[int, int]) -> Iterator[Image.Image]:
     """Photographs of a width and height, as a camera gives them.
 
-    Parts of scikit-image's photographs at random scales, with a camera's noise of 4 grey levels, without which they
-    would be enlarged and smooth, and their files small.
+    They are parts of scikit-image's photographs at random scales, with a camera's noise of 4 grey levels: without it
+    the enlarged parts would be smooth, and their files small.
     """
     try:
         from skimage import data
@@ -135,12 +135,12 @@ def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'],
 
     Args:
         data_path: folder with `train/`, as for training; None for `photos`.
-        recipe: whose augmentation is measured.
-        images: how many of them a round takes.
+        recipe: the recipe whose augmentation is measured.
+        images: the number of images in a round.
         rounds: alternations; ratios are formed within a round.
-        gpus: of the machine that is to be fed.
-        images_per_second: consumed by the training step on one of them.
-        device: where to measure that, if it is not given.
+        gpus: the number of GPUs of the machine that is to be fed.
+        images_per_second: the images that the training step takes on one GPU in a second.
+        device: the device on which to measure those, where they are not given.
 
     Returns:
         `ratio` (float tensors, normalised and erased, on both sides), `ratio_uint8` (before that) and `ratio_test` (the

@@ -2,10 +2,11 @@
 
     python tools/cam.py photo.jpg --checkpoint released:moganet_small [--stages 3 4] [--target tabby] [--output cam.png]
 
-A row a stage: the test crop; Grad-CAM (arXiv 1610.02391) of the stage's output for the predicted class or --target; and
-of one of its blocks, the last unless --block says, how strongly each part of the multi-order gated aggregation responds
-(root mean square over its channels): the low, the middle and the high order, on one scale, and the gate that multiplies
-their mixture. Other timm models have the first two columns alone.
+The picture has a row for each stage. The first column is the test crop, the second is Grad-CAM (arXiv 1610.02391) of
+the stage's output for the predicted class or --target. The others show how strongly each part of the multi-order gated
+aggregation responds in one block of the stage (the last, or --block), as the root mean square over its channels: the
+low, the middle and the high order, on one scale, and the gate that multiplies their mixture. Other timm models have the
+first two columns alone.
 """
 import argparse
 import sys

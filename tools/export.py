@@ -4,9 +4,10 @@
 
 Formats: `safetensors`, weights that `load_weights` and timm read; `huggingface`, a model folder (config.json,
 model.safetensors, README.md) that `timm.create_model('local-dir:...')` opens; `onnx` and `torch_export`, programs with
-a dynamic batch that need nothing of this repository. A segmentor's program gives logits [B, classes, H, W] of square
-images, by default of the side of its training crops. RetinaNet's and Mask R-CNN's, in `onnx` alone, takes one square
-image of a fixed size and gives what is found in it: `boxes`, `scores`, `labels` and `masks`, by falling score.
+a dynamic batch that need nothing of this repository. The program of a segmentor gives logits [B, classes, H, W] of
+square images, by default of the side of its training crops. The program of RetinaNet or Mask R-CNN, in `onnx` alone,
+takes one square image of a fixed size and gives what it finds there: `boxes`, `scores`, `labels` and `masks`, by
+falling score.
 """
 import argparse
 import dataclasses

@@ -1,11 +1,11 @@
-"""Curves of runs, finished or not: losses, metric, learning rate, waiting for data, speed. A picture and a page.
+"""Draws the curves of runs, finished or not: losses, metric, learning rate, waiting for data, speed.
 
     python tools/plot.py runs/moganet_small [runs/other ...] [--published FILE_OR_URL] [--output STEM]
 
-Read from the log.txt and the recipe.json of each folder. The files are STEM.png and STEM.html, by default curves.png
+The tool reads the log.txt and the recipe.json of each folder. It writes STEM.png and STEM.html, by default curves.png
 and curves.html in the first folder; the page holds the picture, a table of the runs and what their recipes differ in.
-A published log (timm's summary.csv, a .log.json of OpenMixup, mmdetection or mmsegmentation, or a run of ours) is drawn
-grey under the curves, and its difference from the first run is printed, epoch by epoch.
+It draws a published log (timm's summary.csv, a .log.json of OpenMixup, mmdetection or mmsegmentation, or a run of ours)
+in grey under the curves, and prints its difference from the first run, epoch by epoch.
 """
 import argparse
 import base64
