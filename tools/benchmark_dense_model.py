@@ -1,7 +1,7 @@
 """Training steps of Mask R-CNN beside those of torchvision's on the same backbone (`tools/benchmark.py dense`).
 
-Both have the same channels, and as many proposals and samples. The other one is measured as it comes, and as ours: channels-last, and RoIAlign with
-sampling points by a box's size, where torchvision takes 2 x 2 a cell.
+Both have the same channels, and as many proposals and samples. The other one is measured as it comes, and as ours:
+channels-last, and RoIAlign with sampling points by a box's size, where torchvision takes 2 x 2 a cell.
 """
 import contextlib
 import dataclasses
@@ -95,7 +95,7 @@ def measure(recipe: Recipe, *, batch_size: int = 2, height: int = 256, width: in
         UserError: for a recipe of another network.
     """
     if not isinstance(recipe, Dense) or recipe.network != 'mask_rcnn':
-        raise UserError(f'--recipe {recipe.name} is no Mask R-CNN, beside which torchvision has one; give a row that is')
+        raise UserError(f'--recipe {recipe.name} is no Mask R-CNN, beside which torchvision has one; give a row of it')
     classes = recipe.num_classes or recipe.known_classes
     recipe = dataclasses.replace(recipe, num_classes=classes)
     ours, theirs = boxes_and_masks((batch_size, height, width), classes)
@@ -105,8 +105,10 @@ def measure(recipe: Recipe, *, batch_size: int = 2, height: int = 256, width: in
     with contextlib.ExitStack() as restored:
         restored.callback(torch.set_num_threads, threads)
         measured = alternate({
-            'torchvision': training_step(torchvision_mask_rcnn(recipe, classes, as_ours=False), theirs, torch.contiguous_format),
-            'torchvision, as ours': training_step(torchvision_mask_rcnn(recipe, classes, as_ours=True), theirs, torch.channels_last),
+            'torchvision': training_step(
+                torchvision_mask_rcnn(recipe, classes, as_ours=False), theirs, torch.contiguous_format),
+            'torchvision, as ours': training_step(
+                torchvision_mask_rcnn(recipe, classes, as_ours=True), theirs, torch.channels_last),
             'this': training_step(build_dense(recipe, num_classes=classes), ours, torch.channels_last)}, rounds=rounds)
     return [{'model': contender, 'images/s': batch_size / found['seconds'], 'speedup': found['speedup']}
             for contender, found in measured.items()]
