@@ -49,13 +49,13 @@ class Samples:
         boxes: [n, 4], the positive ones first, and of them the ground truth itself first.
         labels: [n], the number of classes for the background.
         which: [positive], the ground truth's index of each positive box.
-        given: how many of them are the ground truth itself.
+        proposed: [m], the positions of the boxes that are not the ground truth itself.
     """
 
     boxes: Tensor
     labels: Tensor
     which: Tensor
-    given: int
+    proposed: Tensor
 
     @property
     def positive(self) -> int:
@@ -166,25 +166,28 @@ def roi_levels(rois: Tensor) -> Tensor:
     return (sides / 56 + 1e-6).log2().floor().clamp(0, len(STRIDES) - 1)
 
 
+def picks_rois(level: Tensor) -> bool:
+    """Whether a level pools the RoIs of its own alone: on the CPU, which waits for nothing, where the others cost a
+    seventh of a training step; and where gradients shall repeat to the bit (`--deterministic`), since torchvision then
+    takes a form of its own on CUDA, in which a RoI without area divides 0 by 0 and has gradients of NaN."""
+    return torch.is_grad_enabled() and (level.device.type == 'cpu' or torch.are_deterministic_algorithms_enabled())
+
+
 def roi_features(levels: Sequence[Tensor], rois: Tensor, size: int) -> Tensor:
-    """The features of RoIs [n, 5] from levels [B, C, H, W]: float32 [n, C, size, size], without a wait for the device.
+    """The features of RoIs [n, 5] from levels [B, C, H, W]: float32 [n, C, size, size].
 
-    Each level pools all RoIs, of which those of another level have no area: such a RoI has no sampling points, costs
-    next to nothing and gives zeros. To pick the RoIs of a level, the CPU would have to wait for their number.
-
-    Where gradients shall repeat to the bit (`--deterministic`), a level's RoIs are picked all the same: on CUDA,
-    torchvision then takes a form of its own, in which a RoI without area divides 0 by 0 and has gradients of NaN.
+    On CUDA without a wait for the device: each level pools all RoIs, of which those of another level have no area. Such
+    a RoI has no sampling points, costs next to nothing there and gives zeros. To pick the RoIs of a level, the host
+    would have to wait for their number.
     """
     number = roi_levels(rois)
     pooled = levels[0].new_zeros((rois.shape[0], levels[0].shape[1], size, size), dtype=torch.float32)
-    repeatable = torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled()
     for i, (level, stride) in enumerate(zip(levels, STRIDES, strict=True)):
-        if not repeatable:
+        if not picks_rois(level):
             own = torch.where((number == i)[:, None], rois, F.pad(rois[:, :1], (0, 4)))
             pooled = pooled + KERNEL(level.float(), own, 1 / stride, size, size, 0, True)
         elif len(which := (number == i).nonzero()[:, 0]):
-            pooled = pooled.index_put((which,), roi_align(level.float(), rois[which], size, 1 / stride,
-                                                          sampling_ratio=0, aligned=True))
+            pooled[which] = roi_align(level.float(), rois[which], size, 1 / stride, sampling_ratio=0, aligned=True)
     return pooled
 
 
@@ -446,7 +449,8 @@ class RCNN(Detector):
         positive, negative = box.sample(index, count=self.samples, positive=0.25)
         which = index[positive] - 1
         labels = torch.cat((target['labels'][which], torch.full_like(negative, self.num_classes)))
-        return Samples(every[torch.cat((positive, negative))], labels, which, int((positive < len(boxes)).sum()))
+        chosen = torch.cat((positive, negative))
+        return Samples(every[chosen], labels, which, (chosen >= len(boxes)).nonzero()[:, 0])
 
     def _box_losses(
         self, stage: Stage, samples: Sequence[Samples], logits: Tensor, deltas: Tensor, targets: Sequence[Target]
@@ -486,7 +490,7 @@ class RCNN(Detector):
         for sample, x, y, target in zip(samples, logits.split(counts), deltas.split(counts), targets, strict=True):
             labels = torch.where(sample.labels == self.num_classes, x[:, :-1].argmax(1), sample.labels)
             boxes = box.decode(sample.boxes, of_class(y, labels), stds=stage.stds, size=target['size'])
-            refined.append(boxes[sample.given:])
+            refined.append(boxes[sample.proposed])
         return refined
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from recipes import RECIPES
-from tools import benchmark_data, benchmark_dense_data
+from tools import benchmark_data, benchmark_dense_data, benchmark_dense_model
 from utils import UserError
 
 
@@ -53,6 +53,16 @@ def test_dense_data_benchmark_gives_ratios_and_rates(recipe, tmp_path, monkeypat
 def test_dense_data_benchmark_refuses_a_classifier():
     with pytest.raises(UserError, match='has neither boxes nor labels of pixels'):
         benchmark_dense_data.measure(RECIPES['moganet_tiny'])
+
+
+def test_a_detectors_training_is_measured_beside_another_librarys_and_what_has_none_is_refused():
+    recipe = replace(RECIPES['mask_rcnn_moganet_xtiny_1x'], num_classes=3, model_kwargs={
+        'dims': [8, 8, 16, 16], 'depths': [1] * 4, 'ffn_ratios': [2] * 4})
+    rows = benchmark_dense_model.measure(recipe, batch_size=1, height=64, width=64, rounds=1)
+    assert [row['model'] for row in rows] == ['torchvision', 'torchvision, as ours', 'this']
+    assert all(0 < row['images/s'] < 1e3 and row['speedup']['min'] > 0 for row in rows)
+    with pytest.raises(UserError, match='is no Mask R-CNN'):
+        benchmark_dense_model.measure(RECIPES['retinanet_moganet_xtiny_1x'])
 
 
 def test_step_rate_is_that_of_the_recipes_step():

@@ -148,6 +148,14 @@ def test_any_task_is_planned_by_its_own_batch_and_loss(tmp_path, capsys):
     assert '3 epochs, 12 updates of 12 images (1 x 12 x 1), bf16; 48 images' in printed and 'not measured' in printed
 
 
+@pytest.mark.parametrize('name', ['mask_rcnn_moganet_xtiny_1x', 'cascade_mask_rcnn_moganet_small_3x'])
+def test_a_detectors_samplers_draw_their_maximum(name):
+    small = {'model_kwargs': BLOCKS, 'image_scale': (96, 64)}
+    few, many = (costs_of(name, model='moganet_xtiny', network_kwargs={'channels': 16, 'hidden': 32, 'samples': count},
+                          **small).memory(2) for count in (32, 512))
+    assert many - few > 2 * 480 * 16 * 7 * 7 * 4  # the pooled features of two images' samples, at least once
+
+
 def test_a_loss_that_asks_for_values_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(Classification, 'loss', lambda self, model, batch: {
         'loss': model(batch.images).sum() * model(batch.images).sum().item()})

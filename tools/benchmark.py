@@ -197,6 +197,22 @@ def dense_data(parser: argparse.ArgumentParser) -> Measure:
     return measure
 
 
+def dense(parser: argparse.ArgumentParser) -> Measure:
+    """Training images a second of Mask R-CNN beside torchvision's on the same backbone, on the CPU."""
+    parser.add_argument('--recipe', default='mask_rcnn_moganet_xtiny_1x', choices=RECIPES, metavar='NAME',
+                        help='a row of Mask R-CNN')
+    parser.add_argument('--batch_size', type=int, default=2)
+    parser.add_argument('--height', type=int, default=256)
+    parser.add_argument('--width', type=int, default=320)
+    parser.add_argument('--rounds', type=int, default=7)
+
+    def measure(args: argparse.Namespace) -> list[Row]:
+        from tools import benchmark_dense_model
+        return benchmark_dense_model.measure(RECIPES[args.recipe], batch_size=args.batch_size, height=args.height,
+                                             width=args.width, rounds=args.rounds)
+    return measure
+
+
 def report(parser: argparse.ArgumentParser) -> Measure:
     """Measures all subjects on one device, into benchmarks/<device>.json, and writes BENCHMARKS.md from all devices."""
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda')
@@ -217,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures one subject and prints its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar='SUBJECT')
-    for subject in (model, traffic, engine, checkpoint, depthwise, memory, data, dense_data, report):
+    for subject in (model, traffic, engine, checkpoint, depthwise, memory, data, dense_data, dense, report):
         command = commands.add_parser(subject.__name__, description=subject.__doc__, help=subject.__doc__)
         command.set_defaults(measure=subject(command))
         command.add_argument('--json', action='store_true', help='JSON in place of a table')

@@ -9,6 +9,7 @@ import torch
 from recipes import RECIPES, Recipe, Run, fit_batch
 from tasks import create_task
 from tools.benchmark import Row
+from training.plan import AllFound
 from training.start import build_step, prepare_model
 from utils import Processes, UserError, choose_device, read_json, write_json
 
@@ -20,7 +21,8 @@ FORMS = {'as the row': (None, False), 'bf16': ('bf16', False), 'checkpointed': (
 def peak(recipe: Recipe, run: Run, processes: Processes) -> dict[str, float] | None:
     """The allocator's peak over two updates of one micro-batch, GiB; None where the device has too little.
 
-    The second update has the optimizer's state. Outside of the allocator are cuDNN's workspaces, the context, and with
+    The second update has the optimizer's state. A detector's samplers draw their maximum, as in a crowded image; the
+    example has two boxes. Outside of the allocator are cuDNN's workspaces, the context, and with
     several GPUs NCCL's and DDP's buffers.
     """
     device = processes.device
@@ -31,8 +33,9 @@ def peak(recipe: Recipe, run: Run, processes: Processes) -> dict[str, float] | N
         step = build_step(task, run, processes, prepare_model(task, run, device))
         step.model.train()
         batches = itertools.repeat(task.example_batch(run.batch_size, device))
-        for update in range(2):
-            step(batches, update)
+        with AllFound():
+            for update in range(2):
+                step(batches, update)
     except torch.cuda.OutOfMemoryError:
         return None
     return {'allocated': round(torch.cuda.max_memory_allocated(device) / 2**30, 1),
@@ -56,7 +59,8 @@ def measure(names: Sequence[str], *, device: str = 'cuda') -> list[Row]:
     kept = read_json(FIGURES, lambda value: isinstance(value, dict)) or {}
     rows = []
     for name in names or [name for name, row in RECIPES.items() if 'GPU' in row.hardware]:
-        row = dataclasses.replace(RECIPES[name], num_classes=RECIPES[name].num_classes or 1000)
+        row = RECIPES[name]
+        row = dataclasses.replace(row, num_classes=row.num_classes or row.published_data.classes)
         figures = {}
         for form, (precision, checkpointing) in FORMS.items():
             recipe = dataclasses.replace(row, precision=precision or row.precision,

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine
@@ -77,6 +78,25 @@ class _Memory(MemTracker):
     def peak(self) -> int:
         """Bytes."""
         return self.get_tracker_snapshot('peak')[CPU]['Total']
+
+
+class AllFound(TorchDispatchMode):
+    """Within it, what finds some elements of a tensor finds all, and so needs no values: the most that it can give.
+
+    Every candidate is positive and negative, and no box is suppressed by another, so that a sampler draws its maximum.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        match func.name():
+            case 'aten::nonzero':  # the indices of the first element, which are valid whatever is done with them
+                return args[0].new_zeros((args[0].numel(), args[0].ndim), dtype=torch.int64)
+            case 'torchvision::nms':
+                return args[0].new_zeros(len(args[0]), dtype=torch.int64)
+            case 'aten::_unique2':  # NMS goes through the labels one by one: all boxes have one
+                return args[0].flatten()[:1], *args[0].new_empty((2, 0), dtype=torch.int64)
+        return func(*args, **(kwargs or {}))
 
 
 class Line(NamedTuple):
@@ -154,7 +174,7 @@ def count_operations(task: Task, model: nn.Module, size: int) -> float:
 def _without_values(recipe: Recipe) -> Iterator[None]:
     """Within it tensors have shapes and no values. Raises UserError for a model that asks for values."""
     try:
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), AllFound():
             warnings.filterwarnings('ignore', 'Accessing the data pointer of FakeTensor')  # torch's own look at it
             yield
     except Exception as error:
