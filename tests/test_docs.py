@@ -380,8 +380,8 @@ def test_all_counts_are_those_of_the_tools():
 @pytest.fixture
 def copy(tmp_path, monkeypatch) -> Path:
     """Copies of the generated pages, which the tool takes for the true ones."""
-    for page in ('README.md', 'TRAINING.md'):
-        shutil.copy(ROOT / page, tmp_path)
+    for file in ('README.md', 'TRAINING.md', 'INSTALL.md', 'pyproject.toml', 'demo.ipynb'):
+        shutil.copy(ROOT / file, tmp_path)
     monkeypatch.setattr(docs, 'ROOT', tmp_path)
     return tmp_path
 
@@ -396,6 +396,25 @@ def test_a_changed_recipe_is_stale_until_it_is_written(copy, monkeypatch, capsys
     assert docs.main([]) == 0 and docs.main(['--check']) == 0
     assert '| 84.9 | single |' in (copy / 'README.md').read_text()
     assert '| 1 x 128 x 16 | 2 x 128 x 8 |' in (copy / 'TRAINING.md').read_text()
+
+
+def test_the_address_stands_in_one_place_and_is_written_from_there(copy, capsys):
+    project, before = copy / 'pyproject.toml', docs.address()
+    project.write_text(project.read_text().replace(before, 'https://github.com/someone/Moga.Net'))
+    assert docs.main(['--check']) == 1
+    assert capsys.readouterr().out == (
+        'stale: README.md (colab), README.md (hub), INSTALL.md (clone), demo.ipynb (address)\n')
+    assert docs.main([]) == 0 and docs.main(['--check']) == 0
+    button = '(https://colab.research.google.com/github/someone/Moga.Net/blob/main/demo.ipynb)'
+    for file, text in (('README.md', button), ('README.md', "torch.hub.load('someone/Moga.Net', "),
+                       ('INSTALL.md', 'git clone https://github.com/someone/Moga.Net MogaNet'),
+                       ('demo.ipynb', "REPOSITORY = 'https://github.com/someone/Moga.Net'")):
+        assert text in (copy / file).read_text()
+    name = before.removeprefix('https://github.com/')
+    assert not [path.name for path in copy.iterdir() if name in path.read_text()]  # a second place would be left
+    project.write_text('')
+    with pytest.raises(UserError, match=r'pyproject\.toml has no line Repository = '):
+        docs.main([])
 
 
 def test_a_page_without_its_markers_and_a_model_without_counts_are_refused(copy, monkeypatch):
