@@ -1,4 +1,4 @@
-"""Serves the page: on this machine alone unless asked, with nothing kept, and no file or address read for a stranger."""
+"""Serves the page: to this machine alone unless asked; no file and no address is read for a stranger."""
 import os
 import re
 import signal
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
