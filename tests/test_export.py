@@ -320,6 +320,7 @@ def space(checkpoint: Path, output: Path) -> Path:
     return output
 
 
+@pytest.mark.web
 def test_a_space_tells_how_it_runs_and_with_which_packages(space: Path, capsys: pytest.CaptureFixture) -> None:
     front, text = (space / 'README.md').read_text().split('---\n')[1:]
     told = yaml.safe_load(front)
@@ -334,6 +335,7 @@ def test_a_space_tells_how_it_runs_and_with_which_packages(space: Path, capsys: 
     assert not [path for path in space.rglob('*') if path.suffix in ('.pyc', '.pth', '.pt')]
 
 
+@pytest.mark.web
 def test_all_that_a_space_imports_lies_in_it_or_is_required(space: Path) -> None:
     """At the top of its files; what they import within functions, of packages, is for other commands."""
     required = {Requirement(line).name for line in (space / 'requirements.txt').read_text().splitlines()} | {

@@ -94,7 +94,7 @@ def test_notebook_runs_from_top_to_bottom_as_on_colab(colab: Path, published: st
     nbclient, nbformat = pytest.importorskip('nbclient'), pytest.importorskip('nbformat')
     notebook = nbformat.reads(NOTEBOOK.read_text().replace(docs.address(), published), as_version=4)
     resources = {'metadata': {'path': str(colab)}}
-    nbclient.NotebookClient(notebook, timeout=900, kernel_name='colab', resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name='colab', resources=resources).execute()
     assert sorted(path.name for path in colab.iterdir()) == ['MogaNet', 'sample_data']
     folder = colab / 'MogaNet'
     assert sorted(path.name for path in (folder / 'runs').iterdir()) == ['notebook']

@@ -6,7 +6,6 @@ Without a checkpoint it shows the digits demo's, where `make demo` has made one,
 which are downloaded when they are chosen.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import predict

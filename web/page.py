@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gradio as gr
 import matplotlib
 import numpy as np
 from gradio.data_classes import ImageData
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from predict import Predictor
 from tools import cam
@@ -19,8 +20,10 @@ from utils import UserError
 from web.models import KINDS, Models, Refused
 
 LEAST = 320  # pixels to which a smaller crop is enlarged, so that the maps over it can be seen
+PART = 180  # pixels of the side of a part of the aggregation
 
 ONE_AT_A_TIME = {'concurrency_id': 'model', 'concurrency_limit': 1}  # of all that asks a model
+PRIVATE = {'api_visibility': 'private', 'trigger_mode': 'always_last'} | ONE_AT_A_TIME
 
 # File, title, licence; scikit-image's and scikit-learn's, which lie in their packages
 EXAMPLES = {
@@ -33,22 +36,21 @@ EXAMPLES = {
 }
 
 
-class Photograph(gr.Image):
-    """An image of which the server gets the file as it is: Gradio's own opens it, and would fetch an address."""
+with mock.patch('gradio.component_meta.create_or_modify_pyi'):  # it would write a .pyi beside this file
+    class Photograph(gr.Image):
+        """An image of which the server gets the file as it is: Gradio's own opens it, and would fetch an address."""
 
-    is_template = True  # the browser shows Gradio's own
+        is_template = True  # the browser shows Gradio's own
 
-    def preprocess(self, payload: ImageData | None) -> str | None:
-        if payload is None:
-            return None
-        if not payload.path:
-            raise gr.Error('Upload a file.', print_exception=False)
-        return payload.path
+        def preprocess(self, payload: ImageData | None) -> str | None:
+            """The path of an uploaded file."""
+            return payload.path if payload else None
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        if '://' in str(url_or_file_path):
-            raise gr.Error('Give a file, not an address.', print_exception=False)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+            """The path of a file in the folder of the uploads. Raises gradio.Error for an address."""
+            if '://' in str(url_or_file_path):
+                raise gr.Error('give a file, not an address', print_exception=False)
+            return await super().async_move_resource_to_block_cache(url_or_file_path)
 
 
 def examples() -> dict[str, str]:
@@ -129,7 +131,7 @@ class Panel:
         self.source = gr.Dropdown([*choices, *((name, name) for name in models.sources)], value=value,
                                   label='Second checkpoint' if optional else 'Checkpoint')
         self.about = gr.HTML(visible=False, padding=False)
-        with gr.Column(visible=False) as self.classes:
+        with gr.Column(visible=False, elem_classes='maps') as self.classes:
             self.bars = gr.Label(label='Probabilities', num_top_classes=5, show_heading=False)
             with gr.Row():
                 self.target = gr.Dropdown(label='Heat map of the class', min_width=160)
@@ -137,24 +139,25 @@ class Panel:
             self.no_heat = gr.HTML(visible=False, padding=False)
             self.heat = gr.ImageSlider(label='What the network saw, and Grad-CAM', format='png', interactive=False,
                                        buttons=['fullscreen'])
-            self.parts = gr.Gallery(label="The aggregation's orders, and its gate", format='png', columns=4, height=170,
-                                    object_fit='contain', buttons=['fullscreen'], interactive=False)
+            self.parts = gr.Image(label="The aggregation's orders and gate: how strongly each responds", format='png',
+                                  interactive=False, buttons=['fullscreen'])
         with gr.Column(visible=False) as self.pixels:
             self.picture = gr.Image(label='Found', format='png', interactive=False, buttons=['download', 'fullscreen'])
             self.lines = gr.Textbox(label='In words', lines=3, max_lines=12, interactive=False)
         with gr.Accordion('As predict.py --json prints it', open=False, visible=False) as self.more:
-            self.json = gr.Code(language='json', show_label=False, interactive=False, lines=8, max_lines=20)
+            self.json = gr.Textbox(show_label=False, lines=8, max_lines=20, interactive=False, buttons=['copy'],
+                                   elem_classes='answer')
 
     def connect(self, photograph: gr.Image, exif: gr.Checkbox) -> None:
         """Answers as soon as something is chosen anew."""
         shown = [self.about, self.classes, self.bars, self.target, self.stage, self.no_heat, self.heat, self.parts,
                  self.pixels, self.picture, self.lines, self.more, self.json]
         events = [photograph.change, exif.change, self.source.change]
-        gr.on(events, one_line(self.look), [photograph, self.source, exif, self.stage], shown, trigger_mode='always_last',
-              api_visibility='private', show_progress_on=[self.source], **ONE_AT_A_TIME)
+        gr.on(events, one_line(self.look), [photograph, self.source, exif, self.stage], shown,
+              show_progress_on=[self.source], **PRIVATE)
         gr.on([self.target.input, self.stage.input], one_line(self.explain),
               [photograph, self.source, exif, self.target, self.stage], [self.no_heat, self.heat, self.parts],
-              trigger_mode='always_last', api_visibility='private', show_progress_on=[self.heat], **ONE_AT_A_TIME)
+              show_progress_on=[self.heat], **PRIVATE)
 
     async def look(self, path: str | None, source: str, exif: bool, stage: int | None) -> dict[Any, Any]:
         """What is shown of a photograph."""
@@ -201,10 +204,10 @@ class Panel:
                     self.heat: gr.update(value=(picture, picture)), self.parts: hidden}
         heat = Image.blend(picture, color(row.cam, picture.size, row.cam.max(), colors='jet'), 0.5)
         strongest = max((part.max() for part in row.parts[:3]), default=1)  # the orders have one scale, as in tools/cam
-        parts = [(color(part, picture.size, limit or part.max()), name.replace('\n', ', ')) for part, name, limit in
-                 zip(row.parts, cam.PARTS, (strongest,) * 3 + (None,), strict=False)]
+        parts = [color(part, (PART, PART), limit or part.max())
+                 for part, limit in zip(row.parts, (strongest,) * 3 + (None,), strict=False)]
         return {self.no_heat: hidden, self.heat: (picture, heat),
-                self.parts: gr.update(value=parts, visible=bool(parts))}
+                self.parts: gr.update(value=beside(parts, cam.PARTS), visible=True) if parts else hidden}
 
 
 def bars(found: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -226,6 +229,17 @@ def color(values: np.ndarray, size: tuple[int, int], limit: float, *, colors: st
     return Image.fromarray(matplotlib.colormaps[colors](np.asarray(smooth).clip(0, 1), bytes=True)[..., :3])
 
 
+def beside(maps: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """Square maps in a row, each above its caption."""
+    font, step = ImageFont.load_default(15), PART + 8
+    row = Image.new('RGB', (step * len(maps) - 8, PART + 44), 'white')
+    for place, (one, caption) in enumerate(zip(maps, captions, strict=True)):
+        row.paste(one, (step * place, 0))
+        ImageDraw.Draw(row).text((step * place + PART / 2, PART + 4), caption, font=font, fill='black', anchor='ma',
+                                 align='center')
+    return row
+
+
 def build(models: Models, *, first: str = '', second: str = '') -> gr.Blocks:
     """The page.
 
@@ -239,7 +253,8 @@ def build(models: Models, *, first: str = '', second: str = '') -> gr.Blocks:
             with gr.Column(scale=1, min_width=300):
                 photograph = Photograph(label='Photograph', type='filepath', image_mode=None, height=300,
                                         sources=['upload', 'clipboard', 'webcam'], buttons=['fullscreen'])
-                exif = gr.Checkbox(models.exif, label='Turn it as its EXIF data say (detectors and segmentors always do)')
+                exif = gr.Checkbox(models.exif,
+                                   label='Turn it as its EXIF data say (detectors and segmentors always do)')
                 if photographs:
                     gr.Examples([[path] for path in photographs], [photograph], label='Examples')
                     gr.Markdown('Examples: ' + '; '.join(photographs.values()) + '.')
