@@ -306,8 +306,8 @@ def requirements() -> str:
     return ''.join(lines)
 
 
-def space_card(source: Predictor, about: dict[str, Any]) -> str:
-    """README.md of a Space, whose first lines tell Hugging Face how to run it."""
+def space_card(page: Predictor, about: dict[str, Any]) -> str:
+    """README.md of a Space by what its page predicts by. The first lines tell Hugging Face how to run it."""
     name = about.get('network', about['model'])
     front = {'title': name, 'sdk': 'gradio', 'sdk_version': metadata.version('gradio'),
              'python_version': f'{sys.version_info.major}.{sys.version_info.minor}', 'app_file': 'app.py',
@@ -315,11 +315,11 @@ def space_card(source: Predictor, about: dict[str, Any]) -> str:
     return '\n'.join(['---', *(f'{key}: {json.dumps(value)}' for key, value in front.items()), '---', f'# {name}', '',
                       'A page on which this network says what is in a photograph. It runs anywhere:', '',
                       '    pip install -r requirements.txt', '    python app.py', '',
-                      f'- {about["weights"]} weights: {source.task.show_settings()}',
+                      f'- {about["weights"]} weights: {page.task.show_settings()}',
                       *(['- paper: [MogaNet](https://arxiv.org/abs/2211.03295)'] * ('moganet' in about['model'])), ''])
 
 
-def fill_space(folder: Path, source: Predictor, weights: Weights, about: dict[str, Any]) -> nn.Module:
+def fill_space(folder: Path, model: nn.Module, weights: Weights, about: dict[str, Any]) -> nn.Module:
     """Lays out a Space: the page, its source and its weights; returns the model that the page makes of them."""
     folder.mkdir()
     for name in SPACE_SOURCE:
@@ -328,12 +328,12 @@ def fill_space(folder: Path, source: Predictor, weights: Weights, about: dict[st
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
     shutil.copyfile(ROOT / 'LICENSE', folder / 'LICENSE')
+    (folder / 'model.safetensors').write_bytes(to_safetensors(model, weights, about)[0])
+    page = Predictor(str(folder / 'model.safetensors'), device='cpu')
     for name, text in (('app.py', SPACE_APP), ('requirements.txt', requirements()),
-                       ('README.md', space_card(source, about))):
+                       ('README.md', space_card(page, about))):
         (folder / name).write_text(text)
-    data, program = to_safetensors(source.model, weights, about)
-    (folder / 'model.safetensors').write_bytes(data)
-    return program
+    return program_of(page.model)
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -372,6 +372,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.format == 'huggingface' and isinstance(model, Logits):
         raise UserError('--format huggingface is for classifiers, which timm opens; choose safetensors, onnx or '
                         'torch_export')
+    if args.format == 'space' and args.input_size and model is not source.model:
+        raise UserError('--input_size is of classifiers: the page gives detectors and segmentors a photograph by the '
+                        'sizes of their recipe; leave it out')
     weights = dataclasses.replace(source.weights, gate=args.gate or source.weights.gate)
     about = describe(source, weights, args.input_size)
     channels = next(value.shape[1] for value in model.parameters() if value.ndim == 4)  # of the first convolution
@@ -394,9 +397,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.format in FOLDERS:
             with tempfile.TemporaryDirectory(dir=args.output.parent) as beside:
                 folder = Path(beside) / args.output.name
-                built = (fill_space(folder, source, weights, about) if args.format == 'space' else
-                         fill_folder(folder, model, weights, about))
-                error = compare(built, model, shape)
+                fill = fill_space if args.format == 'space' else fill_folder
+                error = compare(fill(folder, source.model, weights, about), model, shape)
                 os.rename(folder, args.output)
         else:
             # Of zeros nothing might be found
