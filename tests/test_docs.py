@@ -128,6 +128,8 @@ def check(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
             script = dict(re.findall(r'^#SBATCH --([\w-]+)=(\S+)', (ROOT / rest[at]).read_text(), re.MULTILINE))
             options = script | dict(word.removeprefix('--').split('=') for word in rest[:at])
             resolve(rest[at + 1:], int(options['nodes']) * int(options['gpus-per-node']), monkeypatch)
+        case ['python', '-m', 'web', *rest]:
+            parse_only('web/__main__.py', rest, monkeypatch)
         case ['python', '-c', code]:
             ast.parse(code)
         case ['python', script, *rest] if (ROOT / script).is_file():
@@ -181,7 +183,7 @@ def test_flags_and_files_between_backticks_exist():
     parsers = (*map(parser_of, kinds), run_with_submitit.parser(), get_args_parser())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {f'--{name}' for name in run_with_submitit.SPELLINGS}
-    for source in (*(ROOT / 'tools').glob('*.py'), ROOT / 'predict.py'):
+    for source in (*(ROOT / 'tools').glob('*.py'), ROOT / 'predict.py', ROOT / 'web' / '__main__.py'):
         known |= set(re.findall(r"'(--\w+)'", source.read_text() if source.exists() else ''))
     for page in PAGES:
         for span in spans((ROOT / page).read_text()):

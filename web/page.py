@@ -131,7 +131,7 @@ class Panel:
         self.source = gr.Dropdown([*choices, *((name, name) for name in models.sources)], value=value,
                                   label='Second checkpoint' if optional else 'Checkpoint')
         self.about = gr.HTML(visible=False, padding=False)
-        with gr.Column(visible=False) as self.classes:
+        with gr.Column(visible=False, elem_classes='maps') as self.classes:
             self.bars = gr.Label(label='Probabilities', num_top_classes=5, show_heading=False)
             with gr.Row():
                 self.target = gr.Dropdown(label='Heat map of the class', min_width=160)
@@ -145,7 +145,8 @@ class Panel:
             self.picture = gr.Image(label='Found', format='png', interactive=False, buttons=['download', 'fullscreen'])
             self.lines = gr.Textbox(label='In words', lines=3, max_lines=12, interactive=False)
         with gr.Accordion('As predict.py --json prints it', open=False, visible=False) as self.more:
-            self.json = gr.Code(language='json', show_label=False, interactive=False, lines=8, max_lines=20)
+            self.json = gr.Textbox(show_label=False, lines=8, max_lines=20, interactive=False, buttons=['copy'],
+                                   elem_classes='answer')
 
     def connect(self, photograph: gr.Image, exif: gr.Checkbox) -> None:
         """Answers as soon as something is chosen anew."""

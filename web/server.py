@@ -1,12 +1,14 @@
 """Serves the page: to this machine alone unless asked; no file and no address is read for a stranger."""
+import contextlib
 import os
 import re
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -54,32 +56,25 @@ class Doors:
         return None
 
 
-def serve(sources: Sequence[str], *, chosen: int = 2, host: str = '127.0.0.1', port: int = 7860,
-          limits: Limits | None = None, **others: Any) -> None:
-    """Serves the page until it is interrupted.
+@contextlib.contextmanager
+def opened(models: Models, *, first: str = '', second: str = '', host: str = '127.0.0.1',
+           port: int = 7860) -> Iterator[gr.Blocks]:
+    """The page, which answers within. Uploads, and what is shown, are files of a folder that then goes.
 
     Args:
-        sources: checkpoints: paths, https URLs or `released:NAME`.
-        chosen: how many of them are shown at first, side by side; the others may be chosen.
+        first, second: the sources that are chosen at first; '' for none.
         host: the address at which it answers; 0.0.0.0 for all.
-        others: as of `Models`: exif, and what `Predictor` takes.
 
     Raises:
-        UserError: where a checkpoint cannot be read, or the port is taken.
+        UserError: where the port is taken.
     """
-    limits = limits or Limits()
-    models = Models(sources, limits=limits, **others)
-    first, second = (*models.sources[:chosen], '', '')[:2]
-    for source in filter(None, (second, first)):
-        models.load(source)
-    # Uploads, and what is shown, are files of a folder that goes with the page
+    limits = models.limits
     with tempfile.TemporaryDirectory(prefix='moganet-web-') as name:
         folder = Path(name).resolve()
         os.environ |= {'GRADIO_TEMP_DIR': str(folder), 'GRADIO_EXAMPLES_CACHE': str(folder / 'examples'),
                        'GRADIO_ANALYTICS_ENABLED': 'False'}
         page = build(models, first=first, second=second)
         page.queue(max_size=limits.queue, api_open=False)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # its folder shall go then too
         try:
             page.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False,
                         max_file_size=limits.file_size, max_threads=8, footer_links=['api'], share=False,
@@ -87,5 +82,29 @@ def serve(sources: Sequence[str], *, chosen: int = 2, host: str = '127.0.0.1', p
                         app_kwargs={'middleware': [Middleware(Doors, folder=folder, limits=limits)]})
         except OSError:
             raise UserError(f'port {port} of {host} is taken; give another by --port') from None
+        try:
+            yield page
+        finally:
+            page.close(verbose=False)
+
+
+def serve(sources: Sequence[str], *, chosen: int = 2, host: str = '127.0.0.1', port: int = 7860,
+          limits: Limits | None = None, **others: Any) -> None:
+    """Serves the page until it is interrupted.
+
+    Args:
+        sources: checkpoints: paths, https URLs or `released:NAME`.
+        chosen: how many of them are shown at first, side by side; the others may be chosen.
+        others: as of `Models`: exif, and what `Predictor` takes.
+
+    Raises:
+        UserError: where a checkpoint cannot be read, or the port is taken.
+    """
+    models = Models(sources, limits=limits or Limits(), **others)
+    first, second = (*models.sources[:chosen], '', '')[:2]
+    for source in filter(None, (second, first)):  # the first is the one that stays in memory
+        models.load(source)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder shall go then too
+    with opened(models, first=first, second=second, host=host, port=port) as page:
         print(f'http://{host}:{port}', flush=True)
         page.block_thread()
