@@ -20,7 +20,7 @@ from utils import UserError
 from web.models import KINDS, Models, Refused
 
 LEAST = 320  # pixels to which a smaller crop is enlarged, so that the maps over it can be seen
-PART = 180  # pixels of the side of a part of the aggregation
+PART = 120  # pixels of the side of a part of the aggregation
 
 ONE_AT_A_TIME = {'concurrency_id': 'model', 'concurrency_limit': 1}  # of all that asks a model
 PRIVATE = {'api_visibility': 'private', 'trigger_mode': 'always_last'} | ONE_AT_A_TIME
@@ -139,14 +139,14 @@ class Panel:
             self.no_heat = gr.HTML(visible=False, padding=False)
             self.heat = gr.ImageSlider(label='What the network saw, and Grad-CAM', format='png', interactive=False,
                                        buttons=['fullscreen'])
-            self.parts = gr.Image(label="The aggregation's orders and gate: how strongly each responds", format='png',
-                                  interactive=False, buttons=['fullscreen'])
+            self.parts = gr.Image(show_label=False, format='png', interactive=False, buttons=['fullscreen'],
+                                  alt_text="How strongly the aggregation's orders and its gate respond")
         with gr.Column(visible=False) as self.pixels:
             self.picture = gr.Image(label='Found', format='png', interactive=False, buttons=['download', 'fullscreen'])
             self.lines = gr.Textbox(label='In words', lines=3, max_lines=12, interactive=False)
-        with gr.Accordion('As predict.py --json prints it', open=False, visible=False) as self.more:
-            self.json = gr.Textbox(show_label=False, lines=8, max_lines=20, interactive=False, buttons=['copy'],
-                                   elem_classes='answer')
+        with gr.Accordion('As predict.py --json prints it', open=False, visible=False,
+                          elem_classes='answer') as self.more:
+            self.json = gr.Textbox(show_label=False, lines=8, max_lines=20, interactive=False, buttons=['copy'])
 
     def connect(self, photograph: gr.Image, exif: gr.Checkbox) -> None:
         """Answers as soon as something is chosen anew."""

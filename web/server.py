@@ -18,11 +18,11 @@ from web.models import Limits, Models
 from web.page import build
 
 # Of Gradio's routes, those that the page and gradio_client use. `file=` is for uploads and what is shown; Gradio itself
-# would also fetch addresses through it, and through `proxy=`
+# would also fetch addresses through it, and through `proxy=`. `run` answers only what has no queue: an example's click
 DOORS = re.compile(
     r'/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json)/?|/(assets|static|svelte)/.*|'
     r'/gradio_api/((info|openapi\.json|app_id|queue/join|queue/data|upload|upload_progress|cancel|reset|startup-events|'
-    r'theme\.css)/?|heartbeat/\w+|call/.*|file=/.*)')
+    r'theme\.css)/?|heartbeat/\w+|run/\w+|call/.*|file=/.*)')
 
 
 class Doors:
