@@ -6,6 +6,8 @@
 # make test-standin STANDIN=FOLDER  the tests that need a GPU, without one: FOLDER/run puts a stand-in for CUDA's
 #                 libraries in front of torch (CONTRIBUTING.md)
 # make test-slurm the tests on a Slurm of this machine alone; needs root, and apt where Slurm is not installed
+# make web        a page on which checkpoints say what is in photographs: make web CHECKPOINT="A [B]" PORT=7860
+# make test-web   the page in Debian's chromium, which it installs as root where apt is; elsewhere it says why not
 # make lint       ruff
 # make golden     whether this checkout computes the same bits as an older commit: make golden BASE=<commit>
 # make benchmark  measures this machine, minutes, and writes BENCHMARKS.md; tools/gpu_check.sh does it for a GPU
@@ -15,11 +17,16 @@ PYTHON := $(VENV)/bin/python
 # Tests run on two cores, a file on one of them; tests/conftest.py says which files share a core
 BESIDE := --numprocesses 2 --dist loadgroup
 
+# Of the page
+CHECKPOINT :=
+PORT := 7860
+
 # Without one, on another torch than it is made for, and where it cannot be built, its tests are left out
 STANDIN :=
 STANDIN_TORCH := 2.14.1, CUDA 13.0
 
-.PHONY: demo demo-detection demo-segmentation test test-all test-slow test-standin test-slurm lint golden benchmark
+.PHONY: demo demo-detection demo-segmentation test test-all test-slow test-standin test-slurm test-web web lint \
+	golden benchmark
 
 # Made anew when the dependencies change; a broken installation leaves no stamp
 $(VENV)/installed: pyproject.toml
@@ -44,7 +51,7 @@ test: $(VENV)/installed
 	$(PYTHON) -m pytest $(BESIDE)
 
 test-all: $(VENV)/installed
-	$(PYTHON) -m pytest $(BESIDE) -m 'not gpu and not slurm'
+	$(PYTHON) -m pytest $(BESIDE) -m 'not gpu and not slurm and not web'
 
 test-slow: $(VENV)/installed
 	$(PYTHON) -m pytest $(BESIDE) -m slow tests/test_resume.py tests/test_submitit.py tests/test_command_line.py \
@@ -63,6 +70,20 @@ test-standin: $(VENV)/installed
 
 test-slurm: $(VENV)/installed
 	$(PYTHON) -m pytest -m slurm tests/slurm
+
+$(VENV)/web: $(VENV)/installed
+	$(PYTHON) -m pip install -e '.[test-web]'
+	touch $@
+
+web: $(VENV)/web
+	$(PYTHON) -m web --port $(PORT) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+
+test-web: $(VENV)/web
+	$(PYTHON) -m pytest -m web tests/test_export.py
+	@if command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	    && { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; } >/dev/null; }; then \
+	    $(PYTHON) -m pytest -m web tests/test_web.py; \
+	else echo 'skipped: chromium is not installed, and only root can install it, by apt-get install chromium'; fi
 
 lint: $(VENV)/installed
 	$(PYTHON) -m ruff check .

@@ -5,8 +5,8 @@
     python predict.py folder --checkpoint released:moganet_small --embed features.npz
 
 The pixels are those of the evaluation: sizes, interpolation and normalisation are the checkpoint's own. EXIF's rotation
-is applied for detectors and segmentors, as in their training, and not for classifiers. Exit status 2 where an image
-could not be read; the others are answered all the same.
+is applied for detectors and segmentors, as in their training, and for classifiers with --exif alone. Exit status 2
+where an image could not be read; the others are answered all the same. `python -m web` is a page with the same answers.
 """
 import argparse
 import itertools
@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from pipeline.augmentation import BadImage, refusing_bad_images
+from pipeline.dense import decode_upright
 from pipeline.files import find_images as images_below
 from recipes import RECIPES, Run
 from recipes import Classification as ClassificationRecipe
@@ -49,10 +50,11 @@ class Predictor:
         model: in evaluation mode, on `device`.
         weights: what was read from the file.
         about: one line on the weights and the settings.
+        exif: whether images are turned as their EXIF data say, also for a classifier.
     """
 
     def __init__(self, source: str, *, device: str = 'auto', weights: str = 'auto',
-                 settings: Mapping[str, Any] | None = None):
+                 settings: Mapping[str, Any] | None = None, exif: bool = False):
         """
         Args:
             source: a path, an https URL or `released:NAME`.
@@ -69,14 +71,23 @@ class Predictor:
         check_parts(asked, settings)
         asked.check()
         run = Run(eval=True, checkpoint=(source,), weights=weights, given=tuple(settings), device=device)
-        self.device = choose_device(device)
+        self.device, self.exif = choose_device(device), exif
         self.task, self.model, self.weights = load_task(source, asked, run, self.device)
         self.recipe = self.task.recipe
         self.about = f'{self.weights}; {self.task.show_settings()}'
 
     def predict(self, images: Sequence[Any]) -> list[Any]:
         """What the model finds in each of some undecoded images (bytes). Raises BadImage."""
-        return self.task.predict(self.model, [self.task.prepare(image) for image in images])
+        return self.task.predict(self.model, [self.prepare(image) for image in images])
+
+    def prepare(self, image: Any) -> Any:
+        """An undecoded image (bytes) as the task's `predict` takes it. Raises BadImage."""
+        with refusing_bad_images():
+            return self.task.prepare(decode_upright(image) if self.exif else image)
+
+    def picture(self, image: Any) -> Image.Image:
+        """An undecoded image (bytes) as predictions are drawn onto it. Raises what the decoder raises."""
+        return self.task.picture(decode_upright(image) if self.exif else image)
 
 
 class Classifier(Predictor):
@@ -95,7 +106,7 @@ class Classifier(Predictor):
     def pixels(self, source: str) -> np.ndarray:
         """The test crop, uint8 [H, W, 3], of a file or of what a URL returns. Raises BadImage."""
         with refusing_bad_images():
-            return self.task.prepare(read(source))
+            return self.prepare(read(source))
 
     def images(self, pixels: Sequence[np.ndarray]) -> torch.Tensor:
         """The model's input, float32 [B, 3, H, W] on the device, from what `pixels` returns."""
@@ -125,21 +136,30 @@ def read(source: str) -> bytes:
     return Path(source).read_bytes()
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that choose a checkpoint and how it is evaluated."""
-    parser.add_argument('--checkpoint', required=True, metavar='SOURCE', help='a path, an https URL or released:NAME')
+def add_flags(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Adds the flags that choose a checkpoint, or several or none, and how it is evaluated."""
+    parser.add_argument('--checkpoint', metavar='SOURCE', help='a path, an https URL or released:NAME',
+                        **{'nargs': '+', 'default': []} if several else {'required': True})
     fields = ClassificationRecipe.__dataclass_fields__ | Run.__dataclass_fields__
     for name in FLAGS:
         parser.add_argument(f'--{name}', help=fields[name].metadata['help'].replace('%', '%%'))
+    parser.add_argument('--exif', action='store_true',
+                        help='turn photographs as their EXIF data say, also for a classifier')
 
 
-def from_flags(args: argparse.Namespace, kind: type[Predictor] = Predictor) -> Predictor:
-    """The predictor that the flags of `add_flags` ask for. Raises UserError."""
+def arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of `add_flags` say beside the checkpoint, as arguments of a predictor. Raises UserError."""
     settings = {name: parse_field(ClassificationRecipe, name, getattr(args, name)) for name in SETTINGS
                 if getattr(args, name) is not None}
     if args.weights not in (None, 'auto', 'raw', 'ema'):
         raise UserError(f'--weights {args.weights}: choose from auto, raw, ema')
-    return kind(args.checkpoint, device=args.device or 'auto', weights=args.weights or 'auto', settings=settings)
+    return {'device': args.device or 'auto', 'weights': args.weights or 'auto', 'settings': settings,
+            'exif': args.exif}
+
+
+def from_flags(args: argparse.Namespace, kind: type[Predictor] = Predictor) -> Predictor:
+    """The predictor that the flags of `add_flags` ask for. Raises UserError."""
+    return kind(args.checkpoint, **arguments(args))
 
 
 def picture_path(folder: Path, name: str) -> Path:
@@ -183,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 with refusing_bad_images():
                     file = read(source)
-                    samples.append(predictor.task.prepare(file))
+                    samples.append(predictor.prepare(file))
                 files.append(file)
                 names.append(shown)
             except BadImage as error:
@@ -195,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         results = task.predict(predictor.model, samples) if samples else ()
         for name, file, result in zip(names, files, results, strict=True):
             if args.draw:
-                draw(args.draw, name, task.draw(task.picture(file), result, **count))
+                draw(args.draw, name, task.draw(predictor.picture(file), result, **count))
             if args.labels:
                 draw(args.labels, name, task.label_picture(result), flag='--labels')
             if args.json:

@@ -134,6 +134,8 @@ def check(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
             script = dict(re.findall(r'^#SBATCH --([\w-]+)=(\S+)', (ROOT / rest[at]).read_text(), re.MULTILINE))
             options = script | dict(word.removeprefix('--').split('=') for word in rest[:at])
             resolve(rest[at + 1:], int(options['nodes']) * int(options['gpus-per-node']), monkeypatch)
+        case ['python', '-m', 'web', *rest]:
+            parse_only('web/__main__.py', rest, monkeypatch)
         case ['python', '-c', code]:
             ast.parse(code)
         case ['python', script, *rest] if (ROOT / script).is_file():
@@ -187,7 +189,7 @@ def test_flags_and_files_between_backticks_exist():
     parsers = (*map(parser_of, kinds), run_with_submitit.parser(), get_args_parser())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {f'--{name}' for name in run_with_submitit.SPELLINGS}
-    for source in (*(ROOT / 'tools').glob('*.py'), ROOT / 'predict.py'):
+    for source in (*(ROOT / 'tools').glob('*.py'), ROOT / 'predict.py', ROOT / 'web' / '__main__.py'):
         known |= set(re.findall(r"'(--\w+)'", source.read_text() if source.exists() else ''))
     for page in PAGES:
         for span in spans((ROOT / page).read_text()):
@@ -469,8 +471,8 @@ def test_all_counts_are_those_of_the_tools():
 @pytest.fixture
 def copy(tmp_path, monkeypatch) -> Path:
     """Copies of the generated pages, which the tool takes for the true ones."""
-    for page in ('README.md', 'RECIPES.md'):
-        shutil.copy(ROOT / page, tmp_path)
+    for file in ('README.md', 'RECIPES.md', 'INSTALL.md', 'pyproject.toml', 'demo.ipynb'):
+        shutil.copy(ROOT / file, tmp_path)
     monkeypatch.setattr(docs, 'ROOT', tmp_path)
     return tmp_path
 
@@ -485,6 +487,25 @@ def test_a_changed_recipe_is_stale_until_it_is_written(copy, monkeypatch, capsys
     assert docs.main([]) == 0 and docs.main(['--check']) == 0
     assert '| 84.9 | single |' in (copy / 'README.md').read_text()
     assert '| 1 x 128 x 16 | 2 x 128 x 8 |' in (copy / 'RECIPES.md').read_text()
+
+
+def test_the_address_stands_in_one_place_and_is_written_from_there(copy, capsys):
+    project, before = copy / 'pyproject.toml', docs.address()
+    project.write_text(project.read_text().replace(before, 'https://github.com/someone/Moga.Net'))
+    assert docs.main(['--check']) == 1
+    assert capsys.readouterr().out == (
+        'stale: README.md (colab), README.md (clone), README.md (hub), INSTALL.md (clone), demo.ipynb (address)\n')
+    assert docs.main([]) == 0 and docs.main(['--check']) == 0
+    button = '(https://colab.research.google.com/github/someone/Moga.Net/blob/main/demo.ipynb)'
+    for file, text in (('README.md', button), ('README.md', "torch.hub.load('someone/Moga.Net', "),
+                       ('INSTALL.md', 'git clone https://github.com/someone/Moga.Net MogaNet'),
+                       ('demo.ipynb', "REPOSITORY = 'https://github.com/someone/Moga.Net'")):
+        assert text in (copy / file).read_text()
+    name = before.removeprefix('https://github.com/')
+    assert not [path.name for path in copy.iterdir() if name in path.read_text()]  # a second place would be left
+    project.write_text('')
+    with pytest.raises(UserError, match=r'pyproject\.toml has no line Repository = '):
+        docs.main([])
 
 
 def test_a_page_without_its_markers_and_a_model_without_counts_are_refused(copy, monkeypatch):

@@ -1,10 +1,15 @@
 """Exported files compute what the checkpoint does, say what they are, and can be read by those they are for."""
+import ast
 import dataclasses
 import hashlib
 import io
 import json
+import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +19,19 @@ import pytest
 import safetensors
 import timm
 import torch
+import yaml
+from packaging.requirements import Requirement
+from PIL import Image
 from torch import Tensor, nn
 
 import reference
-from builders import mmcv_file, put, seeded, training_file
+from builders import encoded, mmcv_file, put, seeded, training_file
 from conftest import ROOT
 from models.dense import build_dense
 from models.download import sha256_of
 from models.moganet import MogaNet
 from models.weights import build_model, load_weights
+from predict import Predictor
 from recipes import RECIPES, to_dict
 from tools import export, strip_checkpoint
 from utils import UserError
@@ -301,3 +310,130 @@ def test_what_cannot_be_exported_of_a_detector_is_one_line(network, format, flag
     with pytest.raises(UserError, match=said):
         run(tmp_path / 'file.pth', format, output, *flags)
     assert not output.exists()
+
+
+# ---- A Space --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def space(checkpoint: Path, output: Path) -> Path:
+    pytest.importorskip('gradio')
+    run(checkpoint, 'space', output)
+    return output
+
+
+@pytest.mark.web
+def test_a_space_tells_how_it_runs_and_with_which_packages(space: Path, capsys: pytest.CaptureFixture) -> None:
+    front, text = (space / 'README.md').read_text().split('---\n')[1:]
+    told = yaml.safe_load(front)
+    assert (told['sdk'], told['app_file'], told['title']) == ('gradio', 'app.py', 'moganet_xtiny')
+    assert told['sdk_version'] == metadata.version('gradio')
+    assert '- ema weights: moganet_xtiny, double gate, at 64' in text
+    lines = [Requirement(line) for line in (space / 'requirements.txt').read_text().splitlines()]
+    assert {'torch', 'timm', 'gradio'} <= {line.name for line in lines}
+    for line in lines:  # tested are the oldest, by `make test` elsewhere, and those that are installed here
+        assert {part.operator for part in line.specifier} == {'>=', '<='}
+        assert metadata.version(line.name) in line.specifier
+    assert not [path for path in space.rglob('*') if path.suffix in ('.pyc', '.pth', '.pt')]
+
+
+@pytest.mark.web
+def test_all_that_a_space_imports_lies_in_it_or_is_required(space: Path) -> None:
+    """At the top of its files; what they import within functions, of packages, is for other commands."""
+    required = {Requirement(line).name for line in (space / 'requirements.txt').read_text().splitlines()} | {
+        'llvmlite', 'starlette'}  # come with numba and gradio
+    package_of = metadata.packages_distributions()
+    for path in space.rglob('*.py'):
+        for node in ast.walk(tree := ast.parse(path.read_text())):
+            if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                continue
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for name in names:
+                first, place = name.partition('.')[0], ROOT / name.replace('.', '/')
+                if place.is_dir() or place.with_suffix('.py').is_file():
+                    copied = space / name.replace('.', '/')
+                    assert copied.is_dir() or copied.with_suffix('.py').is_file(), f'{path.name} imports {name}'
+                elif node in tree.body and first not in sys.stdlib_module_names:
+                    assert set(package_of[first]) & required, f'{path.name} imports {name}'
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Starts a Space in a folder elsewhere, without the repository on the path; returns its client."""
+    client, processes = pytest.importorskip('gradio_client'), []
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+
+    def start(space: Path) -> Any:
+        with socket.socket() as server:
+            server.bind(('127.0.0.1', 0))
+            environment['GRADIO_SERVER_PORT'] = str(server.getsockname()[1])
+        begin = {'cwd': elsewhere, 'env': environment, 'text': True}
+        assert subprocess.run([sys.executable, '-c', 'import recipes'], stderr=subprocess.DEVNULL, **begin).returncode
+        said = (tmp_path / 'said').open('w+')
+        process = subprocess.Popen([sys.executable, space / 'app.py'], stdout=subprocess.PIPE, stderr=said, **begin)
+        processes.append(process)
+        line = process.stdout.readline()
+        said.seek(0)
+        assert line.startswith('http://127.0.0.1:'), said.read()
+        return client.Client(line.strip(), verbose=False)
+
+    yield start
+    for process in processes:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:  # it answers before it ends, and the machine may be busy
+            process.kill()
+
+
+def segmentor(path: Path) -> None:
+    """Writes a training checkpoint of a tiny segmentor."""
+    recipe = dataclasses.replace(RECIPES['semantic_fpn_moganet_xtiny_80k'], model='moganet_xtiny', model_kwargs=TINY,
+                                 num_classes=3, image_scale=(96, 64), crop_size=64)
+    state = randomised(build_dense(recipe, num_classes=3, **TINY), 0)
+    training_file(path, state, state)
+    torch.save(torch.load(path) | {'classes': ['cat', 'dog', 'owl'], 'recipe': to_dict(recipe)}, path)
+
+
+@pytest.mark.web
+@pytest.mark.parametrize('kind', ['classify', 'detect', 'segment'])
+def test_a_space_answers_from_its_folder_alone_as_the_checkpoint_does(
+        kind: str, checkpoint: Path, output: Path, tmp_path: Path, page: Callable[[Path], Any]) -> None:
+    """To the last digit."""
+    if kind == 'detect':
+        detector(checkpoint, 'cascade_mask_rcnn')
+    elif kind == 'segment':
+        segmentor(checkpoint)
+    run(checkpoint, 'space', output)
+    output.rename(tmp_path / 'moved')
+    photograph = tmp_path / 'photograph.jpg'
+    photograph.write_bytes(encoded())
+    from gradio_client import handle_file
+    answer = page(tmp_path / 'moved').predict(image=handle_file(str(photograph)), api_name=f'/{kind}')
+    predictor = Predictor(str(checkpoint), device='cpu')
+    result, = predictor.predict([photograph.read_bytes()])
+    told = answer[0] if kind == 'segment' else answer
+    assert told == json.loads(json.dumps(predictor.task.to_json(result))) and told
+    if kind == 'segment':
+        with Image.open(answer[1]) as ours, predictor.task.label_picture(result) as theirs:
+            assert ours.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.web
+def test_the_size_of_a_space_is_a_classifiers_alone(checkpoint: Path, output: Path) -> None:
+    run(checkpoint, 'space', output, '--input_size', '96')
+    assert Predictor(str(output / 'model.safetensors'), device='cpu').recipe.test_size == 96
+    assert 'at 96' in (output / 'README.md').read_text()
+    segmentor(checkpoint)
+    with pytest.raises(UserError, match='--input_size is of classifiers'):
+        run(checkpoint, 'space', output.parent / 'other', '--input_size', '96')
+
+
+def test_a_space_without_the_packages_of_the_page_is_one_line(checkpoint: Path, output: Path, monkeypatch) -> None:
+    monkeypatch.setattr(export, 'SPACE_PACKAGES', ('torch', 'no-such-package'))
+    with pytest.raises(UserError, match=r"--format space needs no-such-package: pip install -e '\.\[web\]'"):
+        run(checkpoint, 'space', output)
+    assert list(output.parent.iterdir()) == []
+    with pytest.raises(UserError, match='is a folder already'):
+        run(checkpoint, 'space', output.parent)

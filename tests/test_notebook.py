@@ -3,6 +3,9 @@ import ast
 import json
 import re
 import shutil
+import subprocess
+import sys
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 
 import recipes
 from conftest import ROOT
+from tools import docs
 
 NOTEBOOK = ROOT / 'demo.ipynb'
 
@@ -41,15 +45,58 @@ def test_flags_are_those_of_the_command_line() -> None:
     assert len(calls('predict')) == 2 and len(calls('cam')) == len(calls('complexity')) == 1
 
 
-def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longer than 20 s, and not marked slow: a page that is not run at every change soon says what is not so."""
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a local repository with the files of this one, as they are now; git runs without a terminal."""
+    if shutil.which('git') is None:
+        pytest.skip('git is not installed')
+    folder = tmp_path / 'published'
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.*', 'runs', 'data', 'tests', '*.egg-info'))
+    for name in ('AUTHOR', 'COMMITTER'):
+        monkeypatch.setenv(f'GIT_{name}_NAME', 'test')
+        monkeypatch.setenv(f'GIT_{name}_EMAIL', 'test@localhost')
+    monkeypatch.setenv('GIT_TERMINAL_PROMPT', '0')
+    for words in (['init', '--quiet'], ['add', '--all'], ['commit', '--quiet', '--message', 'as it is']):
+        subprocess.run(['git', *words], cwd=folder, check=True)
+    return folder.as_uri()
+
+
+@pytest.fixture
+def colab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder and an environment as Colab's: its variables, and a Python into which the notebook may install.
+
+    That Python, the Jupyter kernel `colab`, finds the packages of this one; pip needs no network.
+    """
+    for name, value in {'COLAB_RELEASE_TAG': 'release-colab', 'COLAB_GPU': '0', 'COLAB_JUPYTER_IP': '172.28.0.12',
+                        'PYTHONPATH': '/env/python', 'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
+                        'TF2_BEHAVIOR': '1', 'GCE_METADATA_TIMEOUT': '3', 'JUPYTER_PATH': str(tmp_path / 'jupyter'),
+                        'PIP_NO_INDEX': '1', 'PIP_NO_BUILD_ISOLATION': '0',  # pip's word for: without isolation
+                        'OMP_NUM_THREADS': '1'}.items():  # beside other tests, threads that wait take minutes
+        monkeypatch.setenv(name, value)
+    venv.create(tmp_path / 'env', symlinks=True)
+    site = next((tmp_path / 'env').glob('lib/python*/site-packages'))
+    (site / 'parent.pth').write_text('\n'.join(path for path in sys.path if path.endswith('-packages')))
+    kernel = tmp_path / 'jupyter' / 'kernels' / 'colab'
+    kernel.mkdir(parents=True)
+    python = str(tmp_path / 'env' / 'bin' / 'python')
+    (kernel / 'kernel.json').write_text(json.dumps({
+        'argv': [python, '-m', 'ipykernel_launcher', '-f', '{connection_file}'], 'display_name': 'Colab',
+        'language': 'python'}))
+    (tmp_path / 'content' / 'sample_data').mkdir(parents=True)
+    return tmp_path / 'content'
+
+
+def test_notebook_runs_from_top_to_bottom_as_on_colab(colab: Path, published: str) -> None:
+    """From a clone of a local repository in place of the address.
+
+    Longer than 20 s, and not marked slow: a page that is not run at every change soon says what is not so.
+    """
     nbclient, nbformat = pytest.importorskip('nbclient'), pytest.importorskip('nbformat')
-    monkeypatch.delenv('PYTHONPATH', raising=False)  # the notebook finds the repository by itself
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')  # beside other tests, threads that wait for one another take minutes
-    folder = tmp_path / 'repository'
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.*', 'runs', 'data', 'tests'))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={'metadata': {'path': str(folder)}}).execute()
+    notebook = nbformat.reads(NOTEBOOK.read_text().replace(docs.address(), published), as_version=4)
+    resources = {'metadata': {'path': str(colab)}}
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name='colab', resources=resources).execute()
+    assert sorted(path.name for path in colab.iterdir()) == ['MogaNet', 'sample_data']
+    folder = colab / 'MogaNet'
     assert sorted(path.name for path in (folder / 'runs').iterdir()) == ['notebook']
     said = [''.join(output.get('text', '') for output in cell.outputs) for cell in notebook.cells
             if cell.cell_type == 'code']
@@ -60,3 +107,23 @@ def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     pictures = [output for cell in notebook.cells if cell.cell_type == 'code' for output in cell.outputs
                 if 'image/png' in output.get('data', {})]
     assert len(pictures) == 2
+
+
+def first_cell(folder: Path) -> subprocess.CompletedProcess:
+    """Runs the first cell in a folder, its address replaced by a folder that is not there."""
+    code = ''.join(code_cells()[0]['source']).replace(docs.address(), (folder / 'nothing').as_uri())
+    return subprocess.run([sys.executable, '-c', f'{code}\nprint(os.getcwd(), sys.path[0])'], cwd=folder,
+                          capture_output=True, text=True, timeout=60)
+
+
+def test_in_the_repository_nothing_is_cloned(tmp_path: Path) -> None:
+    (tmp_path / 'main.py').touch()
+    done = first_cell(tmp_path)
+    assert done.stdout == f'{tmp_path} {tmp_path}\n' and [path.name for path in tmp_path.iterdir()] == ['main.py']
+
+
+def test_an_address_that_cannot_be_cloned_is_named_with_gits_reason(tmp_path: Path) -> None:
+    """Where subprocesses write to the terminal of the kernel, nobody reads it."""
+    done = first_cell(tmp_path)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert re.search(r"git clone --depth 1 file://\S+/nothing MogaNet: (?s:.)*does not (appear|exist)", done.stderr)

@@ -88,7 +88,7 @@ def find_class(word: str, names: list[str]) -> int:
     raise UserError(f'--target {word} is none of the {len(names)} classes{nearest(word.casefold(), known)}')
 
 
-def explain(classifier: predict.Classifier, image: Tensor, target: int, *, stages: list[int] | None,
+def explain(classifier: predict.Predictor, image: Tensor, target: int, *, stages: list[int] | None,
             block: int | None) -> list[Row]:
     """The rows of the picture.
 

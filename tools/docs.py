@@ -1,4 +1,5 @@
-"""Writes what the pages say about recipes and model: the tables of RECIPES.md and README.md.
+"""Writes what the pages say about recipes and model: the tables of RECIPES.md and README.md. It also writes the
+repository's address, from pyproject.toml, wherever it is used.
 
     python tools/docs.py            # rewrites what is stale
     python tools/docs.py --check    # names what is stale, with exit status 1, and changes nothing
@@ -277,6 +278,35 @@ def needs() -> str:
     return table(heads, lines)
 
 
+def address() -> str:
+    """The repository's address on GitHub. Raises UserError where pyproject.toml has none."""
+    found = re.search(r'^Repository = "(https://github\.com/[\w.-]+/[\w.-]+)"$', (ROOT / 'pyproject.toml').read_text(),
+                      re.MULTILINE)
+    if not found:
+        raise UserError('pyproject.toml has no line Repository = "https://github.com/OWNER/NAME"; write it there')
+    return found[1]
+
+
+def badge() -> str:
+    """The button that opens the notebook on Colab."""
+    link = address().replace('https://github.com', 'https://colab.research.google.com/github')
+    return f'[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link}/blob/main/demo.ipynb)'
+
+
+def hub() -> str:
+    """How torch.hub loads a model, from the address and from a folder."""
+    name = address().removeprefix('https://github.com/')
+    return f"""```python
+model = torch.hub.load('{name}', 'moganet_tiny', pretrained=True)
+model = torch.hub.load('/path/to/MogaNet', 'moganet_tiny', source='local', pretrained=True)
+```"""
+
+
+def clone() -> str:
+    """The first commands of INSTALL.md."""
+    return f'    git clone {address()} MogaNet && cd MogaNet\n    make demo'
+
+
 PARTS = {
     ('README.md', 'results'): results,
     ('README.md', 'coco'): lambda: dense_results(Detection),
@@ -289,6 +319,10 @@ PARTS = {
     ('RECIPES.md', 'ours'): lambda: table_of(is_ours),
     ('RECIPES.md', 'needs'): needs,
     ('RECIPES.md', 'feeding'): feeding,
+    ('README.md', 'colab'): badge,
+    ('README.md', 'clone'): clone,
+    ('README.md', 'hub'): hub,
+    ('INSTALL.md', 'clone'): clone,
 }
 
 
@@ -320,6 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for (name, part), content in PARTS.items():
         path = ROOT / name
         update(path, rewrite(path.read_text(), part, content()), f' ({part})')
+    notebook = ROOT / 'demo.ipynb'
+    update(notebook, re.sub(r"(?<=REPOSITORY = ')[^']*", address(), notebook.read_text()), ' (address)')
     if stale:
         print(f'{"stale" if args.check else "rewritten"}: {", ".join(stale)}')
     return 1 if stale and args.check else 0

@@ -3,11 +3,12 @@
     python tools/export.py --checkpoint released:moganet_small --format onnx --output moganet_small.onnx
 
 Formats: `safetensors`, weights that `load_weights` and timm read; `huggingface`, a model folder (config.json,
-model.safetensors, README.md) that `timm.create_model('local-dir:...')` opens; `onnx` and `torch_export`, programs with
-a dynamic batch that need nothing of this repository. The program of a segmentor gives logits [B, classes, H, W] of
-square images, by default of the side of its training crops. The program of RetinaNet or Mask R-CNN, in `onnx` alone,
-takes one square image of a fixed size and gives what it finds there: `boxes`, `scores`, `labels` and `masks`, by
-falling score.
+model.safetensors, README.md) that `timm.create_model('local-dir:...')` opens; `space`, a folder with the page of
+`python -m web` for this checkpoint, which runs by itself or as a Space of Hugging Face; `onnx` and `torch_export`,
+programs with a dynamic batch that need nothing of this repository. The program of a segmentor gives logits
+[B, classes, H, W] of square images, by default of the side of its training crops. The program of RetinaNet or Mask
+R-CNN, in `onnx` alone, takes one square image of a fixed size and gives what it finds there: `boxes`, `scores`,
+`labels` and `masks`, by falling score.
 """
 import argparse
 import dataclasses
@@ -15,10 +16,13 @@ import io
 import json
 import math
 import os
+import re
+import shutil
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,26 @@ from utils import UserError, as_path, run_cli, write_atomically
 # Relative, on logits. Another runtime adds in another order, which changes 1e-6 (onnxruntime, MogaNet-XT); a wrong
 # operator or a dropped layer changes the second digit.
 TOLERANCE = 1e-4
+
+FOLDERS = ('huggingface', 'space')
+ROOT = Path(__file__).resolve().parent.parent
+# Of a Space: all that the page imports, and the packages that this imports
+SPACE_SOURCE = ('utils.py', 'datasets.py', 'engine.py', 'optim_factory.py', 'predict.py', 'models', 'pipeline',
+                'recipes', 'tasks', 'training', 'tools/cam.py', 'web')
+SPACE_PACKAGES = ('torch', 'torchvision', 'timm', 'pillow', 'numpy', 'safetensors', 'tqdm', 'filelock', 'numba',
+                  'simplejpeg', 'faster-coco-eval', 'matplotlib', 'captum', 'scikit-learn', 'scikit-image', 'gradio')
+SPACE_APP = '''\
+"""The page: `python app.py`, with the packages of requirements.txt. GRADIO_SERVER_NAME=0.0.0.0 shows it to all."""
+import os
+from pathlib import Path
+
+from utils import run_cli
+from web.server import serve
+
+os.chdir(Path(__file__).resolve().parent)
+run_cli(lambda: serve(['model.safetensors'], host=os.environ.get('GRADIO_SERVER_NAME', '127.0.0.1'),
+                      port=int(os.environ.get('GRADIO_SERVER_PORT', '7860'))))
+'''
 
 Exported = tuple[bytes, Callable[[Tensor], Tensor]]  # a file's content, and what it computes when read back
 
@@ -265,14 +289,62 @@ def model_card(about: dict[str, Any]) -> str:
                       '```python', *code, '```', ''])
 
 
+def requirements() -> str:
+    """requirements.txt of a Space: from the oldest release that this repository takes to the one that is installed.
+
+    Raises:
+        UserError: a package of the page is not installed.
+    """
+    known = dict(re.findall(r'^ {4}"([\w-]+)(>=[\d.]+)', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE))
+    lines = []
+    for name in SPACE_PACKAGES:
+        try:
+            installed = metadata.version(name).partition('+')[0]  # torch adds the device that it was built for
+        except metadata.PackageNotFoundError:
+            raise UserError(f"--format space needs {name}: pip install -e '.[web]'") from None
+        lines.append(f'{name}{known[name]},<={installed}\n')
+    return ''.join(lines)
+
+
+def space_card(page: Predictor, about: dict[str, Any]) -> str:
+    """README.md of a Space by what its page predicts by. The first lines tell Hugging Face how to run it."""
+    name = about.get('network', about['model'])
+    front = {'title': name, 'sdk': 'gradio', 'sdk_version': metadata.version('gradio'),
+             'python_version': f'{sys.version_info.major}.{sys.version_info.minor}', 'app_file': 'app.py',
+             'pinned': False, 'license': 'apache-2.0'}
+    return '\n'.join(['---', *(f'{key}: {json.dumps(value)}' for key, value in front.items()), '---', f'# {name}', '',
+                      'A page on which this network says what is in a photograph. It runs anywhere:', '',
+                      '    pip install -r requirements.txt', '    python app.py', '',
+                      f'- {about["weights"]} weights: {page.task.show_settings()}',
+                      *(['- paper: [MogaNet](https://arxiv.org/abs/2211.03295)'] * ('moganet' in about['model'])), ''])
+
+
+def fill_space(folder: Path, model: nn.Module, weights: Weights, about: dict[str, Any]) -> nn.Module:
+    """Lays out a Space: the page, its source and its weights; returns the model that the page makes of them."""
+    folder.mkdir()
+    for name in SPACE_SOURCE:
+        for path in sorted((ROOT / name).rglob('*.py')) if (ROOT / name).is_dir() else (ROOT / name,):
+            copied = folder / path.relative_to(ROOT)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied)
+    shutil.copyfile(ROOT / 'LICENSE', folder / 'LICENSE')
+    (folder / 'model.safetensors').write_bytes(to_safetensors(model, weights, about)[0])
+    page = Predictor(str(folder / 'model.safetensors'), device='cpu')
+    for name, text in (('app.py', SPACE_APP), ('requirements.txt', requirements()),
+                       ('README.md', space_card(page, about))):
+        (folder / name).write_text(text)
+    return program_of(page.model)
+
+
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags. Exits with status 2 on a wrong one, as argparse does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--checkpoint', required=True, help='a path, an https URL or released:NAME')
-    parser.add_argument('--format', required=True, choices=('safetensors', 'huggingface', 'onnx', 'torch_export'))
-    parser.add_argument('--output', required=True, type=as_path, help='the file to write; a folder for huggingface')
+    parser.add_argument('--format', required=True, choices=('safetensors', *FOLDERS, 'onnx', 'torch_export'))
+    parser.add_argument('--output', required=True, type=as_path,
+                        help='the file to write; a folder for huggingface and space')
     parser.add_argument('--weights', choices=('auto', 'raw', 'ema'), default='auto')
     parser.add_argument('--model', help='timm model, where the checkpoint does not say')
     parser.add_argument('--gate', choices=('single', 'double'),
@@ -302,13 +374,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.format == 'huggingface' and isinstance(model, Logits):
         raise UserError('--format huggingface is for classifiers, which timm opens; choose safetensors, onnx or '
                         'torch_export')
+    if args.format == 'space' and args.input_size and model is not source.model:
+        raise UserError('--input_size is of classifiers: the page gives detectors and segmentors a photograph by the '
+                        'sizes of their recipe; leave it out')
     weights = dataclasses.replace(source.weights, gate=args.gate or source.weights.gate)
     about = describe(source, weights, args.input_size)
     channels = next(value.shape[1] for value in model.parameters() if value.ndim == 4)  # of the first convolution
     if detector and not args.input_size:  # with its padding
         about['test_size'] = source.model.padded((about['test_size'],) * 2)[0]
     shape = (channels, about['test_size'], about['test_size'])
-    if detector:
+    if detector and args.format != 'space':
         check_detector(source.model, format=args.format, size=about['test_size'])
     if args.fuse:
         if not isinstance(model, MogaNet):
@@ -318,12 +393,14 @@ def main(argv: list[str] | None = None) -> None:
         about['normalized'] = args.normalize
     if args.normalize:
         model, program = (Normalized(part, mean=about['mean'], std=about['std']).eval() for part in (model, program))
+    compare = check_detections if detector else check
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        if args.format == 'huggingface':
+        if args.format in FOLDERS:
             with tempfile.TemporaryDirectory(dir=args.output.parent) as beside:
                 folder = Path(beside) / args.output.name
-                error = check(fill_folder(folder, model, weights, about), model, shape)
+                fill = fill_space if args.format == 'space' else fill_folder
+                error = compare(fill(folder, source.model, weights, about), model, shape)
                 os.rename(folder, args.output)
         else:
             # Of zeros nothing might be found
@@ -333,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
             data, run = (to_safetensors(source.model, weights, about) if args.format == 'safetensors' else
                          to_onnx(program, images, about, outputs) if args.format == 'onnx' else
                          to_torch_export(program, images, about))
-            error = (check_detections if detector else check)(run, model, shape)
+            error = compare(run, model, shape)
             write_atomically(args.output, lambda file: file.write(data))
     except OSError as failure:
         raise UserError(f'cannot write {args.output}: {failure.strerror or failure}') from None
@@ -344,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f'{about["model"]} cannot be written as {args.format} for images of '
                         f'{" x ".join(map(str, shape))} ({type(failure).__name__}: {reason}); give another --format or '
                         '--input_size') from failure
-    file = args.output / 'model.safetensors' if args.format == 'huggingface' else args.output
+    file = args.output / 'model.safetensors' if args.format in FOLDERS else args.output
     print(f'{weights}\n{file}: {file.stat().st_size:,} bytes, sha256 {sha256_of(file)}\n'
           + (f'boxes and scores within {error:.1e} of the checkpoint\'s in three images' if detector else
              f'logits within {error:.1e} of the checkpoint\'s at batch sizes 1 and 3'))
