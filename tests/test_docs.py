@@ -39,7 +39,7 @@ from recipes.command_line import parser_of
 from tools import architecture, docs
 from utils import UserError
 
-PAGES = ('README.md', 'INSTALL.md', 'TRAINING.md', 'RECIPES.md', 'DENSE.md', 'CONTRIBUTING.md')
+PAGES = ('README.md', 'INSTALL.md', 'TRAINING.md', 'RECIPES.md', 'DENSE.md', 'CONTRIBUTING.md', 'web/README.md')
 CPU = ('--device', 'cpu', '--num_workers', '0')
 SMALL = (*runs.TINY[2:], *CPU, '--batch_size', '8', '--total_batch_size', '8', '--epochs', '1', '--warmup_epochs', '0')
 
