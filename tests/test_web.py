@@ -127,7 +127,7 @@ def page(folder: Path) -> Iterator[SimpleNamespace]:
     url = f'http://127.0.0.1:{port}'
     try:
         while url not in said.read_text():
-            assert process.poll() is None and time.monotonic() < begin + 180, said.read_text()
+            assert process.poll() is None and time.monotonic() < begin + 400, said.read_text()
             time.sleep(0.1)
         yield SimpleNamespace(url=url, port=port, process=process, notes=notes, said=said, sources=sources,
                               seconds=time.monotonic() - begin)
