@@ -153,6 +153,20 @@ def test_embedded_features_are_what_the_classifier_takes_bit_for_bit(data: Path,
         predict.main([*words[1:], '--embed', str(tmp_path / 'none.npz')])
 
 
+def test_exif_turns_a_photograph_where_the_flag_says_so(data: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
+    image, note = Image.open(data / 'val' / 'class1' / '3.png').convert('RGB'), Image.Exif()
+    note[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image.save(tmp_path / 'noted.png', exif=note)
+    image.save(tmp_path / 'plain.png')
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / 'turned.png')
+    as_is, plain, turned = (predicted(capsys, tmp_path / f'{name}.png', '--checkpoint', checkpoint)[0]['predictions']
+                            for name in ('noted', 'plain', 'turned'))
+    upright = predicted(capsys, tmp_path / 'noted.png', '--checkpoint', checkpoint, '--exif', '--draw',
+                        tmp_path / 'drawn')
+    assert as_is == plain != turned == upright[0]['predictions']
+    assert Image.open(tmp_path / 'drawn' / 'noted.png').height == 56 + 3 * 22 + 6  # of 56 x 40, upright
+
+
 # ---- Names ----------------------------------------------------------------------------------------------------------
 
 def test_file_with_1000_classes_answers_in_imagenets_words(tmp_path: Path, capsys) -> None:

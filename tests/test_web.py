@@ -127,7 +127,7 @@ def page(folder: Path) -> Iterator[SimpleNamespace]:
     url = f'http://127.0.0.1:{port}'
     try:
         while url not in said.read_text():
-            assert process.poll() is None and time.monotonic() < begin + 180, said.read_text()
+            assert process.poll() is None and time.monotonic() < begin + 400, said.read_text()
             time.sleep(0.1)
         yield SimpleNamespace(url=url, port=port, process=process, notes=notes, said=said, sources=sources,
                               seconds=time.monotonic() - begin)
@@ -282,8 +282,17 @@ def test_no_call_passes_by_the_queue(page, photographs):
         assert status == 404 and b'queue' in answer, answer
 
 
+def test_photographs_are_refused_when_there_is_no_room(tmp_path):
+    doors = server.Doors(None, tmp_path, web_models.Limits(room=2000))
+    scope = {'type': 'http', 'path': '/gradio_api/upload', 'method': 'POST', 'headers': [(b'content-length', b'1000')]}
+    (tmp_path / 'kept').write_bytes(bytes(1000))
+    assert doors._refuse(scope) is None
+    (tmp_path / 'kept').write_bytes(bytes(1001))
+    assert doors._refuse(scope).status_code == 503
+
+
 def resident(process: subprocess.Popen) -> float:
-    """MB of memory that a process has at present, and the most it ever had."""
+    """MB of memory that a process has at present."""
     text = Path(f'/proc/{process.pid}/status').read_text()
     return int(re.search(r'VmRSS:\s+(\d+)', text)[1]) / 1024
 
@@ -361,6 +370,24 @@ def test_wrong_starts_give_one_line(folder, capsys):
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f'port {port} of 127.0.0.1 is taken; give another by --port'):
             web_main(['--checkpoint', str(folder / 'small.pth'), '--device', 'cpu', '--port', str(port)])
+
+
+def test_without_a_checkpoint_the_demos_is_shown_or_the_released_ones_are_offered(folder, monkeypatch):
+    started = []
+    monkeypatch.setattr(server, 'serve', lambda sources, **others: started.append((sources, others)))
+    monkeypatch.setattr('web.__main__.DEMO', folder / 'small.pth')
+    web_main(['--exif', '--weights', 'raw', '--host', '0.0.0.0'])
+    monkeypatch.setattr('web.__main__.DEMO', folder / 'none.pth')
+    web_main([])
+    (demo, flags), (offered, others) = started
+    assert demo == [str(folder / 'small.pth')]
+    assert (flags['exif'], flags['weights'], flags['host'], flags['chosen']) == (True, 'raw', '0.0.0.0', 1)
+    assert 'released:moganet_small' in offered and (others['exif'], others['host'], others['chosen']) == (
+        False, '127.0.0.1', 0)
+    page = web_page.build(web_models.Models(offered, limits=web_models.Limits()))  # which downloads none of them
+    endpoints = page.get_api_info()['named_endpoints']
+    assert set(endpoints) == {'/classify', '/detect', '/segment'}
+    assert 'released:retinanet_moganet_tiny_1x' in str(endpoints['/detect']['parameters'][1])
 
 
 # ---- In a browser ---------------------------------------------------------------------------------------------------

@@ -50,10 +50,18 @@ class Doors:
         # The frame of a form around a file has some hundred bytes
         if int(length) > self._limits.file_size + 2**16:
             return PlainTextResponse(f'larger than {self._limits.file_size / 2**20:g} MB', 413)
-        kept = sum(file.stat().st_size for file in self._folder.rglob('*') if file.is_file())
-        if kept + int(length) > self._limits.room:
+        if size_of(self._folder) + int(length) > self._limits.room:
             return PlainTextResponse('there are too many photographs at present; try again in some minutes', 503)
         return None
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder, from which others delete some meanwhile."""
+    size = 0
+    for file in folder.rglob('*'):
+        with contextlib.suppress(OSError):
+            size += file.stat().st_size
+    return size
 
 
 @contextlib.contextmanager
