@@ -271,6 +271,8 @@ def check_start(recipe: Recipe, run: Run) -> None:
     named = [('checkpoint', path) for path in run.checkpoint] + [(name, getattr(run, name)) for name in (
         'finetune', 'resume', 'valid_labels', 'real_labels', 'train_json', 'val_json', 'image_dir')]
     # A class map may also lie below the data
+    if getattr(recipe, 'class_weights', None) not in (None, 'balanced'):
+        named.append(('class_weights', recipe.class_weights))
     for name, path in named:
         if path and not re.match(r'released:|https?://', path) and not os.path.exists(path):
             raise UserError(f'--{name} {path} does not exist; check the path')

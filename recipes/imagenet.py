@@ -26,6 +26,7 @@ class Classification(Recipe):
     best = 'acc1'
     published_data = DataSet('ImageNet-1K', classes=1000, images=1_281_167, gigabytes=155, benchmark='data')
     descriptive = (*Recipe.descriptive, 'expected_acc1', 'expected_acc5')
+    by_content = ('class_weights',)
     fixed = (*Recipe.fixed, 'linear_probe')
 
     expected_acc1: float | None = doc(None, 'published top-1 accuracy, %', flag=False)
@@ -75,6 +76,11 @@ class Classification(Recipe):
     smoothing: float = doc(0.1, 'label smoothing', RATE, BELOW_ONE)
     bce_target_thresh: float | None = doc(None, 'make soft targets above it 1, others 0 (binary cross-entropy only)')
 
+    # Long tails
+    class_weights: str | None = doc(None, 'weigh the loss of an image by its class: balanced, as the inverse of the '
+                                          "class's number of images, or a file of NAME WEIGHT lines", path=True)
+    balanced_sampling: bool = doc(False, 'train on equally many images of each class: those of small classes repeat')
+
     def check(self) -> None:
         """Refuses values that cannot be meant. Raises UserError that names the flag."""
         super().check()
@@ -89,6 +95,11 @@ class Classification(Recipe):
         check(0 < self.ratio[0] <= self.ratio[1], f'--ratio {self.ratio}: give two aspect ratios, rising')
         check(self.bce_target_thresh is None or self.loss != 'ce',
               '--bce_target_thresh needs --loss bce or bce_sum; cross-entropy has no threshold')
+        check(self.class_weights is None or self.loss == 'ce', '--class_weights weighs cross-entropy: say --loss ce')
+        check(self.class_weights != 'balanced' or not self.balanced_sampling,
+              '--class_weights balanced and --balanced_sampling both make up for the same difference; give one')
+        check(not self.balanced_sampling or self.repeated_aug == 1,
+              '--balanced_sampling repeats the images of small classes by itself; leave --repeated_aug out')
 
     def expected(self) -> dict[str, float | None]:
         """The published values of the row by metric, None where none was published."""

@@ -17,6 +17,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -184,6 +185,18 @@ class Task:
                 return trained, 'the checkpoint'
         return ours, '--class_map' if chosen else 'their numbers' if (
             labels.are_numbers(ours) and ours == labels.in_order(ours)) else 'their sorted names'
+
+    def balance(self, source: Any) -> np.ndarray | None:
+        """The class of each training image, int64, where an epoch shall have equally many of each; else None.
+
+        Raises:
+            UserError: where the source does not tell.
+        """
+        return None
+
+    def sources(self) -> dict[str, str]:
+        """What the training depends on beside the recipe and the images: the SHA-256 of each, by its flag."""
+        return {}
 
     def sample(self, item: Any, seed: int | None) -> Any:
         """One sample from what the source reads: augmented from a seed; None is the test's.

@@ -293,8 +293,8 @@ def evaluation_folder(source: str | None, model: str) -> Path:
 
 
 # Further columns of the table: what a result may hold beside its task's metrics, its heading and its decimals
-EXTRA = {'real_acc1': ('ReaL', 3), 'loss': ('NLL', 4), 'ece': ('ECE', 2), 'temperature': ('T', 3),
-         'corruption_error': ('corruption error', 2), 'mce': ('mCE', 1)}
+EXTRA = {'mean_class_acc1': ('class top-1', 3), 'real_acc1': ('ReaL', 3), 'loss': ('NLL', 4), 'ece': ('ECE', 2),
+         'temperature': ('T', 3), 'corruption_error': ('corruption error', 2), 'mce': ('mCE', 1)}
 
 
 def results_table(results: list[dict[str, Any]], recipe: Recipe) -> str:
@@ -327,7 +327,7 @@ def append_result(path: Path, result: dict[str, Any], recipe: Recipe) -> None:
     published = [f'{kind}_{name}' for name in recipe.expected() for kind in ('published', 'difference')]
     columns = ('checkpoint', 'model', 'weights', *recipe.settings(), *recipe.metrics, 'count',
                *published, 'images_per_second', 'set', 'tta', 'real_acc1', 'ece', 'temperature', 'corruption_error',
-               'mce')
+               'mce', 'mean_class_acc1')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'a+', newline='') as file:

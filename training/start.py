@@ -289,8 +289,9 @@ def build_state(task: Task, run: Run, step: engine.TrainStep, *, updates_per_epo
     state = TrainState(model=step.unwrapped, optimizer=step.optimizer, scaler=step.scaler, ema=step.ema,
                        sums=step.sums.values, skips=step.skips.values, recipe=task.recipe, classes=task.classes,
                        class_map=task.class_map, updates_per_epoch=updates_per_epoch, micro_batch_size=run.batch_size,
-                       arithmetic=arithmetic_of(run))
+                       arithmetic=arithmetic_of(run), sources=task.sources())
     if start is not None:
+        checkpoint.check_sources(start, state.sources, anyway=run.resume_anyway)
         state.load_state_dict(start, optimizer=own or not run.no_resume_opt)
     step.warm_up(task.example_batch(run.batch_size, step.device))
     return state
