@@ -90,6 +90,7 @@ class Task:
         class_map: labels by class name, where the user gave a map.
         trained: the names of the classes that a checkpoint was trained on, by label; they decide over the data's.
         resumed: whether the run goes on from that checkpoint, so that the data must have its classes.
+        teacher: a trained network that the loss asks too, where the recipe names one.
         class_cure: what a user does about classes of the data that are none of the model's.
         losses: names of the single losses that the log shows beside their sum; () where there is but one.
     """
@@ -105,6 +106,7 @@ class Task:
         self.trained: Sequence[str] = ()
         self.trained_map: dict[str, int] | None = None
         self.resumed = False
+        self.teacher: Any = None
 
     # ---- Data
 

@@ -77,7 +77,7 @@ class Classification(Task):
 
     def __getstate__(self) -> dict[str, Any]:
         """Spawned workers need no tensors of the device, and receive their source by themselves."""
-        return self.__dict__ | {'_finish': None, '_source': None, '_class_weights': None}
+        return self.__dict__ | dict.fromkeys(('_finish', '_source', '_class_weights', 'teacher'))
 
     # ---- Data
 
@@ -100,6 +100,8 @@ class Classification(Task):
 
     def learn_classes(self, sources: Sequence[Any]) -> None:
         super().learn_classes(sources)
+        if self.teacher is not None:
+            self.teacher.learn_classes(self.classes, self.recipe.num_classes)
         if self.recipe.class_weights and self._source is not None:
             names = self.classes + [str(number) for number in range(len(self.classes), self.recipe.num_classes)]
             self._class_weights = torch.from_numpy(
@@ -121,9 +123,9 @@ class Classification(Task):
         return self._labels_of(source, '--balanced_sampling') if self.recipe.balanced_sampling else None
 
     def sources(self) -> dict[str, str]:
-        if self._class_weights is None:
-            return {}
-        return {'class_weights': hashlib.sha256(self._class_weights.numpy().tobytes()).hexdigest()}
+        weights, teacher = self._class_weights, self.teacher
+        return {} | ({} if weights is None else {'class_weights': hashlib.sha256(weights.numpy()).hexdigest()}) | (
+            {} if teacher is None else {'teacher': teacher.digest})
 
     def sample(self, item: tuple[Any, Any], seed: int | None) -> tuple[np.ndarray, int, np.ndarray | None, int]:
         image, label = item
@@ -188,16 +190,22 @@ class Classification(Task):
     def loss(self, model: nn.Module, batch: Labelled) -> dict[str, Tensor]:
         """The mean over the images; mixed targets were smoothed where they were mixed, class indices are here.
 
-        With class weights, the mean of each image's loss times its weight.
+        With class weights, the mean of each image's loss times its weight. With a teacher, that and the teacher's
+        loss, which no weight and no smoothing touches, by their shares.
         """
         logits, targets = model(batch.images), batch.targets
         if self._binary is not None:
             return {'loss': self._binary(logits, targets)}
         smoothing = 0.0 if targets.is_floating_point() else self.recipe.smoothing
         if batch.weights is None:
-            return {'loss': F.cross_entropy(logits, targets, label_smoothing=smoothing)}
-        losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction='none')
-        return {'loss': (batch.weights * losses).mean()}
+            loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        else:
+            losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction='none')
+            loss = (batch.weights * losses).mean()
+        if self.teacher is not None:
+            share = self.recipe.distill_alpha
+            loss = (1 - share) * loss + share * self.teacher.loss(logits, batch.images)
+        return {'loss': loss}
 
     def example_batch(self, size: int, device: torch.device) -> Labelled:
         side = self.recipe.input_size

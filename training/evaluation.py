@@ -139,11 +139,20 @@ def files_beside(done: Sequence[Evaluated]) -> dict[str, bytes]:
 
 def find_recipe(source: str | None, recipe: Recipe, run: Run) -> tuple[Weights | None, Recipe, dict[str, Any]]:
     """A checkpoint (None: timm's pretrained weights), the recipe by which to test it, and what is known about it."""
-    weights, meta = None, {}
+    weights = None
     if source is not None:
         with utils.rank_zero_first(f'download {source}'):
             weights = load_weights(source, run.weights)
-        meta = weights.meta
+    return (weights, *recipe_of(weights, recipe, run))
+
+
+def recipe_of(weights: Weights | None, recipe: Recipe, run: Run) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe by which to test weights (None: timm's), with the number of their classes, and what is known of them.
+
+    Args:
+        recipe: what was asked for; the fields of `run.given` win over the weights' own.
+    """
+    meta = weights.meta if weights is not None else {}
     name = recipe.model or str(meta.get('model', ''))
     if not recipes.is_moganet(name):  # those have rows of their own
         meta = settings_of_timm(name) | meta
@@ -154,7 +163,7 @@ def find_recipe(source: str | None, recipe: Recipe, run: Run) -> tuple[Weights |
             dense = isinstance(recipe, Dense)
             known = classes_of_dense(weights.state_dict, recipe) if dense else classes_of(weights, recipe.model)
         recipe = dataclasses.replace(recipe, num_classes=known)
-    return weights, recipe, meta
+    return recipe, meta
 
 
 def load_task(source: str, recipe: Recipe, run: Run, device: torch.device) -> tuple[Task, nn.Module, Weights]:
@@ -167,12 +176,20 @@ def load_task(source: str, recipe: Recipe, run: Run, device: torch.device) -> tu
         UserError: where the file cannot be read, or is of another kind.
     """
     weights, recipe, _ = find_recipe(source, recipe, run)
+    task, model = build_task(weights, recipe, run, device)
+    task.name_classes(model, labels.known_names(weights.meta.get('classes')))
+    return task, model, weights
+
+
+def build_task(weights: Weights | None, recipe: Recipe, run: Run, device: torch.device, *, pretrained: bool = False
+               ) -> tuple[Task, nn.Module]:
+    """The task of a recipe and its model in evaluation mode on the device, with the weights given, or timm's."""
     run = settle_arithmetic(run, device)
     task = create_task(recipe, run)
-    model = prepare_model(task, run, device)
-    apply_weights(model, weights)
-    task.name_classes(model, labels.known_names(weights.meta.get('classes')))
-    return task, model.eval(), weights
+    model = prepare_model(task, run, device, pretrained=pretrained)
+    if weights is not None:
+        apply_weights(model, weights)
+    return task, model.eval()
 
 
 def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], run: Run, detailed: bool, *,

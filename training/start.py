@@ -247,7 +247,9 @@ def find_micro_batch(task: Task, run: Run, processes: utils.Processes) -> int:
     if processes.device.type != 'cuda':
         raise UserError('--batch_size auto measures the memory of a CUDA device; give a number here')
     # The number of classes is not known before the data is, which needs the micro-batch
-    task = type(task)(dataclasses.replace(recipe, num_classes=recipe.num_classes or 1000), run)
+    teacher, classes = task.teacher, task.teacher.num_classes if task.teacher else 1000
+    task = type(task)(dataclasses.replace(recipe, num_classes=recipe.num_classes or classes), run)
+    task.teacher = teacher
     model = prepare_model(task, run, processes.device)
     share, rest = divmod(recipe.total_batch_size, run.world_size * (run.update_freq or 1))
     if rest:
