@@ -13,6 +13,8 @@ import main
 import recipes
 from builders import (
     assert_same_run,
+    class_accuracy,
+    make_digit_folder,
     make_image_folder,
     open_loaders,
     pairs,
@@ -221,3 +223,17 @@ def test_flags_that_do_not_go_together_are_refused():
     recipe, run = recipes.resolve(['--recipe', 'moganet_xtiny_digits', '--class_weights', 'nowhere.txt'])
     with pytest.raises(UserError, match=r'--class_weights nowhere.txt does not exist'):
         recipes.check_start(recipe, run)
+
+
+@pytest.mark.slow
+def test_on_digits_with_a_long_tail_each_raises_the_mean_accuracy_over_the_classes(tmp_path):
+    """140 to 5 images a class. Measured, seeds 0 to 2: 67.2 to 68.1 % without, 86.3 to 88.6 and 88.9 to 89.9 with."""
+    data = make_digit_folder(tmp_path / 'data', [round(140 * 30 ** (-label / 9)) for label in range(10)])
+    found = {name: [class_accuracy(tmp_path / f'{name} {seed}', data, 'dims=[16,16,32,32]', '--epochs', '15',
+                                   '--total_batch_size', '32', '--batch_size', '32', '--seed', str(seed), *flags)
+                    for seed in range(3)]
+             for name, flags in (('plain', ()), ('weights', ('--class_weights', 'balanced')),
+                                 ('sampling', ('--balanced_sampling',)))}
+    for name in ('weights', 'sampling'):
+        spread = max(max(values) - min(values) for values in (found[name], found['plain']))
+        assert min(found[name]) - max(found['plain']) > max(spread, 8), found
