@@ -1,7 +1,7 @@
 """Recipes and runs: all that a command line can say, without torch.
 
-`fields.py` has what all tasks share, `dense.py` what detectors and segmentors share, `imagenet.py` and `coco.py` a
-task's own fields and rows, `command_line.py` turns words into a recipe and a run.
+`fields.py` has what all tasks share, and `dense.py` what detectors and segmentors share. `imagenet.py`, `coco.py` and
+`ade20k.py` each have the fields and the rows of one task. `command_line.py` turns words into a recipe and a run.
 """
 from recipes.batch import fit_batch as fit_batch
 from recipes.command_line import check_start as check_start

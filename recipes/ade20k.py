@@ -62,7 +62,8 @@ class Segmentation(Dense):
         """Refuses a way to run that this task cannot take. Raises UserError that names the flag."""
         super().check_run(run)
         for name in ('train_json', 'val_json', 'image_dir', 'save_predictions'):
-            check(getattr(run, name) is None, f'--{name} is for detectors, and {self.name} is none; leave it out')
+            check(getattr(run, name) is None, f'--{name} is for detectors, and {self.name} is no detector; leave it '
+                                              'out')
         check(run.val_batch_size in (None, 1), f'--val_batch_size {run.val_batch_size}: images to segment are '
                                                'evaluated one at a time; leave it out')
 

@@ -60,7 +60,7 @@ class Detection(Dense):
     def check(self) -> None:
         """Refuses values that cannot be meant. Raises UserError that names the flag."""
         super().check()
-        check(self.masks or self.knows_masks, f'--masks false: {self.network} has none; leave it out')
+        check(self.masks or self.knows_masks, f'--masks false: {self.network} has no masks; leave it out')
         check('masks' not in self.network_kwargs, '--network_kwargs masks: say --masks false')
         check(self.data_set in ('coco', 'digits_coco'), f'--data_set {self.data_set} has no boxes; say coco (any COCO '
                                                         'JSON) or digits_coco')

@@ -16,7 +16,7 @@ from recipes.rows import RECIPES
 from recipes.saved import check_parts, load_recipe, to_dict
 from utils import UserError, align, expand, nearest, number_of
 
-# The first release's flags that are gone, each with its successor
+# Flags of the first release that are gone, each with what to do instead
 RETIRED = {
     'resplit': 'augmentation splits are out of scope; leave it out',
     'model_key': 'the weights are found in every known format; leave it out',
@@ -54,9 +54,9 @@ def _parse(value: str, kind: Any) -> Any:
         try:
             number = kind(value)
         except ValueError:
-            raise ValueError('a whole number is wanted' if kind is int else 'a number is wanted') from None
+            raise ValueError('give a whole number' if kind is int else 'give a number') from None
         if not math.isfinite(number):
-            raise ValueError('a finite number is wanted')
+            raise ValueError('give a finite number')
         return number
     return value
 
@@ -113,7 +113,7 @@ class _Store(argparse.Action):
                 inner = typing.get_args(kind)
                 words = [part for word in values for part in word.split(',') if part] if inner[0] is float else values
                 if inner[-1] is not Ellipsis and len(words) != len(inner):
-                    raise ValueError(f'{len(inner)} values are wanted')
+                    raise ValueError(f'give {len(inner)} values')
                 value = tuple(_parse(word, inner[0]) for word in words)
             elif isinstance(values, list):  # several test sizes
                 value = tuple(_parse(word, kind) for word in values)
@@ -137,7 +137,7 @@ def parser_of(kind: type[Recipe]) -> argparse.ArgumentParser:
                     '  python main.py --eval --model moganet_small --checkpoint FILE --data_path /path/to/imagenet\n\n'
                     'A flag may be spelt with _ or -. Defaults are those of the recipe (--print_recipe shows them).')
     top = parser.add_argument_group('what to do')
-    top.add_argument('--recipe', metavar='NAME', help="row of the results table; the model's own by default")
+    top.add_argument('--recipe', metavar='NAME', help='name of a recipe; by default that of --model')
     top.add_argument('--config', metavar='FILE', help='recipe.json of an earlier run, to run it again')
     top.add_argument('--list_recipes', action='store_true', help='print the table of recipes and exit')
     top.add_argument('--print_recipe', action='store_true', help='print the resolved recipe as JSON and exit')
@@ -184,7 +184,7 @@ def _class_asked_for(words: list[str]) -> type[Recipe]:
 
 
 def _normalise(argv: list[str]) -> list[str]:
-    """Flags with underscores, aliases resolved, retired flags refused with their successor."""
+    """The words, with flags in underscores and without aliases. Raises UserError for a retired flag, with its cure."""
     words = []
     for word in argv:
         if word.startswith('--') and len(word) > 2:
@@ -221,7 +221,8 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
         others = [row.name for row in RECIPES.values() if name in {field.name for field in fields(row)
                                                                    if field.metadata['flag']}]
         if others:
-            raise UserError(f'unknown flag --{name}: it is of recipes such as {others[0]}, and goes with --recipe')
+            raise UserError(f'unknown flag --{name}: only recipes such as {others[0]} have it; choose one of them '
+                            'by --recipe')
         names = [option.lstrip('-') for action in parser._actions for option in action.option_strings]
         raise UserError(f'unknown flag {unknown[0]}{nearest(name, names, prefix="--")}')
     given = vars(args)
@@ -257,11 +258,11 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
 
 def check_start(recipe: Recipe, run: Run) -> None:
     """Refuses what can be seen to fail, at once and not after torch is imported: files and folders that are not there,
-    stages frozen before they have learnt anything. Raises UserError."""
+    stages that are frozen before they have learnt anything. Raises UserError."""
     if run.plan:  # needs neither images nor weights
         return check_data_path(recipe, run)
     if run.suite and not os.path.isdir(run.suite):
-        raise UserError(f'--suite {run.suite} is no folder; give the one that holds the sets')
+        raise UserError(f'--suite {run.suite} is no folder; give the folder that holds the sets')
     if recipe.freezes() and not (run.eval or run.finetune or run.pretrained or run.resume):
         raise UserError('what is frozen would stay at its random initial values; give --finetune FILE or --pretrained, '
                         'or --freeze_stages 0')
@@ -278,7 +279,8 @@ def check_start(recipe: Recipe, run: Run) -> None:
     for name, path in named:
         if path and not re.match(r'released:|https?://', path) and not os.path.exists(path):
             raise UserError(f'--{name} {path} does not exist; check the path')
-    elsewhere = run.checkpoint or (run.eval and run.eval_data_path) or run.suite  # a checkpoint says what data it is of
+    # A checkpoint says what data it was trained on
+    elsewhere = run.checkpoint or (run.eval and run.eval_data_path) or run.suite
     if recipe.data_set == 'image_folder' and not elsewhere and not Path(run.data_path).exists():
         raise UserError(f'{run.data_path} does not exist; give --data_path the folder that has train/ and val/')
     named_json = run.val_json and (run.eval or run.train_json)
@@ -331,9 +333,10 @@ def _resolve_recipe(given: dict[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
     elif model is None and given.get('checkpoint'):  # the file says which
         row = replace(RECIPES['default'], model='')
     elif model is None and given.get('eval'):
-        raise UserError('evaluate what? say --checkpoint FILE, or --model NAME --pretrained')
+        raise UserError('there is nothing to evaluate: say --checkpoint FILE, or --model NAME --pretrained')
     elif model is None:
-        raise UserError('which model? say --model moganet_small, or --recipe NAME; main.py --list_recipes shows them')
+        raise UserError('no model is given: say --model moganet_small, or --recipe NAME; main.py --list_recipes shows '
+                        'them')
     else:
         row = row_of_model(model)
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# ImageNet-C's 15 (arXiv 1903.12261), in its order; its authors' extra four count nowhere
+# The 15 corruptions of ImageNet-C (arXiv 1903.12261), in its order; the authors' four further ones count nowhere
 Corruption = Literal[
     'gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur', 'zoom_blur', 'snow',
     'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate', 'jpeg_compression']
@@ -84,20 +84,20 @@ class Recipe:
     A task has a subclass with its own fields.
     """
 
-    task: ClassVar[str] = ''  # the class that carries it out, as `module:Class`
-    metrics: ClassVar[dict[str, tuple[str, str]]] = {}  # those of the log; for people, their names and units
+    task: ClassVar[str] = ''  # the class of the task, as `module:Class`
+    metrics: ClassVar[dict[str, tuple[str, str]]] = {}  # by column of the log: name and unit for people
     best: ClassVar[str] = ''  # the metric that decides which checkpoint is the best; higher is better
-    published_data: ClassVar[DataSet | None] = None  # that of the rows with a published value
-    # Fields that compute nothing: they say where a row comes from, or have been carried out when it was resolved
+    published_data: ClassVar[DataSet | None] = None  # of the rows with a published value
+    # Fields that change no result: they say where a row comes from, or were applied when the row was resolved
     descriptive: ClassVar[tuple[str, ...]] = ('name', 'source', 'hardware', 'micro_batch_size', 'scale_lr')
     # Fields that name a file, which may move: a resumed run goes by the checksum of its content, in the checkpoint
     by_content: ClassVar[tuple[str, ...]] = ()
     # What a checkpoint's state depends on, so that a run cannot be resumed with other values
     fixed: ClassVar[tuple[str, ...]] = ('model', 'model_kwargs', 'num_classes', 'opt', 'layer_decay', 'param_groups',
                                         'freeze_stages', 'total_batch_size')
-    # Whether a row asks for synchronised batch norms that may be plain ones off CUDA, where there are no others
+    # Whether synchronised batch norms, which exist on CUDA alone, may be plain ones elsewhere
     plain_bn_without_cuda: ClassVar[bool] = False
-    # Which weights of a classifier's file a model with the classifier as its backbone starts from
+    # The weights of a classifier's file from which a model starts that has the classifier as its backbone
     backbone_weights: ClassVar[Literal['raw', 'ema'] | None] = None
 
     # Where the row comes from
@@ -115,7 +115,7 @@ class Recipe:
     # Data
     data_set: str = doc('image_folder', "image_folder, digits, fake, or a name of timm's create_dataset, as hfds/...")
     repeated_aug: int = doc(1, 'augmented copies of one image in an epoch (DeiT: 3); 1 is none', POSITIVE)
-    on_bad_image: Literal['stop', 'skip'] = doc('stop', 'an unreadable training image: stop, or take another and '
+    on_bad_image: Literal['stop', 'skip'] = doc('stop', 'at an unreadable training image: stop, or take another and '
                                                         'count it')
     mean: tuple[float, float, float] = doc(IMAGENET_MEAN, 'mean of the normalisation, of values in 0..1')
     std: tuple[float, float, float] = doc(IMAGENET_STD, 'standard deviation of the normalisation')
@@ -160,8 +160,8 @@ class Recipe:
     model_ema: bool = doc(True, 'keep an exponential moving average of the model')
     model_ema_decay: float = doc(0.9999, 'decay of the average, per update', RATE, BELOW_ONE)
     model_ema_warmup: bool = doc(False, 'let the decay rise as (1 + t) / (10 + t) at the beginning')
-    dist_bn: Literal['reduce', 'broadcast', 'none'] = doc('reduce', 'BN statistics over the ranks before evaluating '
-                                                                    'and saving')
+    dist_bn: Literal['reduce', 'broadcast', 'none'] = doc('reduce', 'before evaluating and saving, give all ranks the '
+                                                                    "mean of their BN statistics, or rank 0's")
     sync_bn: bool = doc(False, 'BN statistics of the batch over all ranks')
     precise_bn: int = doc(0, 're-estimate the BN statistics on so many training images before evaluating',
                           NOT_NEGATIVE)
@@ -188,8 +188,8 @@ class Recipe:
     def check_run(self, run: 'Run') -> None:
         """Refuses a way to run that this task cannot take. Raises UserError that names the flag."""
         for name in ('train_json', 'val_json', 'image_dir', 'save_predictions'):
-            check(getattr(run, name) is None, f'--{name} is for detectors, and {self.name or self.model} is none; '
-                                              'leave it out')
+            check(getattr(run, name) is None, f'--{name} is for detectors, and {self.name or self.model} is no '
+                                              'detector; leave it out')
 
     def expected(self) -> dict[str, float | None]:
         """The published values of the row by metric, None where none was published."""
@@ -286,23 +286,24 @@ class Run:
     save_ckpt_steps: int | None = doc(None, 'updates between further checkpoints inside an epoch', COUNT)
     save_ckpt_num: int = doc(3, 'checkpoints to keep beside the best', COUNT)
     stop_signals: tuple[Literal['TERM', 'INT', 'HUP', 'USR1', 'USR2'], ...] = doc(
-        ('TERM', 'INT', 'HUP', 'USR1', 'USR2'), 'signals on which the run saves and stops; others do what they do by '
-                                                'default')
+        ('TERM', 'INT', 'HUP', 'USR1', 'USR2'), 'signals on which the run saves and stops; all others keep their '
+                                                'usual effect')
     max_skips: int = doc(50, 'updates that the fp16 scaler may skip in a row before the run is stopped', COUNT)
-    on_nan: Literal['stop', 'rollback'] = doc('stop', 'on a NaN: stop, or go back to the last checkpoint with another '
+    on_nan: Literal['stop', 'rollback'] = doc('stop', 'at a NaN: stop, or go back to the last checkpoint with another '
                                                       'data order, at most 3 times')
 
     # Evaluating
     eval: bool = doc(False, 'evaluate --checkpoint and exit')
     checkpoint: tuple[str, ...] = doc((), 'checkpoints to evaluate', path=True)
-    weights: Literal['auto', 'raw', 'ema'] = doc('auto', 'which weights of it: auto takes the EMA where there is one')
+    weights: Literal['auto', 'raw', 'ema'] = doc('auto', 'weights of a checkpoint: auto takes its average where it '
+                                                         'has one')
     valid_labels: str | None = doc(None, "file of the model's classes that the test set has, one index a line, in the "
                                          'order of its labels', path=True)
     real_labels: str | None = doc(None, 'JSON of the reassessed labels of the ImageNet test images (ReaL)', path=True)
     suite: str | None = doc(None, 'folder of ImageNet sets to evaluate on, each by its usual name: val, V2, A, R, '
                                   'Sketch, C', path=True)
     corruptions: tuple[Literal[Corruption, 'all'], ...] = doc(
-        (), 'with --suite: evaluate val under these corruptions too, made on the fly')
+        (), 'with --suite: evaluate val under these corruptions too, made on the fly at five severities')
     corruption: tuple[str, int] | None = doc(None, 'corruption of the test crops, and its severity', flag=False)
     test_sizes: tuple[int, ...] = doc((), 'the test sizes, where --test_size gives several', flag=False)
     tta: Literal['hflip'] | None = doc(None, 'evaluate the mean of the logits of an image and of its mirror image')
@@ -310,7 +311,7 @@ class Run:
     results_file: str | None = doc(None, 'CSV file to which the results are appended', path=True)
     save_predictions: str | None = doc(None, "JSON file for what a detector finds in the test images, in COCO's form",
                                        path=True)
-    val_batch_size: int | None = doc(None, 'images per process when evaluating; 1.5 micro-batches by default', COUNT)
+    val_batch_size: int | None = doc(None, 'images per process in an evaluation; by default 1.5 micro-batches', COUNT)
     val_interval: int = doc(1, 'epochs between evaluations', COUNT)
     val_steps: int | None = doc(None, 'updates between evaluations, instead of --val_interval', COUNT)
     disable_eval: bool = doc(False, 'do not evaluate while training')
@@ -318,14 +319,14 @@ class Run:
 
     # Planning
     plan: bool = doc(False, 'print what the run will cost, counted without a GPU and without images, and exit')
-    card: Literal['h100', 'a100', 'v100', '4090'] | None = doc(None, '--plan for one of these; for all by default')
-    gpus: int | None = doc(None, "--plan for so many GPUs; the recipe's own hardware by default", COUNT)
+    card: Literal['h100', 'a100', 'v100', '4090'] | None = doc(None, '--plan: the card; by default all four')
+    gpus: int | None = doc(None, "--plan: the number of GPUs; by default that of the recipe's hardware", COUNT)
     price: float | None = doc(None, '--plan: what one GPU costs an hour, in any currency', NOT_NEGATIVE)
 
     # Reporting
     print_freq: int = doc(50, 'updates between log lines, and between checks for NaN', COUNT)
     print_param_groups: bool = doc(False, "print the optimizer's parameter groups")
-    wandb: bool = doc(False, 'show the run on Weights & Biases too')
+    wandb: bool = doc(False, 'show the run on Weights & Biases too; an interruption may cost its last seconds there')
     project: str = doc('moganet', 'project on Weights & Biases')
     wandb_ckpt: bool = doc(False, 'upload the best checkpoints there when the run is complete')
 
@@ -339,8 +340,10 @@ class Run:
                   f'--suite knows its sets; leave --{name} out')
         check(all(size > 0 for size in self.test_sizes), f'--test_size {self.test_sizes}: give values above 0')
         check(self.suite is not None or not self.corruptions, '--corruptions go with --suite FOLDER')
-        check('all' not in self.corruptions or len(self.corruptions) == 1, '--corruptions all has all of them')
-        check(not (self.eval and not self.checkpoint and not self.pretrained), 'evaluate what? say --checkpoint FILE')
+        check('all' not in self.corruptions or len(self.corruptions) == 1,
+              '--corruptions all includes every corruption; leave the others out')
+        check(not (self.eval and not self.checkpoint and not self.pretrained),
+              'there is nothing to evaluate: say --checkpoint FILE')
         check(not (self.checkpoint and self.pretrained),
               '--checkpoint and --pretrained both name the weights; give one')
         check(not (self.eval and self.batch_size == 'auto'), '--batch_size auto is for training; give --val_batch_size')
@@ -368,6 +371,6 @@ class Run:
         check(self.wandb or not self.wandb_ckpt, '--wandb_ckpt goes with --wandb')
         check(not self.wandb_ckpt or (self.save_ckpt and not self.disable_eval),
               '--wandb_ckpt uploads the best checkpoints; leave out --save_ckpt false and --disable_eval')
-        # A folder `wandb`, as the package leaves them, passes for a package without origin
+        # A folder `wandb`, such as the package leaves behind, passes for a package without origin
         check(not self.wandb or getattr(importlib.util.find_spec('wandb'), 'origin', None) is not None,
               '--wandb needs its package: pip install wandb')

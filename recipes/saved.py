@@ -1,4 +1,4 @@
-"""Recipes in files: as JSON and in checkpoints, what differs between two, and by which a checkpoint is evaluated."""
+"""Recipes in files: as JSON and in checkpoints; how two differ, and which one evaluates a checkpoint."""
 import json
 import typing
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from utils import UserError, nearest
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON and checkpoints hold it; the entry `task` is missing from a classifier's, as it ever was."""
+    """A recipe as JSON and checkpoints hold it. A classifier's has no entry `task`, as in the first release."""
     task = {} if type(recipe) is Classification else {'task': recipe.task}
     return task | {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(recipe).items()}
 
@@ -25,12 +25,13 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     known = {field.name for field in fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise UserError(f'not a recipe: unknown field {unknown[0]}{nearest(unknown[0], known)}')
+        raise UserError(f'this is no recipe of this project: it has an unknown field '
+                        f'{unknown[0]}{nearest(unknown[0], known)}')
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
         if not _fits(value, hints[name]):
-            raise UserError(f'not a recipe: {value!r} cannot be the value of {name}')
+            raise UserError(f'this is no recipe of this project: {value!r} cannot be the value of {name}')
     return kind(**values)
 
 
@@ -50,7 +51,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def check_parts(recipe: Recipe, given: Iterable[str]) -> None:
-    """Refuses fields that the recipe's model has no part for. Raises UserError."""
+    """Refuses fields for a part that the recipe's model does not have. Raises UserError."""
     useless = [name for name in recipe.useless(recipe.model) if name in given]
     if useless and recipe.model:  # without a name, the checkpoint will say it
         raise UserError(f'--{useless[0]} is for MogaNet models; {recipe.model} has no such part')
@@ -59,8 +60,8 @@ def check_parts(recipe: Recipe, given: Iterable[str]) -> None:
 def of_weights(meta: dict[str, Any], gate: str | None, asked: Recipe, given: tuple[str, ...]) -> Recipe:
     """The recipe by which a checkpoint is to be evaluated.
 
-    Its own, where the file holds one; else the one asked for, with the test settings and the gate that the file or the
-    table of released files knows. Fields that the command line gave win.
+    This is the recipe in the file, where there is one; else the one asked for, with the test settings and the gate that
+    the file or the table of released files knows. What the command line gives overrides both.
 
     Args:
         meta: what `models.weights.load_weights` found out about the file.

@@ -268,5 +268,5 @@ def test_missing_package_is_one_line(package: str, checkpoint: Path, photo: Path
     for name in [name for name in sys.modules if name.split('.')[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf'this needs {package}.*: pip install -e'):
+    with pytest.raises(UserError, match=rf'tools/cam.py needs {package}.*: pip install -e'):
         picture(photo, checkpoint)

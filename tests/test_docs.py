@@ -2,6 +2,7 @@
 import argparse
 import ast
 import dataclasses
+import functools
 import importlib
 import json
 import re
@@ -38,7 +39,7 @@ from recipes.command_line import parser_of
 from tools import architecture, docs
 from utils import UserError
 
-PAGES = ('README.md', 'INSTALL.md', 'TRAINING.md', 'CONTRIBUTING.md')
+PAGES = ('README.md', 'INSTALL.md', 'TRAINING.md', 'RECIPES.md', 'DENSE.md', 'CONTRIBUTING.md')
 CPU = ('--device', 'cpu', '--num_workers', '0')
 SMALL = (*runs.TINY[2:], *CPU, '--batch_size', '8', '--total_batch_size', '8', '--epochs', '1', '--warmup_epochs', '0')
 
@@ -77,6 +78,11 @@ def commands(page: str) -> Iterator[tuple[str, ...]]:
 
 
 ALL = list(dict.fromkeys((page, words) for page in PAGES for words in commands(page)))
+
+
+def house() -> list[Path]:
+    """The folders of the program."""
+    return sorted({path.parent for path in ROOT.glob('*/*.py')} - {ROOT / 'tests'})
 
 
 # ---- Every command is taken by the program it names -----------------------------------------------------------------
@@ -309,6 +315,86 @@ def test_links_lead_somewhere_and_fences_say_their_language(page):
                 assert not anchor or anchor in anchors(path), f'{page}: {target}'
 
 
+# ---- What the pages quote -------------------------------------------------------------------------------------------
+
+VARIES = '\0'  # stands for what a message puts in
+QUOTING = {'TRAINING.md': '## Troubleshooting', 'INSTALL.md': '## When something fails'}
+FOREIGN = {'operator torchvision::nms does not exist': 'torchvision says it',
+           'module datasets has no attribute load_dataset': 'Python says it of a missing package'}
+
+
+def template(node: ast.AST) -> str:
+    """The text that an expression makes, as far as it stands in the source."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return re.sub(r'%[-+.\d,]*[sdfgr]', VARIES, text).replace('%%', '%')
+        case ast.JoinedStr(values=parts):
+            return ''.join(map(template, parts))
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return template(left) + template(right)
+    return VARIES
+
+
+@functools.cache
+def templates() -> set[str]:
+    """Every text in the program's source that is no docstring."""
+    found = set()
+    for path in (*ROOT.glob('*.py'), *(path for folder in house() for path in folder.glob('*.py'))):
+        tree = ast.parse(path.read_text())
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        found |= {template(node) for node in ast.walk(tree) if id(node) not in docstrings
+                  and isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp)}
+    return found
+
+
+def quotes(page: str) -> list[str]:
+    """The messages that the first column of a page's table of errors quotes. What has no space is a name or a flag."""
+    rows = re.findall(r'^\| (.*?) \| ', (ROOT / page).read_text().partition(QUOTING[page])[2], re.MULTILINE)
+    return [quote for row in rows for quote in re.findall(r'`([^`]+)`', row) if ' ' in quote]
+
+
+def is_said(quote: str) -> bool:
+    """Whether one text of the program has what a quote has between its `...`, in that order."""
+    first, *others = [piece.strip() for piece in quote.split('...') if piece.strip()]
+    for text in templates():
+        _, found, rest = text.partition(first)
+        for piece in others:
+            _, found, rest = rest.partition(piece) if found else ('', '', '')
+        if found:
+            return True
+    return False
+
+
+def test_every_quoted_message_is_in_the_source():
+    quoted = [quote for page in QUOTING for quote in quotes(page)]
+    assert len(quoted) > 40 and FOREIGN.keys() <= set(quoted)
+    assert [quote for quote in quoted if quote not in FOREIGN and not is_said(quote)] == []
+
+
+def test_a_message_that_is_gone_is_found():
+    assert is_said('has label ..., but the model has ... classes')
+    for quote in ('30 % of the time went into waiting for data', 'has label 1000, but the model has ... classes',
+                  'the model has ... classes, but ... has label'):
+        assert not is_said(quote), quote
+
+
+def test_the_guide_to_training_stays_short():
+    assert len((ROOT / 'TRAINING.md').read_text().splitlines()) <= 280
+
+
+def test_the_floor_plan_has_a_line_for_each_file():
+    tree = (ROOT / 'README.md').read_text().partition('## The house')[2].partition('```text\n')[2].partition('```')[0]
+    named, folder = [], ''
+    for indent, name in re.findall(r'^( *)([\w.]+/?)  +\w', tree, re.MULTILINE):
+        folder = (name if name.endswith('/') else '') if not indent else folder
+        named += [] if name.endswith('/') else [folder + name]
+    assert len(named) == len(set(named))
+    missing = {str(path.relative_to(ROOT)) for path in (*ROOT.glob('*.py'), *(
+        path for folder in house() for path in folder.glob('[!_]*.py')))} - set(named)
+    assert not missing, f'README.md, "The house", lacks {sorted(missing)}'
+    assert all((ROOT / name).exists() for name in named)
+
+
 def test_every_symbol_of_the_paper_leads_to_its_line():
     found = re.findall(r'\[`(.+)`\]\((models/\w+\.py)#L(\d+)\) \|$', (ROOT / 'README.md').read_text(), re.MULTILINE)
     assert len(found) == len(docs.SYMBOLS) == 18
@@ -350,18 +436,21 @@ def test_generated_parts_are_current(capsys):
     assert docs.main(['--check']) == 0, capsys.readouterr().out
 
 
-def test_every_row_has_its_block_with_the_batches_of_the_run(monkeypatch):
-    text = (ROOT / 'TRAINING.md').read_text()
+def test_every_row_has_its_line_with_the_batches_of_the_run(monkeypatch):
+    text = (ROOT / 'RECIPES.md').read_text()
     for row in RECIPES.values():
         if row.name == 'default':
             continue
-        found = re.search(rf'#### `{row.name}`\n\n    ([^\n]*)\n(.*?)Source: ', text, re.DOTALL)
+        found, = re.findall(rf'^\| `{row.name}` \|(.*)\| `([^|]* main\.py [^|]*)` \|$', text, re.MULTILINE)
         launcher, argv = found[1].split(' main.py ', 1)
-        for world_size, column in zip((1, 2, 4, 8, 16), re.findall(r'\d+ x \d+ x \d+', found[2]), strict=False):
+        columns = re.findall(r'\d+ x \d+ x \d+', found[0])
+        for world_size, column in zip((1, 2, 4, 8, 16), columns, strict=False):
             made = resolve(argv.split(), world_size, monkeypatch)
             assert column == f'{made.world_size} x {made.batch_size} x {made.update_freq}', row.name
             assert world_size * made.batch_size * made.update_freq == row.total_batch_size
-        assert (launcher != 'python') == (found[2].count('|---') == 5), row.name
+        assert (launcher != 'python') == (len(columns) == 5), row.name
+        for value in row.expected().values():
+            assert value is None or f' {value:.1f}' in found[0], row.name
 
 
 def test_counts_are_those_of_the_tools():
@@ -380,7 +469,7 @@ def test_all_counts_are_those_of_the_tools():
 @pytest.fixture
 def copy(tmp_path, monkeypatch) -> Path:
     """Copies of the generated pages, which the tool takes for the true ones."""
-    for page in ('README.md', 'TRAINING.md'):
+    for page in ('README.md', 'RECIPES.md'):
         shutil.copy(ROOT / page, tmp_path)
     monkeypatch.setattr(docs, 'ROOT', tmp_path)
     return tmp_path
@@ -391,11 +480,11 @@ def test_a_changed_recipe_is_stale_until_it_is_written(copy, monkeypatch, capsys
     monkeypatch.setitem(RECIPES, 'moganet_small', changed)
     before = (copy / 'README.md').read_text()
     assert docs.main(['--check']) == 1
-    assert capsys.readouterr().out == 'stale: README.md (results), TRAINING.md (recipes)\n'
+    assert capsys.readouterr().out == 'stale: README.md (results), RECIPES.md (imagenet)\n'
     assert (copy / 'README.md').read_text() == before
     assert docs.main([]) == 0 and docs.main(['--check']) == 0
     assert '| 84.9 | single |' in (copy / 'README.md').read_text()
-    assert '| 1 x 128 x 16 | 2 x 128 x 8 |' in (copy / 'TRAINING.md').read_text()
+    assert '| 1 x 128 x 16 | 2 x 128 x 8 |' in (copy / 'RECIPES.md').read_text()
 
 
 def test_a_page_without_its_markers_and_a_model_without_counts_are_refused(copy, monkeypatch):
@@ -404,7 +493,7 @@ def test_a_page_without_its_markers_and_a_model_without_counts_are_refused(copy,
         docs.main([])
     monkeypatch.setitem(RECIPES, 'moganet_base', dataclasses.replace(RECIPES['moganet_base'], micro_batch_size=64))
     with pytest.raises(UserError, match=r'memory.json is of another micro-batch or precision of moganet_base;'):
-        docs.memory()
+        docs.needs()
     monkeypatch.setitem(RECIPES, 'moganet_small', dataclasses.replace(RECIPES['moganet_small'], input_size=192))
     with pytest.raises(UserError, match=r'no counts of moganet_small at 192 pixels; run tools/docs\.py --count'):
         docs.load_costs()

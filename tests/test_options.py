@@ -364,7 +364,7 @@ def test_class_map_numbers_the_classes(data, tmp_path):
     ('--input_size 64 32', '--input_size takes no further value 32; images are square: give one value'),
     ('--epochs 1 --test-size=64 64 --lr 1', '--test_size takes no further value 64; images are square: give one value'),
     ('--input_size 3 224 224', '--input_size takes no further value 224; images are square: give one value'),
-    ('--input_size 64x32', '--input_size 64x32: a whole number is wanted; images are square: give one value'),
+    ('--input_size 64x32', '--input_size 64x32: give a whole number; images are square: give one value'),
     ('--epochs 3 4', '--epochs takes no further value 4; give one value'), ('here', 'here belongs to no flag')])
 def test_a_value_too_many_is_told_with_the_flag_that_takes_one(words, said):
     with pytest.raises(UserError, match=re.escape(said)):
@@ -982,7 +982,7 @@ def test_mask_heads_are_left_out_where_no_masks_are_wanted_and_a_network_without
 
     assert heads() == heads('--masks') == {'bbox_head', 'mask_head'} and heads('--masks', 'false') == {'bbox_head'}
     assert main.main([*DETECTOR, '--masks', 'false']) == 2
-    assert '--masks false: retinanet has none' in capsys.readouterr().err
+    assert '--masks false: retinanet has no masks' in capsys.readouterr().err
     assert main.main([*words, '--network_kwargs', 'masks=false']) == 2
     assert 'say --masks false' in capsys.readouterr().err
 

@@ -148,7 +148,7 @@ def test_an_array_file_holds_recipes_or_flags():
     (('--gpus', 'all'), "--gpus: invalid int value: 'all'"),
     (('--gpus', '7', '--nodes', '3'), "but the recipe's batch is 1024"),
     (('--partitoin', 'gpu'), 'unknown flag --partitoin; did you mean --partition'),
-    (('--lr', 'high'), '--lr high: a number is wanted'),
+    (('--lr', 'high'), '--lr high: give a number'),
     (('--time', '0:01:00'), '--signal_delay 120 leaves nothing of --time 0:01:00'),
     (('--local', '--nodes', '2'), '--local has this machine alone'),
     (('--local', '--device', 'cuda', '--gpus', '64'), '64 GPUs are asked for, and this machine has'),

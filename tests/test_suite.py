@@ -312,7 +312,7 @@ def test_corruptions_change_the_crops_and_glass_is_the_same_twice():
     ('--suite {alone} --valid_labels {folder}/v.txt', 'holds no A and no R; leave the flag out'),
     ('--suite {folder} --data_path {folder}', '--suite knows its sets; leave --data_path out'),
     ('--corruptions fog', '--corruptions go with --suite'), ('--suite {folder} --corruptions fgo', 'choose from'),
-    ('--suite {folder} --corruptions all fog', '--corruptions all has all'),
+    ('--suite {folder} --corruptions all fog', '--corruptions all includes every corruption'),
     ('--suite {folder} --corruptions fog --test_size 32 16', '--corruptions are defined from 32 pixels on'),
     ('--test_size 32 0', 'give values above 0'), ('--tta vflip', 'choose from hflip')])
 def test_what_cannot_be_is_one_line(words, said, folder, pair, tmp_path, capsys):

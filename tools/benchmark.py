@@ -1,7 +1,7 @@
 """The measurements behind this repository's claims, one subcommand a subject: `python tools/benchmark.py model`.
 
-Everything timed is alternated with what it is compared to, since a shared
-machine changes its speed within seconds: a ratio is formed within a round and given with its spread over the rounds.
+A shared machine changes its speed within seconds. So a measurement alternates with what it is compared to: each ratio
+is formed within a round, and is given with its spread over the rounds.
 """
 import argparse
 import json
@@ -120,9 +120,9 @@ def engine(parser: argparse.ArgumentParser) -> Measure:
 
 
 def checkpoint(parser: argparse.ArgumentParser) -> Measure:
-    """What training waits for while a checkpoint is saved, over a plain torch.save."""
+    """The time for which training waits while a checkpoint is saved, over that of a plain torch.save."""
     parser.add_argument('--recipe', default='moganet_xtiny', choices=RECIPES, metavar='NAME',
-                        help='whose state is saved')
+                        help='recipe whose training state is saved')
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--folder', type=expand, help='where the saves go (default: a temporary folder)')
@@ -169,11 +169,12 @@ def data(parser: argparse.ArgumentParser) -> Measure:
                              'as JPEGs of the size of ImageNet\'s)')
     parser.add_argument('--images', type=int, default=256, help='images of a round')
     parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--gpus', type=int, default=1, help='of the machine to feed')
-    parser.add_argument('--images_per_second', type=float, help='consumed by the training step on one of them')
-    parser.add_argument('--device', help='measure that there, where it is not given')
+    parser.add_argument('--gpus', type=int, default=1, help='number of GPUs of the machine to feed')
+    parser.add_argument('--images_per_second', type=float,
+                        help='images that the training step takes on one GPU in a second')
+    parser.add_argument('--device', help='measure those images a second on this device, where they are not given')
     parser.add_argument('--recipe', default='moganet_small', choices=RECIPES, metavar='NAME',
-                        help='whose augmentation (and training step) is measured')
+                        help='recipe whose augmentation (and training step) is measured')
 
     def measure(args: argparse.Namespace) -> Row:
         from tools import benchmark_data
@@ -188,7 +189,7 @@ def dense_data(parser: argparse.ArgumentParser) -> Measure:
     parser.add_argument('--images', type=int, default=64, help='images of a round')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--recipe', default='retinanet_moganet_tiny_1x', choices=RECIPES, metavar='NAME',
-                        help='whose data path is measured')
+                        help='recipe whose data path is measured')
 
     def measure(args: argparse.Namespace) -> Row:
         from tools import benchmark_dense_data
@@ -197,12 +198,13 @@ def dense_data(parser: argparse.ArgumentParser) -> Measure:
 
 
 def report(parser: argparse.ArgumentParser) -> Measure:
-    """All of it on one device, into benchmarks/<device>.json and, with what other devices gave, BENCHMARKS.md."""
+    """Measures all subjects on one device, into benchmarks/<device>.json, and writes BENCHMARKS.md from all devices."""
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda')
     parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--subjects', nargs='+', choices=SUBJECTS, help='what to measure (default: all)')
+    parser.add_argument('--subjects', nargs='+', choices=SUBJECTS, help='subjects to measure (default: all)')
     parser.add_argument('--models', nargs='+', metavar='NAME', help='timm models (default: those for the device)')
-    parser.add_argument('--precisions', nargs='+', choices=PRECISIONS, help='of the models, likewise')
+    parser.add_argument('--precisions', nargs='+', choices=PRECISIONS,
+                        help='precisions of the models (default: those for the device)')
 
     def measure(args: argparse.Namespace) -> Row:
         from tools import benchmark_report

@@ -30,7 +30,7 @@ BATCH = 32  # images; the C library takes larger float batches from the kernel p
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """Processor time: another process on the core does not count."""
+    """The processor time, in which another process on the core does not count."""
     start = time.process_time()
     work()
     return time.process_time() - start
@@ -40,7 +40,7 @@ PATIENCE = 600  # seconds that a pipeline may take for a batch
 
 
 class _Worker:
-    """A process for one pipeline, as a DataLoader has: what another one does to the heap does not count."""
+    """A process for one pipeline, as a DataLoader has: no other pipeline has changed its heap."""
 
     def __init__(self, work: Callable[[int], None]):
         context = multiprocessing.get_context('fork')
@@ -75,7 +75,7 @@ def alternate_workers(pipelines: dict[str, Callable[[int], None]], *, batches: i
     workers = {name: _Worker(work) for name, work in pipelines.items()}
     taken = []
     for number in range(-1, rounds):  # the first does not count
-        # In turns of all batches: after another process on its core, one runs a third slower for its first images
+        # A turn is all batches: after another process had its core, a process runs a third slower for its first images
         seconds = {name: sum(map(worker, range(batches))) for name, worker in workers.items()}
         if number >= 0:
             taken.append(seconds)
@@ -87,8 +87,8 @@ def alternate_workers(pipelines: dict[str, Callable[[int], None]], *, batches: i
 def draw_photos(count: int, size: tuple[int, int]) -> Iterator[Image.Image]:
     """Photographs of a width and height, as a camera gives them.
 
-    Parts of scikit-image's photographs at random scales, with a camera's noise of 4 grey levels, without which they
-    would be enlarged and smooth, and their files small.
+    They are parts of scikit-image's photographs at random scales, with a camera's noise of 4 grey levels: without it
+    the enlarged parts would be smooth, and their files small.
     """
     try:
         from skimage import data
@@ -135,12 +135,12 @@ def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'],
 
     Args:
         data_path: folder with `train/`, as for training; None for `photos`.
-        recipe: whose augmentation is measured.
-        images: how many of them a round takes.
+        recipe: the recipe whose augmentation is measured.
+        images: the number of images in a round.
         rounds: alternations; ratios are formed within a round.
-        gpus: of the machine that is to be fed.
-        images_per_second: consumed by the training step on one of them.
-        device: where to measure that, if it is not given.
+        gpus: the number of GPUs of the machine that is to be fed.
+        images_per_second: the images that the training step takes on one GPU in a second.
+        device: the device on which to measure those, where they are not given.
 
     Returns:
         `ratio` (float tensors, normalised and erased, on both sides), `ratio_uint8` (before that) and `ratio_test` (the

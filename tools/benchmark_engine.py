@@ -98,7 +98,7 @@ def measure(*, recipe: Recipe = RECIPES['moganet_xtiny'], input_size: int = 64, 
 
 def measure_save(*, recipe: Recipe = RECIPES['moganet_xtiny'], rounds: int = 9, device: str = 'cpu',
                  folder: str | None = None) -> dict[str, Any]:
-    """Measures what training waits for in a save, beside a plain `torch.save` of the same state, alternated.
+    """Measures for how long training waits in a save, beside a plain `torch.save` of the same state, alternated.
 
     Args:
         recipe: whose model, moving average and optimizer are saved.

@@ -52,7 +52,7 @@ def measure(names: Sequence[str], *, device: str = 'cuda') -> list[Row]:
         raise UserError(f'{missing[0]} is no recipe; main.py --list_recipes names them')
     processes = Processes(choose_device(device))
     if processes.device.type != 'cuda':
-        raise UserError(f'--device {device}: it is the memory of a CUDA device that is counted; give one')
+        raise UserError(f'--device {device}: only the memory of a CUDA device is counted; give one')
     kept = read_json(FIGURES, lambda value: isinstance(value, dict)) or {}
     rows = []
     for name in names or [name for name, row in RECIPES.items() if 'GPU' in row.hardware]:

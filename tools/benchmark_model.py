@@ -145,7 +145,7 @@ def measure_traffic(
 
 
 def count_step(model: nn.Module, shape: tuple[int, ...], layout: torch.memory_format, precision: str) -> Traffic:
-    """What a training step of a model on meta moves, in 'bf16' by autocast or in 'fp32', on images of a layout."""
+    """The bytes that a training step on meta moves, in 'bf16' by autocast or in 'fp32', for images of a layout."""
     images = torch.empty(shape, device='meta').to(memory_format=layout)
     work = training_step(model, images, precision='fp32')
     with Traffic() as counted, CudaAutocast() if precision == 'bf16' else contextlib.nullcontext():
@@ -168,7 +168,7 @@ def build_form(model: nn.Module, form: str) -> nn.Module:
     if unknown := parts - set(FORMS):
         raise UserError(f'unknown form {", ".join(sorted(unknown))}: a form is eager or a sum of {", ".join(FORMS)}')
     if 'fused' in parts and model.training:
-        raise UserError(f'{form}: a fused model has no norms to train, name it in --inference only')
+        raise UserError(f'{form}: a fused model has no norms to train; name it in --inference only')
     if parts & {'authors', 'fused'} and not isinstance(model, moganet.MogaNet):
         raise UserError(f'{form}: only a MogaNet has this form')
     model = as_authors(model) if 'authors' in parts else copy.deepcopy(model)

@@ -143,17 +143,17 @@ def render(figures: dict[str, Row]) -> str:
                          for kind, name in DEVICES.items())
     return f'''# Benchmarks
 
-Written by `make benchmark` (`python tools/benchmark.py report`); do not edit. Numbers that other pages quote come from
-here. A ratio is formed within a round of alternated runs, since a shared machine changes its speed within seconds, and
-given as median (smallest-largest) over the rounds.
+`make benchmark` (`python tools/benchmark.py report`) writes this page; do not edit it. The numbers that other pages
+quote come from here. A shared machine changes its speed within seconds, so that each ratio is formed within a round of
+alternated runs. It is given as median (smallest-largest) over the rounds.
 
 {measured}
 
 ## Data path
 
-`python tools/benchmark.py data`: this data path beside the common one (Pillow decodes, timm's `create_transform`
-augments), the recipe `moganet_small`, one core each, JPEGs of 500x375 pixels. The GPU column is of that machine's own
-processor.
+`python tools/benchmark.py data` compares this data path with the common one (Pillow decodes, timm's `create_transform`
+augments), for the recipe `moganet_small`, on one core each, with JPEGs of 500x375 pixels. The GPU column has the
+figures of that machine's processor.
 
 {by_device(data, 'data', {
     'ratio': 'over the common pipeline, float tensors, normalised and erased',
@@ -170,7 +170,8 @@ processor.
 
 ## Training engine
 
-`python tools/benchmark.py engine`: over a bare loop of forward, backward and optimizer (XT, batch 16 at 64 pixels).
+`python tools/benchmark.py engine` gives the time of an update over that of a bare loop of forward, backward and
+optimizer (XT, batch 16 at 64 pixels).
 
 {by_device(figures, 'engine', {
     'bare_step_ms': 'ms of the bare step', 'ratio_engine': 'the engine', 'ratio_engine_ema': 'with the moving average',
@@ -178,7 +179,8 @@ processor.
 
 ## Checkpoints
 
-`python tools/benchmark.py checkpoint`: how long training waits for a save, over writing the same state by `torch.save`.
+`python tools/benchmark.py checkpoint` gives the time for which training waits for a save, over the time in which
+`torch.save` writes the same state.
 
 {by_device(figures, 'checkpoint', {
     'megabytes': 'MB of the checkpoint (XT with average and optimizer)', 'torch_save_ms': 'ms of torch.save',
@@ -186,28 +188,28 @@ processor.
 
 ## Models
 
-`python tools/benchmark.py model`: speed-ups over the first form of each mode; `authors` is the authors' formulation of
-the same arithmetic, and `channels_last` what main.py runs. MB an image are counted, for compiled forms by the compiler;
-the last columns are the shares of what the device reaches in a large matrix product and in a large copy.
+`python tools/benchmark.py model` gives speed-ups over the first form of each mode. `authors` is the formulation of the
+same arithmetic by the authors, and `channels_last` is what main.py runs. MB an image are counted, for compiled forms by
+the compiler. The last columns are the shares of what the device reaches in a large matrix product and in a large copy.
 
 {table(('', 'model', 'precision', 'mode', 'form', 'images/s', 'speed-up', 'MB an image', 'share of product',
         'share of copy'), models + unmeasured)}
 
 ## Memory traffic
 
-`python tools/benchmark.py traffic`: MB an image and kernels of a training step as CUDA's eager kernels do it, under
-autocast to bf16 at batch 64 and drop path 0.1: the authors' formulation contiguous, ours channels-last. Counted on meta
-tensors, so that no device is needed and nothing is noisy. What hides within operators are passes that torch's CUDA code
-launches beside the one that the operator is named for (biases and their gradients, second readings, copies); 3 % of all
-is an assumption, that cuDNN rewrites what goes into a convolution to one channel.
+`python tools/benchmark.py traffic` counts the MB an image and the kernels of a training step by CUDA's eager kernels,
+under autocast to bf16 at batch 64 and drop path 0.1. The authors' formulation is contiguous, ours is channels-last. It
+counts on meta tensors, which need no device and have no noise. Within operators are the passes that torch's CUDA code
+launches beside the one that gives the operator its name (biases and their gradients, second readings, copies). 3 % of
+all rest on an assumption: that cuDNN rewrites what goes into a convolution to one channel.
 
 {table(('model', "authors' MB", 'MB', 'ratio', 'of it convolutions', 'of it within operators', 'MB in fp32',
         "authors' kernels", 'kernels'), traffic)}
 ''' + (f'''
 ## Depthwise convolutions
 
-`python tools/benchmark.py depthwise`: GB/s, forward / backward, of the tensors that each kind of depthwise convolution
-of `moganet_small` must move, batch 128 at 224, by the layout and by whether cuDNN may be used.
+`python tools/benchmark.py depthwise` gives the GB/s, forward / backward, of the tensors that each kind of depthwise
+convolution of `moganet_small` must move, at batch 128 and 224 pixels, by the layout and by whether cuDNN may be used.
 
 {table(tuple(depthwise[0]), [list(row.values()) for row in depthwise])}
 ''' if depthwise else '')

@@ -2,10 +2,11 @@
 
     python tools/cam.py photo.jpg --checkpoint released:moganet_small [--stages 3 4] [--target tabby] [--output cam.png]
 
-A row a stage: the test crop; Grad-CAM (arXiv 1610.02391) of the stage's output for the predicted class or --target; and
-of one of its blocks, the last unless --block says, how strongly each part of the multi-order gated aggregation responds
-(root mean square over its channels): the low, the middle and the high order, on one scale, and the gate that multiplies
-their mixture. Other timm models have the first two columns alone.
+The picture has a row for each stage. The first column is the test crop, the second is Grad-CAM (arXiv 1610.02391) of
+the stage's output for the predicted class or --target. The others show how strongly each part of the multi-order gated
+aggregation responds in one block of the stage (the last, or --block), as the root mean square over its channels: the
+low, the middle and the high order, on one scale, and the gate that multiplies their mixture. Other timm models have the
+first two columns alone.
 """
 import argparse
 import sys
@@ -27,7 +28,7 @@ from utils import UserError, as_path, expand, nearest, run_cli, write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The aggregation's parts in the order of `aggregation`; a 5x5 comes before the other two as well
+# The parts of the aggregation, in the order of `aggregation`; the 5x5 also comes before the other two
 PARTS = ('low order\n5x5', 'middle order\n5x5, dilation 2', 'high order\n7x7, dilation 3', 'gate')
 
 
@@ -59,7 +60,7 @@ def stage_layers(model: nn.Module, image: Tensor) -> list[nn.Module]:
 
 
 def grad_cam(model: nn.Module, layer: nn.Module, image: Tensor, target: int) -> Tensor:
-    """Grad-CAM, [h, w], of a layer's output: channels weighted by their mean gradients, what is negative cut off."""
+    """Grad-CAM, [h, w], of a layer's output: channels weighted by their mean gradients, and negative sums set to 0."""
     from captum.attr import LayerGradCam
     return LayerGradCam(model, layer).attribute(image, target, relu_attributions=True)[0, 0].detach()
 
@@ -75,7 +76,7 @@ def aggregation(model: nn.Module, attn: MultiOrderGatedAggregation, image: Tenso
 
 
 def find_class(word: str, names: list[str]) -> int:
-    """The class of a name, of one of the synonyms in it, or of a number. Raises UserError."""
+    """The class that a word means: a name, one of the synonyms in a name, or a number. Raises UserError."""
     known = {}
     for index, name in enumerate(names):
         for synonym in (name, *name.split(', ')):
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = explain(classifier, image, target, stages=args.stages, block=args.block)
         figure = draw(pixels, rows, f'{classifier.recipe.model}: {title}')
     except ImportError as error:
-        raise UserError(f"this needs {error.name}: pip install -e '.[plot]'") from None
+        raise UserError(f"tools/cam.py needs {error.name}: pip install -e '.[plot]'") from None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, lambda file: figure.savefig(file, format='png'))

@@ -8,7 +8,7 @@
     python tools/check_dataset.py --data_path /path/to/imagenet --sort_val ILSVRC2012_validation_ground_truth.txt
 
 --sort_val takes the ground truth of ImageNet's development kit (with its meta.mat beside it), Kaggle's
-LOC_val_solution.csv, or a file with a wordnet id a line. Exit status: 0 all is well, 1 something is not.
+LOC_val_solution.csv, or a file with a wordnet id a line. The exit status is 0 where all is well, else 1.
 """
 import argparse
 import json
@@ -33,7 +33,7 @@ from utils import UserError, as_path, expand, nearest, run_cli, write_json
 
 
 def _why_bad(files: Any, index: int) -> dict[str, str] | None:
-    """Path and reason of an image that cannot be decoded, or is not the one that its targets belong to."""
+    """Path and reason of an image that cannot be decoded, or that is another than its targets describe; else None."""
     try:
         with augmentation.refusing_bad_images():
             files.check(index)
@@ -69,8 +69,8 @@ def sort_val(folder: Path, truth: Path) -> int:
         targets = {name: folder / labels[Path(name).stem] / name for name in images}
         for name, target in targets.items():
             if os.path.lexists(target):
-                raise UserError(f'{target} is there already, and {folder / name} too; nothing was moved. Remove one of '
-                                'them')
+                raise UserError(f'{target} is there already, and so is {folder / name}; nothing was moved. Remove one '
+                                'of them')
         for name in tqdm(images, f'sorting {folder}', unit=' images', disable=None):
             targets[name].parent.mkdir(exist_ok=True)
             os.rename(folder / name, targets[name])
@@ -87,7 +87,7 @@ def _open_folder(recipe: Recipe, run: Run, split: Split) -> ImageFiles:
     return ImageFiles(find_files(root, split, given=split == 'val' and run.eval_data_path is not None))
 
 
-# Of a recipe's task: what opens a half of its data, and what is seen of both
+# By a recipe's task: the function that opens a half of its data, and the one that checks both halves together
 KINDS = {'tasks.classification:Classification': (_open_folder, check_files),
          'tasks.detection:Detection': (open_coco, check_coco),
          'tasks.segmentation:Segmentation': (open_ade20k, lambda train, val: ([], []))}
@@ -135,10 +135,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--data_path', default='data/ImageNet', type=expand, help='folder of the data, as for main.py')
     parser.add_argument('--eval_data_path', type=expand,
                         help='folder of the test images, where it is not under --data_path')
-    parser.add_argument('--recipe', default='moganet_small', help='whose task reads the data: the row of a classifier, '
-                                                                  'a detector or a segmentor')
-    for name, text in (('train_json', 'COCO JSON of the training images'), ('val_json', 'of the test images'),
-                       ('image_dir', 'folder of the images that they name')):
+    parser.add_argument('--recipe', default='moganet_small', help='recipe whose task reads the data: that of a '
+                                                                  'classifier, a detector or a segmentor')
+    for name, text in (('train_json', 'COCO JSON of the training images'), ('val_json', 'COCO JSON of the test images'),
+                       ('image_dir', 'folder of the images that these JSONs name')):
         parser.add_argument(f'--{name}', type=expand, help=text)
     parser.add_argument('--decode', action='store_true', help='decode every image')
     parser.add_argument('--leaks', action='store_true',
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.sort_val:
         root = find_files(Path(args.eval_data_path or args.data_path), 'val', given=args.eval_data_path is not None)
-        print(f'{sort_val(root, args.sort_val):,} images of {root} sorted into class folders')
+        print(f'{sort_val(root, args.sort_val):,} images of {root} were sorted into class folders')
     if args.recipe not in RECIPES:
         raise UserError(f'--recipe {args.recipe} is unknown{nearest(args.recipe, RECIPES)}')
     run = Run(**{name: getattr(args, name) for name in ('data_path', 'eval_data_path', 'train_json', 'val_json',

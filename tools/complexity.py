@@ -1,12 +1,11 @@
-"""Parameters and multiply-accumulates (MACs) of the MogaNets, any timm models, or detectors and segmentors by
-their recipes, as a table or as JSON.
+"""Counts parameters and multiply-accumulates (MACs) of timm models, and of detectors and segmentors by their recipes.
 
     python tools/complexity.py [moganet_small retinanet_moganet_small_1x ...] [--sizes 224 256] [--json]
 
 A detector is counted at 1280 x 800 and a segmentor at 2048 x 512, where the papers count them, up to the heads' last
 maps.
 
-Nothing is computed: the models run on torch's meta device, XL in seconds and without memory for its weights.
+The models run on torch's meta device, where nothing is computed: XL takes seconds, and no memory for its weights.
 """
 import argparse
 import json
@@ -34,7 +33,7 @@ def _norm_flops(shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
 
 
 def _pool_flops(shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(shape)  # fvcore: one an element
+    return 2 * math.prod(shape)  # fvcore counts one an element
 
 
 def build(name: str) -> tuple[nn.Module, Callable[[torch.Tensor], Any]]:
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('names', nargs='*', metavar='NAME',
                         help='timm models, or recipes of detectors and segmentors (default: the six MogaNets)')
     parser.add_argument('--sizes', nargs='+', type=int, metavar='N', help='sides of square images in pixels')
-    parser.add_argument('--json', action='store_true', help='a JSON list in place of the table')
+    parser.add_argument('--json', action='store_true', help='print a JSON list in place of the table')
     args = parser.parse_args(argv)
     names = args.names or timm.list_models(module='moganet')
     rows = [complexity(name, size) for name in names for size in args.sizes or (

@@ -1,4 +1,4 @@
-"""Writes what the documents say about recipes and model: blocks of TRAINING.md, tables of README.md.
+"""Writes what the pages say about recipes and model: the tables of RECIPES.md and README.md.
 
     python tools/docs.py            # rewrites what is stale
     python tools/docs.py --check    # names what is stale, with exit status 1, and changes nothing
@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,12 +38,14 @@ PUBLISHED_GMACS = {('moganet_xtiny', 224): '0.80', ('moganet_tiny', 224): '1.10'
                    ('moganet_small', 224): '4.97', ('moganet_base', 224): '9.93', ('moganet_large', 224): '15.9',
                    ('moganet_xlarge', 224): '34.5'}
 
-def all_rows() -> list[Classification]:
-    """The rows of these pages."""
-    return [row for row in RECIPES.values() if isinstance(row, Classification)]
-
-
 PROCESSES = {1: '1 GPU', 2: '2 GPUs', 4: '4 GPUs', 8: '8 GPUs', 16: '2 nodes of 8'}
+# Where the pages say that the images of a data set lie; a data set that is made up lies nowhere
+DATA = {'image_folder': '/path/to/imagenet', 'coco': '/path/to/coco', 'ade20k': '/path/to/ade20k'}
+
+
+def all_rows() -> list[Classification]:
+    """The rows of image classification."""
+    return [row for row in RECIPES.values() if isinstance(row, Classification)]
 
 
 def count(model: str, size: int) -> dict[str, float]:
@@ -91,61 +93,51 @@ def load_costs() -> Costs:
 
 # ---- What is written ------------------------------------------------------------------------------------------------
 
-def predicted(row: Classification, costs: Costs, *, precision: str) -> str:
-    """The images a second that a training step may take on each card, to two digits, by what its memory moves."""
-    from training.plan import BANDWIDTH, CARDS
-    moved = 1e6 * costs[row.model][str(row.input_size)]['fp32_mb' if precision == 'fp32' else 'mb']
-    ranges = []
-    for name in ('a100', 'h100'):
-        rates = [share * CARDS[name].bandwidth / moved for share in BANDWIDTH]
-        digits = 10 ** (math.floor(math.log10(rates[0])) - 1)
-        low, high = (round(rate / digits) * digits for rate in rates)
-        ranges.append(f'{low:,}-{high:,} on an {name.upper()}')
-    return f'{precision} {", ".join(ranges)}'
+def is_ours(row: Recipe) -> bool:
+    """Whether a row was published by nobody else."""
+    return row.source.startswith('this project')
 
 
-def command(row: Classification) -> str:
+def command(row: Recipe) -> str:
     """The command line that trains a row on the hardware of the row."""
-    gpus = row.gpus()
+    gpus, tuned = row.gpus(), row.name.endswith(('_ft384', '_transfer'))
     words = ['python' if gpus == 1 else f'torchrun --nproc_per_node={gpus}', 'main.py',
              f'--model {row.model}' if row.name == row.model else f'--recipe {row.name}']
-    if row.name.endswith(('_ft384', '_transfer')):
-        words.append(f'--finetune released:{row.model}')
-    if row.data_set != 'digits':
-        words.append(f'--data_path /path/to/{"own/classes" if row.name.endswith("_transfer") else "imagenet"}')
+    if row.data_set in DATA:
+        if tuned or isinstance(row, Dense):
+            words.append(f'--finetune released:{row.model}')
+        words.append(f'--data_path {"/path/to/own/classes" if row.name.endswith("_transfer") else DATA[row.data_set]}')
     return ' '.join(words)
 
 
-def batches(row: Recipe) -> list[str]:
-    """A table of the processes, micro-batches and micro-steps of a row, as lines."""
-    fitted = [fit_batch(row, Run(world_size=processes)) for processes in PROCESSES]
-    cells = [f'{run.world_size} x {run.batch_size} x {run.update_freq}' for run in fitted]
-    return [f'| {" | ".join(PROCESSES.values())} |', '|---' * len(PROCESSES) + '|', f'| {" | ".join(cells)} |', '']
+def macs(row: Recipe, costs: Costs) -> str:
+    """The multiply-accumulates of a test image of a row, and the side or the sides of that image."""
+    if isinstance(row, Dense):
+        return f'{costs[row.name][size_of(row)]["gmacs"]:.1f} at {size_of(row)}'
+    return f'{costs[row.model][str(row.test_size)]["gmacs"]:.3f} at {row.test_size}'
 
 
-# Where the pages say that the images of a data set lie
-DENSE_DATA = {'coco': '/path/to/coco', 'ade20k': '/path/to/ade20k'}
+def line(row: Recipe, costs: Costs) -> list[str]:
+    """The line of a row in RECIPES.md. The batch of a row of one device is not spread over several."""
+    batches = [''] * len(PROCESSES)
+    if row.gpus() > 1:
+        fitted = [fit_batch(row, Run(world_size=processes)) for processes in PROCESSES]
+        batches = [f'{run.world_size} x {run.batch_size} x {run.update_freq}' for run in fitted]
+    expected = [f'{row.metrics[name][0]} {value:.1f}{row.metrics[name][1]}' for name, value in row.expected().items()
+                if value is not None]
+    return [f'`{row.name}`', ', '.join(expected) or 'not published', macs(row, costs), *batches, f'`{command(row)}`']
 
 
-def dense_block(row: Dense, costs: Costs) -> str:
-    """Command, batches and figures of a row of detection or segmentation."""
-    cost = costs[row.name][size_of(row)]
-    words = [f'torchrun --nproc_per_node=8 main.py --recipe {row.name} --finetune released:{row.model} --data_path '
-             f'{DENSE_DATA[row.data_set]}'] if row.data_set in DENSE_DATA else [f'python main.py --recipe {row.name}']
-    published = [f'{row.metrics[name][0]} {value:g}{row.metrics[name][1]}' for name, value in row.expected().items()
-                 if value is not None]
-    figures = [', '.join(published) or 'no accuracy was published', row.hardware,
-               f'{cost["parameters"] / 1e6:.2f} M parameters with {row.known_classes} classes',
-               f'{cost["gmacs"]:.1f} GMACs at {size_of(row)}']
-    spread = batches(row) if row.hardware.startswith('8') else []
-    return '\n'.join([f'#### `{row.name}`', '', f'    {words[0]}', '', *spread,
-                      f'{"; ".join(figures)}. Source: {row.source}.'])
-
-
-def dense_blocks(kind: type[Dense]) -> str:
-    """The blocks of the rows of a task."""
-    costs = load_costs()
-    return '\n\n'.join(dense_block(row, costs) for row in RECIPES.values() if type(row) is kind)
+def table_of(belongs: Callable[[Recipe], bool]) -> str:
+    """The table of the rows that belong to it, and their sources."""
+    from tools.benchmark_report import table
+    costs, rows = load_costs(), [row for row in RECIPES.values() if row.name != 'default' and belongs(row)]
+    sources: dict[str, list[str]] = {}
+    for row in rows:
+        sources.setdefault(row.source, []).append(f'`{row.name}`')
+    told = [f'- {source}: {"all rows" if len(sources) == 1 else ", ".join(names)}' for source, names in sources.items()]
+    heads = ('recipe', 'expected', 'GMACs', *PROCESSES.values(), 'command')
+    return '\n'.join([table(heads, [line(row, costs) for row in rows]), '', 'Sources:', '', *told])
 
 
 def dense_results(kind: type[Dense]) -> str:
@@ -160,33 +152,9 @@ def dense_results(kind: type[Dense]) -> str:
         values = [f'{value:.1f}' if (value := row.expected().get(name)) else '-' for name in names]
         parameters, gmacs = (f' ({value:g})' if value else ''
                              for value in (row.expected_parameters, row.expected_flops))
-        lines.append(f'| [`{row.name}`](TRAINING.md#{row.name}) | {cost["parameters"] / 1e6:.2f}{parameters} | '
+        lines.append(f'| `{row.name}` | {cost["parameters"] / 1e6:.2f}{parameters} | '
                      f'{cost["gmacs"]:.1f}{gmacs} | {" | ".join(values)} |')
     return '\n'.join(lines)
-
-
-def block(row: Classification, costs: Costs) -> str:
-    """Command, batches and figures of a row. One that is at home on one device is not spread over several."""
-    cost = costs[row.model][str(row.test_size)]
-    accuracy = 'no accuracy was published' if row.expected_acc1 is None else f'top-1 {row.expected_acc1:.1f} %'
-    if row.expected_acc5 is not None:
-        accuracy += f', top-5 {row.expected_acc5:.1f} %'
-    lines = [f'#### `{row.name}`', '', f'    {command(row)}', '']
-    figures = [accuracy, row.hardware, f'{cost["parameters"] / 1e6:.2f} M parameters',
-               f'{cost["gmacs"]:.3f} GMACs at {row.test_size}']
-    if row.hardware.startswith('8'):
-        lines += batches(row)
-        precisions = (row.precision, *(('bf16',) if row.precision == 'fp32' else ()))
-        rates = [predicted(row, costs, precision=precision) for precision in precisions]
-        figures.append(f'predicted images/s of one GPU: {"; ".join(rates)}')
-    return '\n'.join([*lines, f'{"; ".join(figures)}. Source: {row.source}.'])
-
-
-def blocks(*suffixes: str) -> str:
-    """The blocks of the rows whose names are a model's with one of these suffixes."""
-    costs = load_costs()
-    rows = [row for row in all_rows() if row.name.removeprefix(row.model) in suffixes]
-    return '\n\n'.join(block(row, costs) for row in rows)
 
 
 def results() -> str:
@@ -206,7 +174,7 @@ def results() -> str:
         parameters = counted(f'{cost["parameters"] / 1e6:.3f}', PUBLISHED_PARAMETERS[row.model])
         gmacs = counted(f'{cost["gmacs"]:.3f}', PUBLISHED_GMACS.get((row.model, row.test_size)))
         accuracy = f'{row.expected_acc1:.1f}' if row.source.startswith(S) else f'({row.expected_acc1:.1f})'
-        name = f'[`{row.name}`](TRAINING.md#{row.name}){"" if row.epochs == 300 else f", {row.epochs} epochs"}'
+        name = f'`{row.name}`{"" if row.epochs == 300 else f", {row.epochs} epochs"}'
         lines.append(f'| {name} | {size} | {parameters} | {gmacs} | {accuracy} | {row.gate} |')
     return '\n'.join(lines)
 
@@ -215,8 +183,8 @@ def feeding() -> str:
     """What a core makes of images, and how many cores eight GPUs need."""
     from tools.benchmark_report import load, table
     rates = load()['cpu']['data']['images_per_second_and_core']
-    # The common pipeline normalises and erases on the cores, this one on the GPU
-    rows = {'this data path': rates['this_uint8'], 'the common pipeline': rates['common']}
+    # uint8 tensors on both sides: the GPU normalises and erases
+    rows = {'this data path': rates['this_uint8'], 'the common pipeline': rates['timm_uint8']}
     return table(('', 'images/s and core', 'cores for 8 GPUs at 1,200 images/s each'),
                  [[name, f'{rate:.0f}', f'{8 * 1200 / rate:.1f}'] for name, rate in rows.items()])
 
@@ -231,10 +199,10 @@ def speed() -> str:
     *_, default, compiled = (cell(row['speedup']) for row in cpu['model'] if row['mode'] == 'training')
     gpu = '' if 'cuda' in figures else ', where a GPU is not measured yet'
     return textwrap.fill(
-        f"And it is fast: a training step moves {traffic:.2f} of the memory traffic of the authors' formulation; on "
-        f'two cores one of {cpu["model"][0]["model"]} is {default} times as fast, {compiled} compiled; and a core '
-        f'prepares {cell(cpu["data"]["ratio"])} times the images of the usual pipeline. These are medians, and in '
-        'brackets the smallest and the largest, of alternated runs. All '
+        f"It is also fast: a training step moves {traffic:.2f} of the memory traffic of the authors' formulation; on "
+        f'two cores, a step of {cpu["model"][0]["model"]} is {default} times as fast, {compiled} compiled; and a core '
+        f'prepares {cell(cpu["data"]["ratio_uint8"])} times the images of the usual pipeline. These are medians, and '
+        'in brackets the smallest and the largest, of alternated runs. All '
         f'figures are in [BENCHMARKS.md](BENCHMARKS.md){gpu}.', 120)
 
 
@@ -276,22 +244,36 @@ def symbols() -> str:
     return '\n'.join(rows)
 
 
-def memory() -> str:
-    """The allocator's peak by recipe, precision and checkpointing, as benchmarks/memory.json has it."""
+def predicted(row: Classification, costs: Costs, card: str, *, precision: str) -> str:
+    """The images a second that a training step may take on a card, to two digits, by what its memory moves."""
+    from training.plan import BANDWIDTH, CARDS
+    moved = 1e6 * costs[row.model][str(row.input_size)]['fp32_mb' if precision == 'fp32' else 'mb']
+    rates = [share * CARDS[card].bandwidth / moved for share in BANDWIDTH]
+    digits = 10 ** (math.floor(math.log10(rates[0])) - 1)
+    return '-'.join(f'{round(rate / digits) * digits:,}' for rate in rates)
+
+
+def needs() -> str:
+    """What a GPU needs and does for a row: the allocator's peak (benchmarks/memory.json), and predicted images/s."""
     from tools.benchmark_memory import FIGURES, FORMS
     from tools.benchmark_report import table
-    kept, rows = json.loads(FIGURES.read_text()), []
-    for name, row in RECIPES.items():
-        if name not in kept:
+    kept, costs, lines = json.loads(FIGURES.read_text()), load_costs(), []
+    for row in RECIPES.values():
+        if row.name not in kept:
             continue
-        figures = kept[name]
+        figures = kept[row.name]
         if (figures['micro_batch'], figures['precision']) != (row.micro_batch_size, row.precision):
-            raise UserError(f'{FIGURES.name} is of another micro-batch or precision of {name}; on a GPU run '
-                            f'tools/benchmark.py memory {name}')
-        rows.append([f'`{name}`, {row.precision}', str(row.micro_batch_size), *(
+            raise UserError(f'{FIGURES.name} is of another micro-batch or precision of {row.name}; on a GPU run '
+                            f'tools/benchmark.py memory {row.name}')
+        forms = [(card, precision) for precision in (row.precision, 'bf16') for card in ('a100', 'h100')]
+        rates = [predicted(row, costs, card, precision=precision) if isinstance(row, Classification) else ''
+                 for card, precision in forms]
+        lines.append([f'`{row.name}`, {row.precision}', str(row.micro_batch_size), *(
             f'{found["allocated"]:.1f} ({found["reserved"]:.1f})' if found else 'too much'
-            for found in map(figures.get, FORMS))])
-    return table(('row', 'micro-batch', *FORMS), rows)
+            for found in map(figures.get, FORMS)), *rates])
+    heads = ('row', 'micro-batch', *(f'GiB {form}' for form in FORMS), 'images/s, A100', 'H100', 'bf16, A100',
+             'bf16, H100')
+    return table(heads, lines)
 
 
 PARTS = {
@@ -300,13 +282,12 @@ PARTS = {
     ('README.md', 'ade20k'): lambda: dense_results(Segmentation),
     ('README.md', 'speed'): speed,
     ('README.md', 'symbols'): symbols,
-    ('TRAINING.md', 'feeding'): feeding,
-    ('TRAINING.md', 'memory'): memory,
-    ('TRAINING.md', 'demo'): lambda: blocks('_digits'),
-    ('TRAINING.md', 'recipes'): lambda: blocks('', '_256', '_3aug_256', '_rsb_a3'),
-    ('TRAINING.md', 'detection'): lambda: dense_blocks(Detection),
-    ('TRAINING.md', 'segmentation'): lambda: dense_blocks(Segmentation),
-    ('TRAINING.md', 'fine-tuning'): lambda: blocks('_ft384', '_transfer'),
+    ('RECIPES.md', 'imagenet'): lambda: table_of(lambda row: type(row) is Classification and not is_ours(row)),
+    ('RECIPES.md', 'coco'): lambda: table_of(lambda row: type(row) is Detection and not is_ours(row)),
+    ('RECIPES.md', 'ade20k'): lambda: table_of(lambda row: type(row) is Segmentation and not is_ours(row)),
+    ('RECIPES.md', 'ours'): lambda: table_of(is_ours),
+    ('RECIPES.md', 'needs'): needs,
+    ('RECIPES.md', 'feeding'): feeding,
 }
 
 

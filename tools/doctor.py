@@ -1,7 +1,7 @@
 """The data-set doctor (`tools/check_dataset.py --leaks`): images in both halves, balance, sizes, how to train.
 
-An image is equal to another where their files are, and near where their perceptual hashes are: resized, compressed
-again or a little brighter. One that was cropped or mirrored is not found.
+Two images are equal where their files are equal. They are near where their perceptual hashes are near: one was resized,
+compressed again or made a little brighter. An image that was cropped or mirrored is not found.
 """
 import hashlib
 import itertools
@@ -25,7 +25,7 @@ try:
 except ImportError:
     imagehash = None
 
-# Bits of 64 in which the hashes of near images differ at most. Of 64 random bits, two in 10^13 pairs are as near
+# Hashes of 64 bits are near where at most so many bits differ. Of random hashes, two in 10^13 pairs are near
 NEAR = 4
 BANDS = (0, 13, 26, 39, 52, 64)  # bits: where at most four differ, one of the five bands is equal
 UNBALANCED = 10  # times as many images in the largest class as in the smallest
@@ -53,12 +53,12 @@ def each_image(files: ImageFiles, look: Callable[[ImageFiles, int], Any], *, wor
 
     Args:
         workers: processes; all cores by default.
-        what: is done, for the bar.
+        what: the word for the work, which the bar shows.
 
     Raises:
         UserError: where a process is killed.
     """
-    # Not multiprocessing's own pool, which waits for ever for what a killed process had begun
+    # multiprocessing.Pool would wait for ever for the work that a killed process had begun
     with ProcessPoolExecutor(workers, initializer=_open, initargs=(files,)) as pool:
         results = pool.map(_look, [look] * len(files), range(len(files)), chunksize=64)
         try:
@@ -69,7 +69,7 @@ def each_image(files: ImageFiles, look: Callable[[ImageFiles, int], Any], *, wor
 
 
 def _facts(files: ImageFiles, index: int) -> tuple[Any, ...]:
-    """A row of FACTS; of a file that is no image, nothing but its hash."""
+    """A row of FACTS. A file that is no image has its hash alone."""
     content, label = files.read(index)
     file = hashlib.blake2b(content, digest_size=16).digest()
     try:
@@ -155,25 +155,27 @@ def advise(train: dict[str, Any], data_path: str) -> tuple[str, list[str]]:
                                                     'without any weights']
     else:
         words = ['--recipe', 'moganet_small_transfer', '--finetune', 'released:moganet_small']
-        why = [f'--recipe moganet_small_transfer: {count:,} images are few, so that it begins from ImageNet weights']
+        why = [f'--recipe moganet_small_transfer: {count:,} images are few, so that the training '
+               'begins from ImageNet weights']
         if count < 5 * 32:  # its batch
             batch = 2 ** max(count.bit_length() - 3, 2)
             words += ['--total_batch_size', str(batch), '--scale_lr']
-            why.append(f'--total_batch_size {batch}: so that an epoch has several updates; --scale_lr with it')
+            why.append(f'--total_batch_size {batch}: an epoch then has several updates; --scale_lr fits the rate to it')
     if 0 < side < 160:
         size = max(32 * round(side / 32), 32)
         words += ['--input_size', str(size)]
         why.append(f'--input_size {size}: half of the images have a side below {side} pixels')
     if train['not_decodable']:
         words += ['--on_bad_image', 'skip']
-        why.append(f'--on_bad_image skip: {train["not_decodable"]:,} images cannot be read; better is to remove them')
+        why.append(f'--on_bad_image skip: {train["not_decodable"]:,} images cannot be read; it is better to remove '
+                   'them')
     return shlex.join(['python', 'main.py', *words, '--data_path', data_path]), why
 
 
 def show(report: dict[str, Any]) -> list[str]:
     """What `examine` returned, with the advice, as lines."""
     lines = []
-    for kind, text in (('equal', 'images of val equal to one of train'), ('near', 'near to one'),
+    for kind, text in (('equal', 'images of val equal to one of train'), ('near', 'images of val near to one of train'),
                        ('conflicts', 'images of train under two classes')):
         lines.append(f'{text}: {report[kind]["images"]:,}')
         lines += [f'  {a}  {b}' for a, b in report[kind]['examples']]
@@ -214,7 +216,7 @@ def examine(train: ImageFiles, val: ImageFiles, *, workers: int | None = None) -
                                 'images that were learnt; remove them from one of the two'),
             ('near', 'warnings', 'images of {val} look like one of {train}, {0} like {1} for example: look at them, '
                                  'and remove those that are the same picture'),
-            ('conflicts', 'warnings', 'images of {train} are there a second time under another class, {0} and {1} for '
+            ('conflicts', 'warnings', 'images of {train} appear a second time under another class, {0} and {1} for '
                                       'example: keep the one in the right class')):
         if report[kind]['images']:
             line = text.format(*report[kind]['examples'][0], val=val.root, train=train.root)

@@ -4,9 +4,10 @@
 
 Formats: `safetensors`, weights that `load_weights` and timm read; `huggingface`, a model folder (config.json,
 model.safetensors, README.md) that `timm.create_model('local-dir:...')` opens; `onnx` and `torch_export`, programs with
-a dynamic batch that need nothing of this repository. A segmentor's program gives logits [B, classes, H, W] of square
-images, by default of the side of its training crops. RetinaNet's and Mask R-CNN's, in `onnx` alone, takes one square
-image of a fixed size and gives what is found in it: `boxes`, `scores`, `labels` and `masks`, by falling score.
+a dynamic batch that need nothing of this repository. The program of a segmentor gives logits [B, classes, H, W] of
+square images, by default of the side of its training crops. The program of RetinaNet or Mask R-CNN, in `onnx` alone,
+takes one square image of a fixed size and gives what it finds there: `boxes`, `scores`, `labels` and `masks`, by
+falling score.
 """
 import argparse
 import dataclasses
@@ -39,8 +40,8 @@ from models.weights import Weights
 from predict import Predictor
 from utils import UserError, as_path, run_cli, write_atomically
 
-# Relative, on logits. Another runtime adds up in another order, which comes to 1e-6 (onnxruntime, MogaNet-XT); a wrong
-# operator or a dropped layer shows in the second digit.
+# Relative, on logits. Another runtime adds in another order, which changes 1e-6 (onnxruntime, MogaNet-XT); a wrong
+# operator or a dropped layer changes the second digit.
 TOLERANCE = 1e-4
 
 Exported = tuple[bytes, Callable[[Tensor], Tensor]]  # a file's content, and what it computes when read back
@@ -87,7 +88,7 @@ class Normalized(nn.Module):
 
 
 def describe(source: Predictor, weights: Weights, size: int | None) -> dict[str, Any]:
-    """All that the user of a file must know, in JSON's types: the checkpoint's word before timm's defaults."""
+    """All that the user of a file must know, in JSON's types: from the checkpoint, else from timm's defaults."""
     model, recipe = source.model, source.recipe
     cfg = model.pretrained_cfg
     about = {'model': cfg['architecture'], 'weights': weights.which}
@@ -146,7 +147,7 @@ def check_detections(run: Callable[[Tensor], Sequence[Tensor]], program: nn.Modu
             errors += [((a - b).norm() / b.norm().clamp(min=1e-12)).item() if equal else math.inf
                        for a, b in (boxes, scores)]
     if not all(error <= TOLERANCE for error in errors):  # NaN too
-        raise UserError('the exported program finds other things in an image of noise than the checkpoint, so nothing '
+        raise UserError('the exported program finds other things than the checkpoint in an image of noise, so nothing '
                         'was written: try another --input_size, or another version of torch')
     return max(errors)
 
@@ -159,12 +160,12 @@ def program_of(model: nn.Module) -> nn.Module:
 
 
 def check_detector(model: Detector, *, format: str, size: int) -> None:
-    """Refuses what a detector cannot be written as. Raises UserError."""
+    """Refuses a form in which a detector cannot be written. Raises UserError."""
     name = model.pretrained_cfg['architecture']
     if isinstance(model, CascadeMaskRCNN):
         raise UserError(f'{name} is a cascade, which is not exported; choose a RetinaNet or a Mask R-CNN')
     if format != 'onnx':
-        raise UserError(f'{name} is a detector, which is exported as a program with its choice of boxes alone; choose '
+        raise UserError(f'{name} is a detector, which is exported only as a program that chooses its boxes; choose '
                         '--format onnx')
     if size % model.SIZE_DIVISOR:
         raise UserError(f'--input_size {size}: a detector takes a multiple of {model.SIZE_DIVISOR}; give '
@@ -274,8 +275,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--output', required=True, type=as_path, help='the file to write; a folder for huggingface')
     parser.add_argument('--weights', choices=('auto', 'raw', 'ema'), default='auto')
     parser.add_argument('--model', help='timm model, where the checkpoint does not say')
-    parser.add_argument('--gate', choices=('single', 'double'), help="instead of the checkpoint's word")
-    parser.add_argument('--input_size', '--input-size', type=int, help='pixels, instead of the checkpoint\'s test size')
+    parser.add_argument('--gate', choices=('single', 'double'),
+                        help='the gate, in place of the one that the checkpoint names')
+    parser.add_argument('--input_size', '--input-size', type=int,
+                        help="side of the images in pixels, in place of the checkpoint's test size")
     parser.add_argument('--fuse', action='store_true', help='fold BN into its neighbours (MogaNet; onnx, torch_export)')
     parser.add_argument('--normalize', action='store_true',
                         help='mean and std become part of the program, which takes RGB in 0..1 (onnx, torch_export)')
@@ -287,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     is_program = args.format in ('onnx', 'torch_export')
     if (args.fuse or args.normalize) and not is_program:
-        raise UserError(f'--fuse and --normalize change the program, and {args.format} holds weights alone: leave them '
+        raise UserError(f'--fuse and --normalize change the program, but {args.format} holds weights alone: leave them '
                         'out, or choose onnx or torch_export')
     if args.output.is_dir():
         raise UserError(f'{args.output} is a folder already: give another --output')
@@ -309,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         check_detector(source.model, format=args.format, size=about['test_size'])
     if args.fuse:
         if not isinstance(model, MogaNet):
-            raise UserError(f'--fuse knows MogaNet alone, not {about["model"]}: leave it out')
+            raise UserError(f'--fuse is for MogaNet models, not for {about["model"]}: leave it out')
         program = fuse(model)
     if is_program:
         about['normalized'] = args.normalize

@@ -1,11 +1,11 @@
-"""Curves of runs, finished or not: losses, metric, learning rate, waiting for data, speed. A picture and a page.
+"""Draws the curves of runs, finished or not: losses, metric, learning rate, waiting for data, speed.
 
     python tools/plot.py runs/moganet_small [runs/other ...] [--published FILE_OR_URL] [--output STEM]
 
-Read from the log.txt and the recipe.json of each folder. The files are STEM.png and STEM.html, by default curves.png
+The tool reads the log.txt and the recipe.json of each folder. It writes STEM.png and STEM.html, by default curves.png
 and curves.html in the first folder; the page holds the picture, a table of the runs and what their recipes differ in.
-A published log (timm's summary.csv, a .log.json of OpenMixup, mmdetection or mmsegmentation, or a run of ours) is drawn
-grey under the curves, and its difference from the first run is printed, epoch by epoch.
+It draws a published log (timm's summary.csv, a .log.json of OpenMixup, mmdetection or mmsegmentation, or a run of ours)
+in grey under the curves, and prints its difference from the first run, epoch by epoch.
 """
 import argparse
 import base64
@@ -29,8 +29,8 @@ from recipes.rows import recipe_class
 from training import published
 from utils import UserError, as_path, expand, run_cli, write_atomically
 
-MARK = 'MogaNet tools/plot.py'  # in both files: they may be written again, a foreign file may not
-# Okabe and Ito's colours, told apart with every kind of colour vision; without their yellow, too pale for a line
+MARK = 'MogaNet tools/plot.py'  # in both files: the tool overwrites its own files alone
+# Okabe and Ito's colours, which every kind of colour vision tells apart; their yellow is too pale for a line
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 GREY = {'color': '0.6', 'linewidth': 2.5, 'zorder': 1}  # of a published log, under all runs
 MARKERS = ('o', '^', 's', 'D', 'v', 'P')  # a run beyond the colours takes the next
@@ -90,7 +90,7 @@ class RunLog:
 
 
 def read_run(folder: Path) -> RunLog:
-    """Reads a run's folder, also while the run writes to it. Raises UserError where it is none."""
+    """Reads a run's folder, also while the run writes to it. Raises UserError for a folder of no run."""
     if not folder.exists():
         raise UserError(f'{folder} does not exist; give the --output_dir of a training')
     try:
@@ -121,7 +121,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def differences(runs: Sequence[RunLog]) -> dict[str, list[Any]]:
-    """The fields in which the recipes compute something else, with each run's value; None where it knows no such."""
+    """The fields in which the recipes differ, with the value of each run; None where a recipe has no such field."""
     fields = dict.fromkeys(field for run in runs for field in run.recipe if field not in run.kind.descriptive)
     values = {field: [run.recipe.get(field) for run in runs] for field in fields}
     return {field: row for field, row in values.items() if any(value != row[0] for value in row)}
@@ -170,7 +170,7 @@ def against(own: RunLog, log: RunLog) -> tuple[str, list[tuple[int, float, float
 
 
 def show_differences(own: RunLog, log: RunLog) -> str:
-    """How far a run is from a published log, a line an epoch (or a test)."""
+    """The difference between a run and a published log, a line an epoch (or a test)."""
     (label, unit), (column, rows) = own.kind.metrics[own.kind.best], against(own, log)
     place = 'epoch' if own.by_epoch and log.by_epoch else 'update'
     if not rows:
@@ -299,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not run.entries:
             print(f'{name}: no epoch in log.txt yet')
     if not any(run.entries for run in runs):
-        raise UserError('nothing to draw before the first epoch is finished; see the log on the terminal')
+        raise UserError('there is nothing to draw before the first epoch is finished; see the log on the terminal')
     beside = as_run(published.read(args.published), runs[0]) if args.published else None
     if beside is not None:
         print(show_differences(runs[0], beside))

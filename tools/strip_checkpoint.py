@@ -2,7 +2,8 @@
 
     python tools/strip_checkpoint.py runs/moganet_small/checkpoint-best-ema.pth moganet_small.pth
 
-What it prints last is the file's SHA-256, for the page it is offered on: `--checkpoint URL#sha256=...` checks it.
+The last line that it prints is the file's SHA-256, for the page that offers the file: `--checkpoint
+URL#sha256=...` checks it.
 """
 import argparse
 import os
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> None:
                         help='auto: the average where there is one')
     args = parser.parse_args(argv)
     if args.output.exists() and os.path.exists(args.checkpoint) and args.output.samefile(args.checkpoint):
-        raise UserError(f'{args.output} is the checkpoint itself, the rest of which would be lost; give another file')
+        raise UserError(f'{args.output} is the checkpoint itself, whose other contents would be lost; give another '
+                        'file')
     weights = load_weights(args.checkpoint, args.weights)
     kept = {key: weights.meta[key] for key in ('epoch', 'classes', 'recipe') if key in weights.meta}
     payload = {'model': weights.state_dict, 'which': weights.which, 'gate': weights.gate,
