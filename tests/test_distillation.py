@@ -305,3 +305,19 @@ def forward_only(name: str) -> tuple[Any, nn.Module]:
     task = create_task(dataclasses.replace(RECIPES[name], num_classes=1000, input_size=64, test_size=64),
                        Run(batch_size=2))
     return task, task.build_model()
+
+
+@pytest.mark.slow
+def test_a_student_with_few_labels_learns_more_with_a_teacher(tmp_path):
+    """100 labelled digits, and a teacher that has seen all 1,437 (97.2 %)."""
+    full, few = (files.make_digit_folder(tmp_path / str(count), [count] * 10) for count in (360, 10))
+    files.class_accuracy(tmp_path / 'teacher', full, 'dims=[16,16,32,32]', '--epochs', '8')
+    teacher = ('--teacher', str(tmp_path / 'teacher' / 'checkpoint-last.pth'), '--distill_alpha', '0.9')
+    found = {name: [files.class_accuracy(tmp_path / f'{name} {seed}', few, 'dims=[8,8,16,16]', '--epochs', '40',
+                                         '--total_batch_size', '20', '--batch_size', '20', '--lr', '4e-3', '--seed',
+                                         str(seed), *flags) for seed in range(3)]
+             for name, flags in (('plain', ()), ('soft', (*teacher, '--distill', 'soft', '--distill_tau', '2')),
+                                 ('hard', (*teacher, '--distill', 'hard')))}
+    for name in ('soft', 'hard'):
+        spread = max(max(values) - min(values) for values in (found[name], found['plain']))
+        assert min(found[name]) - max(found['plain']) > spread, found
