@@ -258,22 +258,23 @@ def test_a_run_with_a_teacher_goes_on_in_equal_bits(world_size, data, teacher, t
 def test_a_run_knows_its_teacher_by_its_content_and_an_evaluation_needs_none(data, tmp_path, capsys):
     kept, other = (teacher_file(tmp_path / f'{seed}.pth', seed=seed) for seed in (7, 8))
 
-    def train(epochs: int, source: Path, *flags: str) -> int:
-        return main.main([*WORDS, '--device', 'cpu', '--data_path', str(data), '--output_dir', str(tmp_path / 'run'),
-                          '--epochs', str(epochs), '--resume_anyway', 'true', '--teacher', str(source), *flags])
-
-    assert train(1, kept) == 0
-    digest = state_of(tmp_path / 'run')['sources']['teacher']
-    assert f'SHA-256 {digest}' in capsys.readouterr().out
-    assert json.loads((tmp_path / 'run' / 'recipe.json').read_text())['teacher'] == str(kept)
-    moved = kept.rename(tmp_path / 'moved.pth')
-    assert train(2, moved) == 0
-    assert 'another content' not in capsys.readouterr().out
     run = tmp_path / 'run'
-    assert main.main([*WORDS, '--device', 'cpu', '--data_path', str(data), '--output_dir', str(tmp_path / 'new'),
-                      '--epochs', '2', '--resume', str(run / 'checkpoint-4.pth'), '--teacher', str(other)]) == 2
+
+    def train(epochs: int, source: Path, folder: Path, *flags: str) -> int:
+        return main.main([*WORDS, '--device', 'cpu', '--data_path', str(data), '--output_dir', str(folder), '--epochs',
+                          str(epochs), '--teacher', str(source), *flags])
+
+    assert train(2, kept, run) == 0
+    digest = state_of(run)['sources']['teacher']
+    assert f'SHA-256 {digest}' in capsys.readouterr().out
+    assert json.loads((run / 'recipe.json').read_text())['teacher'] == str(kept)
+    first = ('--resume', str(run / 'checkpoint-4.pth'))  # after an epoch
+    assert train(2, other, tmp_path / 'new', *first) == 2
     assert 'trained with another content of --teacher' in capsys.readouterr().err
-    assert train(3, other) == 0
+    moved = kept.rename(tmp_path / 'moved.pth')
+    assert train(2, moved, tmp_path / 'new', *first) == 0
+    assert 'another content' not in capsys.readouterr().out
+    assert train(3, other, run, '--resume_anyway') == 0
     assert 'Resuming with another content of --teacher' in capsys.readouterr().out
     assert state_of(run)['sources']['teacher'] != digest
     moved.unlink()

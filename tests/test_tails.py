@@ -196,21 +196,20 @@ def test_other_weights_are_refused_on_a_resume_and_a_moved_file_is_not(tail, tmp
     for path, last in zip(paths, (4, 4, 5), strict=True):
         path.write_text(f'1\n2\n3\n{last}')
 
-    def train(epochs: int, *flags: str) -> int:
-        return main.main([*WORDS, '--epochs', str(epochs), '--device', 'cpu', '--data_path', str(tail),
-                          '--output_dir', str(tmp_path / 'run'), '--resume_anyway', 'true', *flags])
+    def train(folder: str, file: Path, *flags: str, epochs: int = 2) -> int:
+        return main.main([*WORDS, '--epochs', str(epochs), '--device', 'cpu', '--data_path', str(tail), '--output_dir',
+                          str(tmp_path / folder), '--class_weights', str(file), *flags])
 
-    assert train(1, '--class_weights', str(paths[0])) == 0
+    assert train('run', paths[0]) == 0
     sums = state_of(tmp_path / 'run')['sources']
     assert sums.keys() == {'class_weights'} and len(sums['class_weights']) == 64
-    strict = ('--resume_anyway', 'false')
-    for flags in (('--class_weights', str(paths[2])), ()):
-        assert train(1, *strict, *flags) == 0  # is complete
-        assert train(2, *flags, *strict) == 2
-    assert train(2, '--class_weights', str(paths[1])) == 0
-    said = capsys.readouterr().out
-    assert 'another content' not in said
-    assert train(3, '--class_weights', str(paths[2])) == 0
+    first = ('--resume', str(tmp_path / 'run' / 'checkpoint-4.pth'))  # after an epoch
+    for value in (paths[2], 'balanced'):
+        assert train('new', value, *first) == 2
+        assert 'trained with another content of --class_weights' in capsys.readouterr().err
+    assert train('new', paths[1], *first) == 0
+    assert 'another content' not in capsys.readouterr().out
+    assert train('run', paths[2], '--resume_anyway', epochs=3) == 0
     assert 'Resuming with another content of --class_weights' in capsys.readouterr().out
 
 
