@@ -17,7 +17,8 @@ def create_model(name: str, *, pretrained: bool = False, **arguments: Any) -> nn
         return timm.create_model(name, pretrained=pretrained, **arguments)
     except OSError as error:
         raise UserError(f"timm's weights of {name} cannot be had ({reason_of(error)[:200]}); download them elsewhere "
-                        'and give the file by --finetune, or with --eval by --checkpoint') from None
+                        "into Hugging Face's cache and copy it here (HF_HOME), or give the file by --finetune, or with "
+                        '--eval by --checkpoint') from None
     except UserError:
         raise
     except Exception as error:  # anything that timm's thousand models make of arguments that they do not expect

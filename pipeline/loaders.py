@@ -390,6 +390,30 @@ def epoch_order(count: int, *, seed: int, epoch: int, attempt: int = 0, repeats:
     return np.stack([order[slots // repeats], slots % repeats], axis=1)
 
 
+def balanced_order(labels: np.ndarray, *, seed: int, epoch: int, attempt: int = 0) -> np.ndarray:
+    """An epoch in which every class comes equally often, give or take one image, in its order.
+
+    The images of a class take turns, so that they come equally often too. Which of a large class come is drawn anew
+    each epoch; a copy of an image of a small class is a repeat, with an augmentation of its own.
+
+    Args:
+        labels: the class of each image. The epoch stays as long as they are.
+        attempt: another order for another attempt at the same epoch.
+
+    Returns:
+        int64 [images, 2] = (index, repeat).
+    """
+    rng = np.random.default_rng(derive_seed(seed, 'balanced', epoch, attempt))
+    counts = np.unique(labels, return_counts=True)[1]
+    members = np.split(np.argsort(labels, kind='stable'), counts.cumsum()[:-1])
+    parts = []
+    for place, number in enumerate(rng.permutation(len(counts))):  # the first classes have what is left over
+        images, share = members[number], (len(labels) - place - 1) // len(counts) + 1
+        turns = [rng.permutation(images) for _ in range(-(-share // len(images)))]
+        parts.append(np.stack([np.concatenate(turns)[:share], np.arange(share) // len(images)], axis=1))
+    return rng.permutation(np.concatenate(parts))
+
+
 def group_order(order: np.ndarray, groups: np.ndarray, size: int, *, seed: int, epoch: int,
                 attempt: int = 0) -> np.ndarray:
     """An epoch's order in micro-batches of one group each, the micro-batches in random order.
@@ -446,6 +470,7 @@ class TrainLoader(_Loader):
     def __init__(self, source: Any, task: Any, run: Run, **others: Any):
         super().__init__(source, task, run, training=True, batch_size=run.batch_size, **others)
         recipe, self.bad_images = self._recipe, 0
+        self._labels = task.balance(source)
         whole, grouped = self.count, ''
         if self._groups is not None:
             whole = int(sum(np.unique(self._groups, return_counts=True)[1] // run.batch_size * run.batch_size))
@@ -525,13 +550,16 @@ class TrainLoader(_Loader):
     def _keys(self, epoch: int, start: int, attempt: int, end: int) -> Iterator[np.ndarray]:
         """The keys of this rank's micro-batches: of update k, chunk a * world size + rank in micro-step a."""
         recipe, run = self._recipe, self._run
-        order = epoch_order(self.count, seed=recipe.seed, epoch=epoch, attempt=attempt, repeats=recipe.repeated_aug)
+        drawn = {'seed': recipe.seed, 'epoch': epoch, 'attempt': attempt}
+        order = epoch_order(self.count, repeats=recipe.repeated_aug, **drawn) if self._labels is None else (
+            balanced_order(self._labels, **drawn))
         if self._groups is not None:
-            order = group_order(order, self._groups, run.batch_size, seed=recipe.seed, epoch=epoch, attempt=attempt)
+            order = group_order(order, self._groups, run.batch_size, **drawn)
         for update in range(start, end):
             batch = order[update * recipe.total_batch_size:(update + 1) * recipe.total_batch_size]
-            # Copies of an image go to different micro-batches where there are several, as in DeiT
-            batch = batch[np.argsort(batch[:, 1], kind='stable')]
+            if recipe.repeated_aug > 1:
+                # Copies of an image go to different micro-batches where there are several, as in DeiT
+                batch = batch[np.argsort(batch[:, 1], kind='stable')]
             for micro_step in range(run.update_freq):
                 first = (micro_step * run.world_size + self._rank) * run.batch_size
                 chunk = batch[first:first + run.batch_size]

@@ -1,8 +1,8 @@
 """Where the images come from: image folders, ImageNet's tar files, digits, made-up images, and all that timm reads.
 
 A map-style source has `len`, `classes`, `read(i) -> (image, label)` and `name(i)`; `image` is the undecoded file as
-bytes, or pixels as a PIL image or a uint8 array [H, W, 3]. Sources travel to the worker processes: what is large in
-them is one array, which the workers share.
+bytes, or pixels as a PIL image or a uint8 array [H, W, 3]. `labels`, where a source has it, are all images' labels.
+Sources travel to the worker processes: what is large in them is one array, which the workers share.
 """
 import contextlib
 import os
@@ -123,6 +123,13 @@ class TimmSource:
     def _label(self, label: Any) -> Any:
         known = self._label_of is not None and isinstance(label, (int, np.integer)) and 0 <= label < len(self._label_of)
         return self._label_of[label] if known else label
+
+    @property
+    def labels(self) -> list[Any] | None:
+        """The label of each image, where the data set tells them without reading the images; else None."""
+        reader = getattr(self._data, 'reader', self._data)
+        found = reader.iter_targets() if hasattr(reader, 'iter_targets') else getattr(reader, 'targets', None)
+        return None if found is None else [self._label(label) for label in found]
 
     def __len__(self) -> int:
         return len(self._data)
@@ -257,6 +264,12 @@ class ImageFiles:
 
     def __len__(self) -> int:
         return len(self._records) if self._chosen is None else len(self._chosen)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of each image."""
+        of_records = self._records['label'] if self._chosen is None else self._records['label'][self._chosen]
+        return self._label_of[of_records]
 
     def _record(self, index: int) -> Any:
         return self._records[index if self._chosen is None else self._chosen[index]]

@@ -10,6 +10,7 @@ from recipes.fields import Recipe as Recipe
 from recipes.fields import Run as Run
 from recipes.imagenet import Classification as Classification
 from recipes.imagenet import is_moganet as is_moganet
+from recipes.imagenet import names_file as names_file
 from recipes.rows import RECIPES as RECIPES
 from recipes.saved import differences as differences
 from recipes.saved import from_dict as from_dict

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from recipes.batch import fit_batch
 from recipes.fields import MADE_UP, UNIONS, Recipe, Run
-from recipes.imagenet import Classification, is_moganet
+from recipes.imagenet import Classification, is_moganet, names_file
 from recipes.rows import RECIPES
 from recipes.saved import check_parts, load_recipe, to_dict
 from utils import UserError, align, expand, nearest, number_of
@@ -272,6 +272,10 @@ def check_start(recipe: Recipe, run: Run) -> None:
     named = [('checkpoint', path) for path in run.checkpoint] + [(name, getattr(run, name)) for name in (
         'finetune', 'resume', 'valid_labels', 'real_labels', 'train_json', 'val_json', 'image_dir')]
     # A class map may also lie below the data
+    if getattr(recipe, 'class_weights', None) not in (None, 'balanced'):
+        named.append(('class_weights', recipe.class_weights))
+    if getattr(recipe, 'teacher', None) is not None and names_file(recipe.teacher):
+        named.append(('teacher', recipe.teacher))
     for name, path in named:
         if path and not re.match(r'released:|https?://', path) and not os.path.exists(path):
             raise UserError(f'--{name} {path} does not exist; check the path')

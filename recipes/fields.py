@@ -90,6 +90,8 @@ class Recipe:
     published_data: ClassVar[DataSet | None] = None  # of the rows with a published value
     # Fields that change no result: they say where a row comes from, or were applied when the row was resolved
     descriptive: ClassVar[tuple[str, ...]] = ('name', 'source', 'hardware', 'micro_batch_size', 'scale_lr')
+    # Fields that name a file, which may move: a resumed run goes by the checksum of its content, in the checkpoint
+    by_content: ClassVar[tuple[str, ...]] = ()
     # What a checkpoint's state depends on, so that a run cannot be resumed with other values
     fixed: ClassVar[tuple[str, ...]] = ('model', 'model_kwargs', 'num_classes', 'opt', 'layer_decay', 'param_groups',
                                         'freeze_stages', 'total_batch_size')

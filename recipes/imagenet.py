@@ -1,4 +1,5 @@
 """Recipes of image classification: their fields, and the rows of the results table."""
+import os
 import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,6 +18,12 @@ def is_moganet(model: str) -> bool:
     return model.startswith('moganet')
 
 
+def names_file(source: str) -> bool:
+    """Whether a source of weights names a file, an address or a released file, and not a timm model."""
+    return bool(re.match(r'released:|\w+://', source) or os.path.isfile(source) or os.path.dirname(source)
+                or re.search(r'\.(pth|pt|th|tar|bin|ckpt|pkl|safetensors|json)$', source))
+
+
 @dataclass(frozen=True)
 class Classification(Recipe):
     """All that can change a classifier's accuracy. Two runs of one recipe differ by round-off and hardware only."""
@@ -26,6 +33,7 @@ class Classification(Recipe):
     best = 'acc1'
     published_data = DataSet('ImageNet-1K', classes=1000, images=1_281_167, gigabytes=155, benchmark='data')
     descriptive = (*Recipe.descriptive, 'expected_acc1', 'expected_acc5')
+    by_content = ('class_weights', 'teacher')
     fixed = (*Recipe.fixed, 'linear_probe')
 
     expected_acc1: float | None = doc(None, 'published top-1 accuracy, %', flag=False)
@@ -75,6 +83,19 @@ class Classification(Recipe):
     smoothing: float = doc(0.1, 'label smoothing', RATE, BELOW_ONE)
     bce_target_thresh: float | None = doc(None, 'make soft targets above it 1, others 0 (binary cross-entropy only)')
 
+    # Long tails
+    class_weights: str | None = doc(None, 'weigh the loss of an image by its class: balanced, as the inverse of the '
+                                          "class's number of images, or a file of NAME WEIGHT lines", path=True)
+    balanced_sampling: bool = doc(False, 'train on equally many images of each class: those of small classes repeat')
+
+    # Distillation
+    teacher: str | None = doc(None, 'trained classifier whose answers to the same images are learnt beside the labels: '
+                                    "a checkpoint, released:NAME, or a timm model with its pretrained weights",
+                              path=True)
+    distill: Literal['hard', 'soft'] | None = doc(None, "learn the teacher's likeliest class, or its probabilities")
+    distill_alpha: float = doc(0.5, "share of the teacher's loss; the labels' has the rest", RATE, POSITIVE)
+    distill_tau: float = doc(1.0, 'temperature of both probabilities (--distill soft)', POSITIVE)
+
     def check(self) -> None:
         """Refuses values that cannot be meant. Raises UserError that names the flag."""
         super().check()
@@ -89,6 +110,18 @@ class Classification(Recipe):
         check(0 < self.ratio[0] <= self.ratio[1], f'--ratio {self.ratio}: give two aspect ratios, rising')
         check(self.bce_target_thresh is None or self.loss != 'ce',
               '--bce_target_thresh needs --loss bce or bce_sum; cross-entropy has no threshold')
+        check(self.class_weights is None or self.loss == 'ce', '--class_weights weighs cross-entropy: say --loss ce')
+        check(self.class_weights != 'balanced' or not self.balanced_sampling,
+              '--class_weights balanced and --balanced_sampling both make up for the same difference; give one')
+        check(not self.balanced_sampling or self.repeated_aug == 1,
+              '--balanced_sampling repeats the images of small classes by itself; leave --repeated_aug out')
+        check((self.teacher is None) == (self.distill is None),
+              '--teacher SOURCE and --distill hard or soft go together; give both or neither')
+        check(self.teacher is not None or self.distill_alpha == Classification.distill_alpha,
+              '--distill_alpha goes with --teacher SOURCE')
+        check(self.distill == 'soft' or self.distill_tau == Classification.distill_tau,
+              '--distill_tau goes with --distill soft')
+        check(self.teacher is None or self.loss == 'ce', '--teacher gives its loss beside cross-entropy: say --loss ce')
 
     def expected(self) -> dict[str, float | None]:
         """The published values of the row by metric, None where none was published."""

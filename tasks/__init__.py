@@ -17,6 +17,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -89,6 +90,7 @@ class Task:
         class_map: labels by class name, where the user gave a map.
         trained: the names of the classes that a checkpoint was trained on, by label; they decide over the data's.
         resumed: whether the run goes on from that checkpoint, so that the data must have its classes.
+        teacher: a trained network that the loss asks too, where the recipe names one.
         class_cure: what a user does about classes of the data that are none of the model's.
         losses: names of the single losses that the log shows beside their sum; () where there is but one.
     """
@@ -104,6 +106,7 @@ class Task:
         self.trained: Sequence[str] = ()
         self.trained_map: dict[str, int] | None = None
         self.resumed = False
+        self.teacher: Any = None
 
     # ---- Data
 
@@ -184,6 +187,18 @@ class Task:
                 return trained, 'the checkpoint'
         return ours, '--class_map' if chosen else 'their numbers' if (
             labels.are_numbers(ours) and ours == labels.in_order(ours)) else 'their sorted names'
+
+    def balance(self, source: Any) -> np.ndarray | None:
+        """The class of each training image, int64, where an epoch shall have equally many of each; else None.
+
+        Raises:
+            UserError: where the source does not tell.
+        """
+        return None
+
+    def sources(self) -> dict[str, str]:
+        """What the training depends on beside the recipe and the images: the SHA-256 of each, by its flag."""
+        return {}
 
     def sample(self, item: Any, seed: int | None) -> Any:
         """One sample from what the source reads: augmented from a seed; None is the test's.

@@ -1,5 +1,6 @@
 """Image classification: crops with a label, cross-entropy with mixing, accuracy with ReaL and a confusion matrix."""
 import contextlib
+import hashlib
 import json
 import math
 import operator
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 import optim_factory
 from models import create_model
 from models.build import check_forward, name_of
-from pipeline import memory
+from pipeline import labels, memory
 from pipeline.augmentation import (
     TestTransform,
     TrainTransform,
@@ -59,6 +60,7 @@ class Labelled(Batch):
     """The model's input: images float32 [B, 3, H, W], normalised, erased and mixed."""
 
     targets: Tensor  # int64 [B], or float [B, classes] while mixup or CutMix is on
+    weights: Tensor | None = None  # float [B], of the images' losses, with --class_weights
 
 
 class Classification(Task):
@@ -69,12 +71,14 @@ class Classification(Task):
     def __init__(self, recipe: Recipe, run: Run):
         super().__init__(recipe, run)
         self._train = self._test = self._finish = None
+        self._source: Any = None  # of the training images
+        self._class_weights: Tensor | None = None
         self._binary = None if recipe.loss == 'ce' else BinaryCrossEntropy(
             recipe.smoothing, target_threshold=recipe.bce_target_thresh, sum_classes=recipe.loss == 'bce_sum')
 
     def __getstate__(self) -> dict[str, Any]:
-        """Spawned workers need no tensors of the device."""
-        return self.__dict__ | {'_finish': None}
+        """Spawned workers need no tensors of the device, and receive their source by themselves."""
+        return self.__dict__ | dict.fromkeys(('_finish', '_source', '_class_weights', 'teacher'))
 
     # ---- Data
 
@@ -83,7 +87,10 @@ class Classification(Task):
             self._train = TrainTransform(self.recipe)  # here, since it compiles what the workers will inherit
         else:
             self._test = TestTransform(self.recipe)
-        return open_source(self.recipe, self.run, split)
+        source = open_source(self.recipe, self.run, split)
+        if split == 'train':
+            self._source = source
+        return source
 
     def check_data(self, train: Any, val: Any) -> tuple[list[str], list[str]]:
         files = [source if isinstance(source, ImageFiles) else None for source in (train, val)]
@@ -91,6 +98,35 @@ class Classification(Task):
 
     def class_names(self, source: Any) -> list[str]:
         return list(getattr(source, 'classes', None) or class_names(source))
+
+    def learn_classes(self, sources: Sequence[Any]) -> None:
+        super().learn_classes(sources)
+        if self.teacher is not None:
+            self.teacher.learn_classes(self.classes, self.recipe.num_classes)
+        if self.recipe.class_weights and self._source is not None:
+            names = self.classes + [str(number) for number in range(len(self.classes), self.recipe.num_classes)]
+            self._class_weights = torch.from_numpy(
+                balanced_weights(self._labels_of(self._source, '--class_weights balanced'), self.recipe.num_classes)
+                if self.recipe.class_weights == 'balanced' else read_class_weights(self.recipe.class_weights, names))
+
+    def _labels_of(self, source: Any, flag: str) -> np.ndarray:
+        """The class of each image, for a flag. Raises UserError where the source does not tell them."""
+        found = getattr(source, 'labels', None)
+        if found is None:
+            raise UserError(f'{flag} needs the label of each image beforehand, which --data_set '
+                            f'{self.recipe.data_set} does not tell; take a folder of images')
+        try:
+            return np.array([self._check_label(label) for label in found], np.int64)
+        except BadLabel as error:
+            raise UserError(f'{flag}: an image of --data_set {self.recipe.data_set} {error}') from None
+
+    def balance(self, source: Any) -> np.ndarray | None:
+        return self._labels_of(source, '--balanced_sampling') if self.recipe.balanced_sampling else None
+
+    def sources(self) -> dict[str, str]:
+        weights, teacher = self._class_weights, self.teacher
+        return {} | ({} if weights is None else {'class_weights': hashlib.sha256(weights.numpy()).hexdigest()}) | (
+            {} if teacher is None else {'teacher': teacher.digest})
 
     def sample(self, item: tuple[Any, Any], seed: int | None) -> tuple[np.ndarray, int, np.ndarray | None, int]:
         image, label = item
@@ -131,7 +167,7 @@ class Classification(Task):
 
     def finish(self, batch: Crops, device: torch.device, position: Position | None) -> Labelled:
         if self._finish is None:
-            self._finish = Finish(self.recipe, device)
+            self._finish = Finish(self.recipe, device, self._class_weights)
         mixing = position is not None and position.epochs_left > self.recipe.mixup_off_epochs
         return self._finish(batch, ('mixup', *position[:3]) if mixing else None)
 
@@ -153,12 +189,24 @@ class Classification(Task):
         optim_factory.freeze(model, stages=self.recipe.freeze_stages, linear_probe=self.recipe.linear_probe)
 
     def loss(self, model: nn.Module, batch: Labelled) -> dict[str, Tensor]:
-        """The mean over the images; mixed targets were smoothed where they were mixed, class indices are here."""
+        """The mean over the images; mixed targets were smoothed where they were mixed, class indices are here.
+
+        With class weights, the mean of each image's loss times its weight. With a teacher, that and the teacher's
+        loss, which no weight and no smoothing touches, by their shares.
+        """
         logits, targets = model(batch.images), batch.targets
         if self._binary is not None:
             return {'loss': self._binary(logits, targets)}
         smoothing = 0.0 if targets.is_floating_point() else self.recipe.smoothing
-        return {'loss': F.cross_entropy(logits, targets, label_smoothing=smoothing)}
+        if batch.weights is None:
+            loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        else:
+            losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction='none')
+            loss = (batch.weights * losses).mean()
+        if self.teacher is not None:
+            share = self.recipe.distill_alpha
+            loss = (1 - share) * loss + share * self.teacher.loss(logits, batch.images)
+        return {'loss': loss}
 
     @torch.no_grad()
     def nearest_neighbours(self, model: nn.Module, batches: ValLoader) -> 'NearestNeighbours':
@@ -219,6 +267,7 @@ class Classification(Task):
         fitted = result['temperature']
         lines = ['95 % intervals: ' + ', '.join(f'{label} {low:.2f} to {high:.2f} %'
                                                 for label, (low, high) in bounds.items()),
+                 f'mean of the top-1 accuracies of the classes: {result["mean_class_acc1"]:.3f} %',
                  f'calibration error {result["ece"]:.2f} %, '
                  f'{"no temperature fits" if fitted is None else f"fitted temperature {fitted:.3f}"}',
                  'worst classes: ' + ', '.join(f'{row["name"].split(",")[0]} {row["acc1"]:.0f} %'
@@ -333,8 +382,13 @@ class BatchMixup(Mixup):
 class Finish:
     """Turns a worker's batch into the model's input: to the device, to float, normalised, erased, mixed."""
 
-    def __init__(self, recipe: Recipe, device: torch.device):
+    def __init__(self, recipe: Recipe, device: torch.device, class_weights: Tensor | None = None):
+        """
+        Args:
+            class_weights: float32 [classes], by which the losses of training images are multiplied.
+        """
         self._recipe, self._device = recipe, device
+        self._weights = None if class_weights is None else class_weights.to(device)
         self._mean = torch.tensor(recipe.mean, device=device) * 255
         self._scale = 1 / (torch.tensor(recipe.std, device=device) * 255)
         self._mixup = None
@@ -356,7 +410,15 @@ class Finish:
         if mixup_key is not None and self._mixup is not None:
             np.random.seed(derive_seed(self._recipe.seed, *mixup_key) & 0xFFFFFFFF)
             images, targets = self._mixup(images, targets)
-        return Labelled(images, targets)
+        return Labelled(images, targets, None if self._weights is None else self._weights_of(targets))
+
+    def _weights_of(self, targets: Tensor) -> Tensor:
+        """The weight of each image, [B]: its class's; of a mixed image the mean of both, by their shares."""
+        if not targets.is_floating_point():
+            return self._weights[targets]
+        # Mixed targets are smoothed: that share of each goes to all classes alike, and has no weight here
+        smoothing = self._recipe.smoothing
+        return (targets @ self._weights - smoothing * self._weights.mean()) / (1 - smoothing)
 
     def _erase(self, images: Tensor, batch: Crops) -> None:
         """Random erasing of the boxes drawn in the workers; the fill comes from the images' seeds too."""
@@ -415,9 +477,10 @@ class Accuracy:
     """Accuracy and cross-entropy over a data set that the ranks share out, each image once.
 
     `result` gives, by model, 'acc1' and 'acc5' in % (top-5 is top-k where there are k < 5 classes), 'loss' per image,
-    'count', and with `real_labels` 'real_acc1' in %. With `classes` also 'interval_' of each accuracy (95 %), 'ece' in
-    %, the fitted 'temperature', 'worst_classes' and 'confusions', up to 100 classes 'confusion', the images
-    [true][predicted], and for files 'right', bool [images] in the order of the source, and 'classes', a row each.
+    'count', and with `real_labels` 'real_acc1' in %. With `classes` also 'interval_' of each accuracy (95 %),
+    'mean_class_acc1', the mean of the accuracies of the classes that have images, in %, 'ece' in %, the fitted
+    'temperature', 'worst_classes' and 'confusions', up to 100 classes 'confusion', the images [true][predicted], and
+    for files 'right', bool [images] in the order of the source, and 'classes', a row each.
     """
 
     names = ('right1', 'right5', 'loss', 'real_right', 'real_count')
@@ -492,7 +555,8 @@ class Accuracy:
             counts['real_acc1'] = (total['real_right'], total['real_count'])
         details = {f'interval_{name}': list(evidence.wilson(round(hits), round(of)))
                    for name, (hits, of) in counts.items()}
-        details |= {'ece': evidence.calibration_error(confidences, right), 'temperature': evidence.temperature(slopes),
+        details |= {'mean_class_acc1': sum(row['acc1'] for row in rows) / len(rows),
+                    'ece': evidence.calibration_error(confidences, right), 'temperature': evidence.temperature(slopes),
                     'worst_classes': evidence.worst(rows), 'right': right, 'classes': rows,
                     'confusions': evidence.confusions(targets, guesses, self._classes)}
         if (size := len(self._classes)) <= MAX_CONFUSION:
@@ -516,6 +580,45 @@ def gather(batches: Sequence[Tensor]) -> Tensor:
     dist.all_gather(parts, padded)
     rows = torch.stack(parts, 1).flatten(0, 1)
     return rows[rows[:, 0] >= 0]
+
+
+def balanced_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """A weight for each class, float32: the inverse of its number of images; their mean over the images is 1.
+
+    A class without images has the weight 0.
+
+    Args:
+        labels: the class of each image.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    there = np.count_nonzero(counts)
+    return np.divide(len(labels) / there, counts, out=np.zeros(num_classes), where=counts > 0).astype(np.float32)
+
+
+def read_class_weights(path: str, classes: Sequence[str]) -> np.ndarray:
+    """A weight for each class, float32, from a file of NAME WEIGHT lines, or of a weight a line in the classes' order.
+
+    Raises:
+        UserError: where a class has no weight or two, or a weight is no number from 0.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding='utf-8-sig').splitlines() if line.strip()]
+        names, values = list(classes), lines
+        if any(len(line.split()) > 1 for line in lines):
+            pairs = [line.rsplit(maxsplit=1) for line in lines]
+            names, values = [pair[0] for pair in pairs], [pair[-1] for pair in pairs]
+        weights = np.array(values, np.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f'--class_weights {path} cannot be read ({error}); give NAME WEIGHT lines, or balanced'
+                        ) from None
+    if len(names) != len(weights) or len(names) != len(classes):
+        raise UserError(f'--class_weights {path} has {len(weights)} weights, but there are {len(classes)} classes; '
+                        'give each class one')
+    if lost := labels.lacking(classes, names):
+        raise UserError(f'--class_weights {path} has no weight for {labels.some(lost)}; give each class one')
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise UserError(f'--class_weights {path}: give finite weights from 0, not all of them 0')
+    return weights[labels.find(classes, names)]
 
 
 def read_valid_labels(path: str, recipe: Recipe, classes: list[str]) -> list[int]:

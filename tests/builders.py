@@ -22,10 +22,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import datasets
+import main
 import recipes
 import reference
 import runs
 from models.released import RELEASED, RELEASED_DENSE
+from pipeline.sources import Digits
 from recipes import Recipe, Run
 from tasks import Task, create_task
 
@@ -61,6 +63,31 @@ def make_image_folder(root: Path, *, classes: int = 3, train: int = 16, val: int
             for i in range(count):
                 draw(rng, label).save(folder / f'{i}.png')
     return root
+
+
+def make_digit_folder(root: Path, counts: Sequence[int]) -> Path:
+    """scikit-learn's digits as an image folder, of each class so many to train, the first ones; all 360 to test."""
+    for split, most in (('train', counts), ('val', [360] * 10)):
+        digits = Digits(split)
+        for label, count in enumerate(most):
+            (root / split / str(label)).mkdir(parents=True)
+            for index in np.flatnonzero(digits.labels == label)[:count]:
+                Image.fromarray(digits.read(index)[0]).save(root / split / str(label) / f'{index}.png')
+    return root
+
+
+# A MogaNet of four blocks, without its average, that learns digits in seconds
+LEARNING = ('--recipe', 'moganet_xtiny_digits', '--data_set', 'image_folder', '--layer_scale_init_value', '0.1',
+            '--drop_path', '0', '--model_ema', 'false', '--disable_eval', '--device', 'cpu', '--num_workers', '0',
+            '--print_freq', '1000', '--model_kwargs', 'depths=[1,1,1,1]', 'ffn_ratios=[2,2,2,2]')
+
+
+def class_accuracy(folder: Path, data: Path, dims: str, *flags: str) -> float:
+    """Trains that MogaNet of `dims` channels; gives the mean accuracy over the classes, %, at its end."""
+    assert main.main([*LEARNING, dims, '--data_path', str(data), '--output_dir', str(folder), *flags]) == 0
+    assert main.main(['--eval', '--checkpoint', str(folder / 'checkpoint-last.pth'), '--data_path', str(data),
+                      '--device', 'cpu', '--num_workers', '0']) == 0
+    return json.loads((folder / 'eval.json').read_text())['mean_class_acc1']
 
 
 # ---- Images and data sets -------------------------------------------------------------------------------------------

@@ -192,6 +192,8 @@ def test_line_before_the_result_says_what_is_evaluated_and_eval_json_holds_it_al
     for name in ('acc1', 'acc5'):
         low, high = result.pop(f'interval_{name}')
         assert low < result[name] < high
+    assert result.pop('mean_class_acc1') == pytest.approx(
+        sum(100 * row[label] / sum(row) for label, row in enumerate(confusion)) / 6)
     assert 0 < result.pop('ece') < 100 and (result.pop('temperature') or 1) > 0  # None where none fits
     assert [row['acc1'] for row in result['worst_classes']] == sorted(row['acc1'] for row in result['worst_classes'])
     assert {row['name'] for row in result.pop('worst_classes')} == {f'class{i}' for i in range(6)}

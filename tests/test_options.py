@@ -150,6 +150,30 @@ def test_option_changes_the_trained_weights(case, train):
     assert all(value.isfinite().all() for value in with_it.values())
 
 
+@proves('class_weights', 'balanced_sampling')
+def test_weights_of_classes_and_balanced_sampling_change_the_trained_weights(train, tmp_path):
+    (tmp_path / 'weights.txt').write_text('class0 1\nclass1 2\nclass2 3\n')
+    (tmp_path / 'ones.txt').write_text('1\n1\n1\n')
+    plain = state_of(train())['model']
+    for flags in (('--class_weights', str(tmp_path / 'weights.txt')), ('--balanced_sampling',)):
+        assert not same(state_of(train(*flags))['model'], plain), flags
+    # Six images of each class: both weigh each image by 1, and the same sum in the same order has the same bits
+    balanced, ones = (state_of(train('--class_weights', value))['model']
+                      for value in ('balanced', str(tmp_path / 'ones.txt')))
+    assert same(balanced, ones)
+
+
+@proves('teacher', 'distill', 'distill_alpha', 'distill_tau')
+def test_a_teacher_and_how_it_is_heard_change_the_trained_weights(train):
+    one, other = (str(train('--seed', seed) / 'checkpoint-last.pth') for seed in '56')
+    soft = ('--teacher', one, '--distill', 'soft')
+    found = [state_of(train(*flags))['model']['head.weight'] for flags in (
+        (), soft, ('--teacher', other, '--distill', 'soft'), ('--teacher', one, '--distill', 'hard'),
+        (*soft, '--distill_alpha', '0.9'), (*soft, '--distill_tau', '3'))]
+    assert all(weight.isfinite().all() for weight in found)
+    assert not any(torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
 def prepare(recipe: recipes.Recipe, run: recipes.Run, *, num_classes: int) -> torch.nn.Module:
     task = create_task(dataclasses.replace(recipe, num_classes=num_classes), run)
     return prepare_model(task, run, torch.device('cpu'))

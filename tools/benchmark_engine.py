@@ -117,7 +117,7 @@ def measure_save(*, recipe: Recipe = RECIPES['moganet_xtiny'], rounds: int = 9, 
     state = TrainState(
         model=model, optimizer=optimizer, scaler=create_scaler(place, 'fp32'), ema=ema, sums=step.sums.values,
         skips=step.skips.values, recipe=recipe, classes=[], class_map=None, updates_per_epoch=1, micro_batch_size=2,
-        arithmetic=arithmetic_of(settle_arithmetic(Run(), place)))
+        arithmetic=arithmetic_of(settle_arithmetic(Run(), place)), sources={})
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         files, plain = CheckpointFolder(Path(temporary), keep=1), Path(temporary) / 'plain.pth'
 

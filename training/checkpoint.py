@@ -41,7 +41,7 @@ class TrainState:
     def __init__(self, *, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                  ema: ModelEma | None, sums: torch.Tensor, skips: torch.Tensor, recipe: Recipe, classes: list[str],
                  class_map: dict[str, int] | None, updates_per_epoch: int, micro_batch_size: int,
-                 arithmetic: dict[str, Any]):
+                 arithmetic: dict[str, Any], sources: dict[str, str]):
         """
         Args:
             model: unwrapped.
@@ -51,8 +51,9 @@ class TrainState:
             class_map: the labels by class name, where the user gave a map.
             micro_batch_size: of a process; another one is another function where there is BN.
             arithmetic: how sums are formed: 'channels_last' and 'tf32', and the form of the 'convolutions'.
+            sources: the SHA-256 of what the training depends on beside the recipe and the images, by its flag.
         """
-        self.arithmetic = arithmetic
+        self.arithmetic, self.sources = arithmetic, sources
         self.micro_batch_size = micro_batch_size
         self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
         self.sums, self.skips = sums, skips
@@ -89,6 +90,7 @@ class TrainState:
             'updates_per_epoch': self.updates_per_epoch,
             'micro_batch_size': self.micro_batch_size,
             'arithmetic': dict(self.arithmetic),
+            'sources': dict(self.sources),
             'skips': self.skips,
             'local': {'buffers': _gather(self.buffers.own()), 'sums': _gather(self.sums)},
         }
@@ -217,7 +219,8 @@ def earlier_arithmetic(path: Path, device: torch.device) -> dict[str, Any]:
 
 def check_recipe(state: dict[str, Any], recipe: Recipe, *, path: Path, anyway: bool) -> None:
     """Refuses to resume under another recipe. Raises UserError with the fields that differ, unless `anyway`."""
-    changed = differences(from_dict(state['recipe']), recipe)
+    changed = [change for change in differences(from_dict(state['recipe']), recipe)
+               if change.split(':')[0] not in recipe.by_content]
     fixed = [change for change in changed if change.split(':')[0] in ('task', *recipe.fixed)]
     if fixed and anyway:
         raise UserError(f'{path} cannot be resumed with {"; ".join(fixed)}: its state depends on it; give another '
@@ -227,6 +230,21 @@ def check_recipe(state: dict[str, Any], recipe: Recipe, *, path: Path, anyway: b
     elif changed:
         raise UserError(f'{path} was trained by another recipe ({"; ".join(changed)}); resume with the flags of its '
                         'recipe.json, or give another --output_dir, or say --resume_anyway')
+
+
+def check_sources(state: dict[str, Any], sources: dict[str, str], *, anyway: bool) -> None:
+    """Refuses to resume with another file behind a flag. Raises UserError that names the flag, unless `anyway`.
+
+    A file that has moved is the same: its content counts.
+    """
+    before = state.get('sources', {})  # older checkpoints depend on none
+    changed = sorted(name for name in {**before, **sources} if before.get(name) != sources.get(name))
+    if changed and anyway:
+        log.warning('Resuming with another content of --%s', ', --'.join(changed))
+    elif changed:
+        raise UserError(f'the checkpoint was trained with another content of --{changed[0]} ('
+                        f'SHA-256 {before.get(changed[0], "none")[:12]}, here {sources.get(changed[0], "none")[:12]}); '
+                        'give the same, or another --output_dir, or say --resume_anyway')
 
 
 class _Living:

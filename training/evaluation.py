@@ -139,11 +139,20 @@ def files_beside(done: Sequence[Evaluated]) -> dict[str, bytes]:
 
 def find_recipe(source: str | None, recipe: Recipe, run: Run) -> tuple[Weights | None, Recipe, dict[str, Any]]:
     """A checkpoint (None: timm's pretrained weights), the recipe by which to test it, and what is known about it."""
-    weights, meta = None, {}
+    weights = None
     if source is not None:
         with utils.rank_zero_first(f'download {source}'):
             weights = load_weights(source, run.weights)
-        meta = weights.meta
+    return (weights, *recipe_of(weights, recipe, run))
+
+
+def recipe_of(weights: Weights | None, recipe: Recipe, run: Run) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe by which to test weights (None: timm's), with the number of their classes, and what is known of them.
+
+    Args:
+        recipe: what was asked for; the fields of `run.given` win over the weights' own.
+    """
+    meta = weights.meta if weights is not None else {}
     name = recipe.model or str(meta.get('model', ''))
     if not recipes.is_moganet(name):  # those have rows of their own
         meta = settings_of_timm(name) | meta
@@ -158,7 +167,7 @@ def find_recipe(source: str | None, recipe: Recipe, run: Run) -> tuple[Weights |
             dense = isinstance(recipe, Dense)
             known = classes_of_dense(weights.state_dict, recipe) if dense else classes_of(weights, recipe.model)
         recipe = dataclasses.replace(recipe, num_classes=known)
-    return weights, recipe, meta
+    return recipe, meta
 
 
 def load_task(source: str, recipe: Recipe, run: Run, device: torch.device) -> tuple[Task, nn.Module, Weights]:
@@ -171,12 +180,20 @@ def load_task(source: str, recipe: Recipe, run: Run, device: torch.device) -> tu
         UserError: where the file cannot be read, or is of another kind.
     """
     weights, recipe, _ = find_recipe(source, recipe, run)
+    task, model = build_task(weights, recipe, run, device)
+    task.name_classes(model, labels.known_names(weights.meta.get('classes')))
+    return task, model, weights
+
+
+def build_task(weights: Weights | None, recipe: Recipe, run: Run, device: torch.device, *, pretrained: bool = False
+               ) -> tuple[Task, nn.Module]:
+    """The task of a recipe and its model in evaluation mode on the device, with the weights given, or timm's."""
     run = settle_arithmetic(run, device)
     task = create_task(recipe, run)
-    model = prepare_model(task, run, device)
-    apply_weights(model, weights)
-    task.name_classes(model, labels.known_names(weights.meta.get('classes')))
-    return task, model.eval(), weights
+    model = prepare_model(task, run, device, pretrained=pretrained)
+    if weights is not None:
+        apply_weights(model, weights)
+    return task, model.eval()
 
 
 def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], run: Run, detailed: bool, *,
@@ -301,8 +318,8 @@ def evaluation_folder(source: str | None, model: str) -> Path:
 
 
 # Further columns of the table: what a result may hold beside its task's metrics, its heading and its decimals
-EXTRA = {'real_acc1': ('ReaL', 3), 'loss': ('NLL', 4), 'ece': ('ECE', 2), 'temperature': ('T', 3),
-         'corruption_error': ('corruption error', 2), 'mce': ('mCE', 1)}
+EXTRA = {'mean_class_acc1': ('class top-1', 3), 'real_acc1': ('ReaL', 3), 'loss': ('NLL', 4), 'ece': ('ECE', 2),
+         'temperature': ('T', 3), 'corruption_error': ('corruption error', 2), 'mce': ('mCE', 1)}
 
 
 def results_table(results: list[dict[str, Any]], recipe: Recipe) -> str:
@@ -335,7 +352,7 @@ def append_result(path: Path, result: dict[str, Any], recipe: Recipe) -> None:
     published = [f'{kind}_{name}' for name in recipe.expected() for kind in ('published', 'difference')]
     columns = ('checkpoint', 'model', 'weights', *recipe.settings(), *recipe.metrics, 'count',
                *published, 'images_per_second', 'set', 'tta', 'knn', 'real_acc1', 'ece', 'temperature',
-               'corruption_error', 'mce')
+               'corruption_error', 'mce', 'mean_class_acc1')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'a+', newline='') as file:

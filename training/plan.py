@@ -4,11 +4,12 @@ Nothing is trained, loaded or downloaded, so that a machine without a GPU does i
 allocator would hand out. Hours are predicted, from the bytes and operations of a step and the cards' data sheets.
 """
 import contextlib
+import functools
 import itertools
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from recipes import Recipe, Run
 from recipes.fields import MADE_UP
 from tasks import Task, create_task
 from training.start import build_step, prepare_model, set_grad_checkpointing
+from training.teachers import find_teacher
 from training.traffic import Traffic
 from utils import Processes, UserError, align, reason_of
 
@@ -146,7 +148,8 @@ def _size(tensors: Any) -> int:
 
 def _build(task: Task, run: Run, model: nn.Module) -> engine.TrainStep:
     """The step that trains a model, with the state that its optimizer makes in its first step, all without values."""
-    _drop_values(model)
+    for dropped in (model, *([task.teacher.model] if task.teacher else [])):
+        _drop_values(dropped)
     step = build_step(task, run, Processes(CPU), model)
     engine.train_mode(step.model)
     for param in model.parameters():
@@ -163,11 +166,19 @@ def _peak(step: engine.TrainStep, size: int, memory: _Memory) -> int:
     return memory.peak()
 
 
-def count_operations(task: Task, model: nn.Module, size: int) -> float:
-    """Floating-point operations of a training step for an image: three times the forward pass's."""
-    with FlopCounterMode(display=False) as counter:  # its count of a depthwise backward pass forgets the groups
-        task.loss(model, task.example_batch(size, CPU))
-    return 3 * counter.get_total_flops() / size
+def count_operations(task: Task, model: nn.Module, size: int, *, passes: int = 3) -> float:
+    """Floating-point operations of a training step for an image: `passes` times the model's forward pass's.
+
+    A teacher's pass counts once.
+    """
+    def count(forward: Callable[[Any], Any]) -> int:
+        with FlopCounterMode(display=False) as counter:  # its count of a depthwise backward pass forgets the groups
+            forward(task.example_batch(size, CPU))
+        return counter.get_total_flops()
+
+    both = count(functools.partial(task.loss, model))
+    taught = count(lambda batch: task.teacher.answer(batch.images)) if task.teacher is not None else 0
+    return (passes * (both - taught) + taught) / size
 
 
 @contextlib.contextmanager
@@ -202,15 +213,17 @@ def count_all(recipe: Recipe, run: Run) -> Costs:
                   print_param_groups=False)
     task, memory = create_task(recipe, run), _Memory()
     model = prepare_model(task, run, CPU)
+    task.teacher = find_teacher(recipe, run, CPU, loading=False)
     with _without_values(recipe):
         step = _build(task, run, model)
-        memory.track_external(step.unwrapped, step.optimizer, *([step.ema.module] if step.ema else []))
+        memory.track_external(step.unwrapped, step.optimizer, *([step.ema.module] if step.ema else []),
+                              *([task.teacher.model] if task.teacher else []))
         peaks, traffic, checkpointed = [], [], None
         for size in sizes:
             with Traffic(as_cuda=True) as counted:
                 peaks.append(_peak(step, size, memory))
             traffic.append(counted)
-        operations = count_operations(task, model, small) * (4 / 3 if run.grad_checkpointing else 1)
+        operations = count_operations(task, model, small, passes=4 if run.grad_checkpointing else 3)
         if not run.grad_checkpointing:
             with contextlib.suppress(UserError):  # some models have none
                 set_grad_checkpointing(model, recipe)

@@ -247,7 +247,9 @@ def find_micro_batch(task: Task, run: Run, processes: utils.Processes) -> int:
     if processes.device.type != 'cuda':
         raise UserError('--batch_size auto measures the memory of a CUDA device; give a number here')
     # The number of classes is not known before the data is, which needs the micro-batch
-    task = type(task)(dataclasses.replace(recipe, num_classes=recipe.num_classes or 1000), run)
+    teacher, classes = task.teacher, task.teacher.num_classes if task.teacher else 1000
+    task = type(task)(dataclasses.replace(recipe, num_classes=recipe.num_classes or classes), run)
+    task.teacher = teacher
     model = prepare_model(task, run, processes.device)
     share, rest = divmod(recipe.total_batch_size, run.world_size * (run.update_freq or 1))
     if rest:
@@ -289,8 +291,9 @@ def build_state(task: Task, run: Run, step: engine.TrainStep, *, updates_per_epo
     state = TrainState(model=step.unwrapped, optimizer=step.optimizer, scaler=step.scaler, ema=step.ema,
                        sums=step.sums.values, skips=step.skips.values, recipe=task.recipe, classes=task.classes,
                        class_map=task.class_map, updates_per_epoch=updates_per_epoch, micro_batch_size=run.batch_size,
-                       arithmetic=arithmetic_of(run))
+                       arithmetic=arithmetic_of(run), sources=task.sources())
     if start is not None:
+        checkpoint.check_sources(start, state.sources, anyway=run.resume_anyway)
         state.load_state_dict(start, optimizer=own or not run.no_resume_opt)
     step.warm_up(task.example_batch(run.batch_size, step.device))
     return state

@@ -26,6 +26,7 @@ from pipeline.loaders import WorkersLost
 from recipes import Recipe, Run
 from tasks import Batch, Task, create_task
 from training import start as starting
+from training import teachers
 from training.checkpoint import CheckpointFolder, TrainState
 from training.lock import own_folder
 from training.log import Notes
@@ -68,6 +69,7 @@ def _train(recipe: Recipe, run: Run, processes: utils.Processes, observer: Obser
     if initial is not None and 'gate' in recipe.arguments():
         log.info('Training with the %s gate.', recipe.gate)
     task = create_task(recipe, run)
+    task.teacher = teachers.find_teacher(recipe, run, processes.device)
     if start is not None:
         task.trained, task.resumed = start['classes'], True
     elif initial is not None:
