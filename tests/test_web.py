@@ -360,7 +360,7 @@ def test_queue_has_a_length(folder, photographs, monkeypatch):
 # ---- How it starts --------------------------------------------------------------------------------------------------
 
 def test_wrong_starts_give_one_line(folder, capsys):
-    with pytest.raises(UserError, match=r'none\.pth: no such file'):
+    with pytest.raises(UserError, match=r'none\.pth'):
         web_main(['--checkpoint', str(folder / 'none.pth'), '--device', 'cpu'])
     with pytest.raises(UserError, match='--port 0'):
         web_main(['--port', '0'])
