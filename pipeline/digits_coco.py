@@ -1,8 +1,8 @@
 """Handwritten digits on photographs: a made-up data set for demos and tests, as COCO's folder and as ADE20K's in one.
 
-scikit-learn's digits are enlarged, inked in a colour that the place does not have, and laid on crops of photographs that
-it and scikit-image bring, each digit above those before it. Whatever troubles a reader of COCO occurs: overlaps, ids
-with gaps, images without objects, crowds, portraits, and masks as polygons and as both forms of run-length codes.
+scikit-learn's digits are enlarged, inked in a colour that the place does not have, and laid on crops of photographs
+that it and scikit-image bring, each digit above those before it. Whatever troubles a reader of COCO occurs: overlaps,
+ids with gaps, images without objects, crowds, portraits, and masks as polygons and as both forms of run-length codes.
 """
 import hashlib
 import json
@@ -105,12 +105,13 @@ def write(root: Path, *, train: int = 1000, val: int = 200, seed: int = 0) -> No
 
 def _photographs(split: Split) -> list[Image.Image]:
     try:
+        import sklearn.datasets
         from skimage import data
-        from sklearn.datasets import load_sample_image
     except ImportError as error:
         raise UserError(f"digits on photographs need scikit-learn and scikit-image ({error}): pip install -e '.[demo]'"
                         ) from None
-    arrays = [load_sample_image(name) if '.' in name else getattr(data, name)() for name in PHOTOGRAPHS[split]]
+    arrays = [sklearn.datasets.load_sample_image(name) if '.' in name else getattr(data, name)()
+              for name in PHOTOGRAPHS[split]]
     return [Image.fromarray(array[0] if isinstance(array, tuple) else array).convert('RGB') for array in arrays]
 
 
