@@ -70,11 +70,11 @@ class Pool(nn.Module):
 class Head(nn.Module):
     """What the heads share: the classifier, and dropout of whole channels before it."""
 
-    def __init__(self, channels: int, *, num_classes: int, dropout: float) -> None:
+    def __init__(self, channels: int, *, num_classes: int, dropout: float, classifier_std: float = 0.01) -> None:
         super().__init__()
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
         self.dropout = nn.Dropout2d(dropout)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.normal_(self.conv_seg.weight, std=classifier_std)
         nn.init.zeros_(self.conv_seg.bias)
 
     def _init_convolutions(self) -> None:
@@ -269,6 +269,8 @@ class SemanticFPN(Segmentor):
         channels: of the pyramid.
         head_channels: of the head.
         dropout: rate of channels left out before the classifier.
+        classifier_std: of the classifier's initial weights. The authors' 0.01 is for a trained backbone: from scratch,
+            every class starts with the background's answer and takes three times as many updates to leave it.
         kwargs: the backbone's, such as `drop_path_rate`, `gate` or `pretrained`.
 
     Raises:
@@ -279,10 +281,11 @@ class SemanticFPN(Segmentor):
     LAST: ClassVar = {'decode_head.conv_seg': (1, 0)}
 
     def __init__(self, backbone: str, *, num_classes: int = 150, channels: int = 256, head_channels: int = 128,
-                 dropout: float = 0.1, **kwargs: Any) -> None:
+                 dropout: float = 0.1, classifier_std: float = 0.01, **kwargs: Any) -> None:
         super().__init__(backbone, num_classes=num_classes, **kwargs)
         self.neck = FPN(self.backbone.feature_info.channels(), channels, extra=0)
-        self.decode_head = FPNHead(channels, head_channels, num_classes=num_classes, dropout=dropout)
+        self.decode_head = FPNHead(channels, head_channels, num_classes=num_classes, dropout=dropout,
+                                   classifier_std=classifier_std)
 
     def heads(self, images: Tensor) -> list[Tensor]:
         return [self.decode_head(self.neck(self.maps(images)))]

@@ -1,8 +1,8 @@
 """Handwritten digits on photographs: a made-up data set for demos and tests, as COCO's folder and as ADE20K's in one.
 
-scikit-learn's digits are enlarged, inked in a colour that the place does not have, and laid on crops of scikit-image's
-photographs, each digit above those before it. Whatever troubles a reader of COCO occurs: overlaps, ids with gaps,
-images without objects, crowds, portraits, and masks as polygons and as both forms of run-length codes.
+scikit-learn's digits are enlarged, inked in a colour that the place does not have, and laid on crops of photographs
+that it and scikit-image bring, each digit above those before it. Whatever troubles a reader of COCO occurs: overlaps,
+ids with gaps, images without objects, crowds, portraits, and masks as polygons and as both forms of run-length codes.
 """
 import hashlib
 import json
@@ -26,7 +26,8 @@ CATEGORY_IDS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89)  # of the digits 0 to 9
 # from its neighbour. The mean IoU is then over the background and the digits
 LABELS = ('ignored', 'background', *Digits.classes)
 PHOTOGRAPHS = {'train': ('astronaut', 'coffee', 'stereo_motorcycle', 'immunohistochemistry', 'retina',
-                         'hubble_deep_field'),
+                         'hubble_deep_field', 'brick', 'camera', 'cell', 'clock', 'grass', 'gravel', 'moon',
+                         'china.jpg', 'flower.jpg'),
                'val': ('chelsea', 'rocket', 'coins')}
 ADE_FOLDERS = {'train': 'training', 'val': 'validation'}
 LUMINANCE = np.array([0.299, 0.587, 0.114])
@@ -104,17 +105,18 @@ def write(root: Path, *, train: int = 1000, val: int = 200, seed: int = 0) -> No
 
 def _photographs(split: Split) -> list[Image.Image]:
     try:
-        import sklearn  # noqa: F401 (the digits are its)
+        import sklearn.datasets
         from skimage import data
     except ImportError as error:
         raise UserError(f"digits on photographs need scikit-learn and scikit-image ({error}): pip install -e '.[demo]'"
                         ) from None
-    arrays = [getattr(data, name)() for name in PHOTOGRAPHS[split]]
+    arrays = [sklearn.datasets.load_sample_image(name) if '.' in name else getattr(data, name)()
+              for name in PHOTOGRAPHS[split]]
     return [Image.fromarray(array[0] if isinstance(array, tuple) else array).convert('RGB') for array in arrays]
 
 
 class Scene:
-    """A crop of a photograph with 2 to 8 digits, or none in one of 20; a crowd of one digit in one of 10.
+    """A crop of a photograph with 4 to 10 digits, or none in one of 20; a crowd of one digit in one of 10.
 
     Attributes:
         pixels: float64 [h, w, 3], 0 to 255.
@@ -135,10 +137,10 @@ class Scene:
             return
         if index % 10 == 4:
             self._add_crowd()
-        for _ in range(rng.integers(2, 9)):
+        for _ in range(rng.integers(4, 11)):
             which = int(rng.integers(len(digits)))
-            # From 12 to 64 pixels, as many between 12 and 24 as between 24 and 48
-            self._add(which, side=round(12 * (64 / 12) ** rng.random()))
+            # From 16 to 64 pixels, as many between 16 and 32 as between 32 and 64
+            self._add(which, side=round(16 * 4 ** rng.random()))
 
     def _crop(self, photograph: Image.Image, size: tuple[int, int]) -> Image.Image:
         """A part of the photograph, reduced by a factor of 1 to 1.8 (the smallest of them is 300 pixels high)."""

@@ -111,14 +111,15 @@ ROWS = (
     replace(_upernet, name='upernet_moganet_xlarge_160k', model='moganet_xlarge', drop_path=0.4, expected_miou=54.0,
             source=f"authors' repository, segmentation, which has a configuration alone: no file and no log are "
                    f"released; the mIoU is the paper's, from weights of ImageNet-21K; {_NORMS}"),
-    # Digits of 12 to 64 pixels on images of 128 to 160, which must not be mirrored; nine tenths are background, which
-    # no crop has less of than three quarters
+    # Digits of 16 to 64 pixels on images of 128 to 160, which must not be mirrored: crops that hold the largest, and
+    # at least a tenth of digits
     replace(_semantic_fpn, name='semantic_fpn_moganet_digits', source='this project (make demo-segmentation)',
             hardware='2 CPU cores', model='moganet_xtiny', data_set='digits_ade', image_scale=(160, 160),
-            scale_range=(0.8, 1.25), crop_size=128, max_class_share=1.0, hflip=0.0,
-            model_kwargs={'dims': [16, 48, 96, 160], 'depths': [1, 2, 4, 2], 'ffn_ratios': [4, 4, 4, 4],
+            scale_range=(1.0, 1.0), crop_size=96, max_class_share=0.9, hflip=0.0,
+            model_kwargs={'dims': [16, 32, 64, 128], 'depths': [1, 1, 2, 1], 'ffn_ratios': [4, 4, 4, 4],
                           'layer_scale_init_value': 0.1},
-            network_kwargs={'channels': 64, 'head_channels': 64, 'dropout': 0.0}, photometric=0.0, micro_batch_size=8,
-            total_batch_size=8, epochs=4, updates=None, drop_path=0.0, lr=2e-3, weight_decay=0.05, param_groups='ours',
-            warmup_steps=100, clip_grad=1.0, model_ema=True, model_ema_decay=0.995),
+            network_kwargs={'channels': 32, 'head_channels': 32, 'dropout': 0.0, 'classifier_std': 0.2},
+            photometric=0.3, micro_batch_size=16, total_batch_size=16, epochs=20, updates=None, drop_path=0.0, lr=6e-3,
+            weight_decay=0.05, param_groups='ours', warmup_steps=100, clip_grad=1.0, model_ema=True,
+            model_ema_decay=0.995),
 )

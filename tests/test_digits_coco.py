@@ -73,10 +73,10 @@ def test_what_troubles_a_reader_occurs(half):
     assert sum(not coco.imgToAnns[number] for number in coco.imgs) == count // 20
     assert sum(annotation['iscrowd'] for annotation in coco.anns.values()) == count // 10
     digits = [annotation for annotation in coco.anns.values() if not annotation['iscrowd']]
-    assert 3.5 < len(digits) / count < 6  # 2 to 8, and no place for some
+    assert 4.5 < len(digits) / count < 7.5  # 4 to 10, and no place for some
     longer = [max(annotation['bbox'][2:]) for annotation in digits]
     # What is covered is up to a quarter less, and an edge is rounded by a pixel or two
-    assert 9 <= min(longer) < 13 and 50 < max(longer) <= 66
+    assert 12 <= min(longer) < 17 and 50 < max(longer) <= 66
     for image in coco.imgs.values():
         assert {128 <= image[side] <= 160 for side in ('height', 'width')} == {True}
 
