@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
@@ -339,10 +340,9 @@ class TrainTransform:
         part = np.ascontiguousarray(pixels[top:top + rows, left:left + columns])
         if mode not in (InterpolationMode.BICUBIC, InterpolationMode.BILINEAR):
             return np.array(TF.resize(Image.fromarray(part), list(crop.size), mode))
-        resize = (torch._C._nn._upsample_bicubic2d_aa if mode is InterpolationMode.BICUBIC
-                  else torch._C._nn._upsample_bilinear2d_aa)
         # Pillow's filter and fixed point in vector instructions; in this layout, which torch knows as channels last
-        resized = resize(torch.from_numpy(part)[None].permute(0, 3, 1, 2), crop.size, False, None, None)
+        resized = F.interpolate(torch.from_numpy(part)[None].permute(0, 3, 1, 2), crop.size, mode=mode.value,
+                                antialias=True)
         return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()
 
 
