@@ -465,15 +465,3 @@ def resized_crop(image, height, width, top, left, rows, columns, cubic):
         for x in range(0, out_row, STRETCH):
             _filter_stretch(between, start + x, 0, row, weights[y], lengths[y], out, y * out_row + x, 0)
     return out[:rows * out_row].reshape(rows, columns, 3)
-
-
-# ---- On the CPU as a device -----------------------------------------------------------------------------------------
-
-@compiled
-def normalise(rows, mean, scale, out):
-    """(rows - mean) * scale, uint8 [N, K] and float32 [K] to float32 [N, K], in one pass over the memory."""
-    for n in range(rows.shape[0]):
-        source, target = rows[n], out[n]
-        for i in range(source.size):
-            k = uintp(i)
-            target[k] = (np.float32(source[k]) - mean[k]) * scale[k]
