@@ -345,7 +345,7 @@ def test_the_sbatch_file_saves_at_its_signal_comes_back_and_ends_with_the_same_b
 
 @pytest.mark.parametrize('words,line', [
     (('--partition', 'hihg'), 'Slurm refuses the job, nothing is submitted: invalid partition specified: hihg'),
-    (('--device', 'auto'), 'Slurm refuses the job, nothing is submitted: Invalid generic resource (gres) specification'),
+    (('--device', 'auto'), 'nothing is submitted: Invalid generic resource (gres) specification'),
     (('--job_dir', '/proc/nowhere'), 'the folder /proc/nowhere cannot be written'),
     (('--nodes', '8'), 'Slurm refuses the job, nothing is submitted'),
     (('--constraint', 'h200'), 'Slurm refuses the job, nothing is submitted'),
