@@ -23,7 +23,7 @@ from pipeline.loaders import MapBatches
 from pipeline.sources import ImageFiles
 from recipes import RECIPES, Recipe, Run
 from tasks import create_task
-from tools.benchmark import spread
+from tools.alternation import spread
 from utils import UserError, derive_seed
 
 BATCH = 32  # images; the C library takes larger float batches from the kernel page by page, each time anew

@@ -21,7 +21,7 @@ from pipeline.ade20k import IGNORED
 from pipeline.loaders import MapBatches
 from recipes import Recipe, Run
 from tasks import Task, create_task
-from tools.benchmark import spread
+from tools.alternation import spread
 from tools.benchmark_data import alternate_workers, draw_photos, in_cache
 from utils import UserError
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tools import benchmark_data, benchmark_depthwise, benchmark_engine, benchmark_model
-from tools.benchmark import SUBJECTS, Row
+from tools.alternation import SUBJECTS, Row
 from utils import UserError, choose_device, write_atomically, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
