@@ -156,16 +156,13 @@ augments), for the recipe `moganet_small`, on one core each, with JPEGs of 500x3
 figures of that machine's processor.
 
 {by_device(data, 'data', {
-    'ratio': 'over the common pipeline, float tensors, normalised and erased',
     'ratio_uint8': "over timm's uint8 path, uint8 tensors",
-    'this': 'images/s and core, float', 'common': 'images/s and core, the common pipeline',
     'this_uint8': 'images/s and core, uint8', 'timm_uint8': "images/s and core, timm's uint8 path",
     'ratio_test': "test images of an evaluation, over timm's, uint8 tensors",
     'this_test': 'images/s and core, test images', 'timm_test': "images/s and core, timm's test images",
     'kilobytes_per_image': 'kB a file', 'read': 'ms an image: reading the file',
     'decode_crop_and_resize': 'ms an image: decoding down to the crop, and resizing it',
     'crop_and_resize': 'ms an image: of that, resizing', 'flip_and_augment': 'ms an image: flip and RandAugment',
-    'normalise_and_erase': 'ms an image: normalising and erasing, on this core',
     'seeds': 'ms an image: deriving seeds'})}
 
 ## Training engine
