@@ -334,13 +334,13 @@ def affine(image, a, b, c, d, e, f, fill):
             column, row = int(xin + 0.5), int(yin + 0.5)
             w1, w2, w3, w4 = _weights(xin + 0.5 - column)
             down, first = _weights(yin + 0.5 - row), uintp(row) * stride + uintp(4 * column)
-            for c0 in range(3):
-                total, k = np.float32(0), first + uintp(c0)
+            for channel in range(3):
+                total, k = np.float32(0), first + uintp(channel)
                 for weight in down:
                     total += weight * (w1 * flat[k] + w2 * flat[k + uintp(4)] + w3 * flat[k + uintp(8)]
                                        + w4 * flat[k + uintp(12)])
                     k += stride
-                target[i + uintp(c0)] = _byte(total)
+                target[i + uintp(channel)] = _byte(total)
     return out
 
 
