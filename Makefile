@@ -6,7 +6,7 @@
 # make test-standin STANDIN=FOLDER  the tests that need a GPU, without one: FOLDER/run puts a stand-in for CUDA's
 #                 libraries in front of torch (CONTRIBUTING.md)
 # make test-slurm the tests on a Slurm of this machine alone; needs root, and apt where Slurm is not installed
-# make lint       ruff
+# make lint       ruff, and mypy over the folders that pyproject.toml names
 # make golden     whether this checkout computes the same bits as an older commit: make golden BASE=<commit>
 # make benchmark  measures this machine, minutes, and writes BENCHMARKS.md; tools/gpu_check.sh does it for a GPU
 
@@ -66,6 +66,7 @@ test-slurm: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
 
 benchmark: $(VENV)/installed
 	$(PYTHON) tools/benchmark.py report --device cpu

@@ -12,7 +12,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from pipeline.labels import BadLabel
-from recipes import Recipe
+from recipes import Classification as Recipe
 from utils import log
 
 try:
@@ -37,6 +37,7 @@ try:
 except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder to keep its code in
     kernels = None
 
+Picture: TypeAlias = bytes | np.ndarray | Image.Image  # an undecoded file, or pixels
 TINY = np.zeros((8, 8, 3), np.uint8)
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # above which Pillow refuses an image; 0.5 GB of RGB
 CUBIC = {InterpolationMode.BICUBIC: True, InterpolationMode.BILINEAR: False}  # the filters of `kernels.resized_crop`
@@ -70,7 +71,7 @@ def refusing_bad_images() -> Iterator[None]:
         raise BadImage(why_bad(error)) from error
 
 
-def why_bad(error: Exception) -> str:
+def why_bad(error: BaseException) -> str:
     """Why an image cannot be read, in a few words."""
     if isinstance(error, UnidentifiedImageError):  # Pillow names a BytesIO
         return 'is no image, or of a format that Pillow does not know'
@@ -96,7 +97,7 @@ def seed_image(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-def decode(image: Any) -> np.ndarray:
+def decode(image: Picture) -> np.ndarray:
     """RGB pixels of an image, uint8 [H, W, 3], as Pillow's `convert('RGB')` gives them; EXIF's rotation is not applied.
 
     Args:
@@ -117,7 +118,7 @@ def decode(image: Any) -> np.ndarray:
     return np.array(image.convert('RGB'))
 
 
-def _fast_jpeg(image: Any) -> tuple[int, int] | None:
+def _fast_jpeg(image: Picture) -> tuple[int, int] | None:
     """Height and width of a file that simplejpeg decodes as Pillow does: a JPEG in colour or grey, not in CMYK.
 
     A larger one than Pillow takes is not among them: a damaged header may promise 4 gigapixels.
@@ -131,7 +132,7 @@ def _fast_jpeg(image: Any) -> tuple[int, int] | None:
     return (height, width) if colors in ('YCbCr', 'Gray') and height * width <= MAX_PIXELS else None
 
 
-def decode_top(image: bytes, rows: int) -> np.ndarray:
+def decode_top(image: Picture, rows: int) -> np.ndarray:
     """The upper part of a JPEG, at least so many rows of it, without decoding the rest.
 
     The height in the frame header is lowered, which ends the decoder early: a tenth of the time on average over random
@@ -315,14 +316,14 @@ class TrainTransform:
             return on_arrays(step)
         return _through_pillow(step)
 
-    def __call__(self, image: Any) -> np.ndarray:
+    def __call__(self, image: Picture) -> np.ndarray:
         """uint8 [H, W, 3] of an image that `decode` takes. Draws from the generators that `seed_image` seeds."""
         pixels = self.resized_crop(image)
         for step in self.steps:
             pixels = step(pixels)
         return pixels
 
-    def resized_crop(self, image: Any) -> np.ndarray:
+    def resized_crop(self, image: Picture) -> np.ndarray:
         """The random crop of an image, uint8 [size, size, 3]."""
         crop, size = self._crop, _fast_jpeg(image)
         pixels = None if size else decode(image)
@@ -339,8 +340,9 @@ class TrainTransform:
         part = np.ascontiguousarray(pixels[top:top + rows, left:left + columns])
         if mode not in (InterpolationMode.BICUBIC, InterpolationMode.BILINEAR):
             return np.array(TF.resize(Image.fromarray(part), list(crop.size), mode))
-        resize = (torch._C._nn._upsample_bicubic2d_aa if mode is InterpolationMode.BICUBIC
-                  else torch._C._nn._upsample_bilinear2d_aa)
+        resize: Callable[..., torch.Tensor] = (
+            torch._C._nn._upsample_bicubic2d_aa if mode is InterpolationMode.BICUBIC
+            else torch._C._nn._upsample_bilinear2d_aa)
         # Pillow's filter and fixed point in vector instructions; in this layout, which torch knows as channels last
         resized = resize(torch.from_numpy(part)[None].permute(0, 3, 1, 2), crop.size, False, None, None)
         return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()
@@ -362,7 +364,7 @@ class TestTransform:
             self._resize_to, self._crop_to, self._cubic = resize.size, crop.size, CUBIC[resize.interpolation]
             kernels.resized_crop(TINY, 8, 8, 0, 0, 8, 8, self._cubic)  # compiles it, before the workers start
 
-    def __call__(self, image: Any) -> np.ndarray:
+    def __call__(self, image: Picture) -> np.ndarray:
         """uint8 [H, W, 3] of an image that `decode` takes."""
         pixels = decode(image)
         if self._centre:

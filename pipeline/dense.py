@@ -5,7 +5,6 @@ strides of the network; the padding is 0 after the normalisation, as in the auth
 """
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline import memory
-from pipeline.augmentation import decode, kernels, normalise
+from pipeline.augmentation import Picture, decode, kernels, normalise
 
 STRIDE = 32  # of the network's last stage
 ORIENTATION = 0x0112  # EXIF's tag
@@ -32,7 +31,7 @@ def _turn(image: bytes) -> Image.Transpose | None:
     return TURNS.get(Image.open(io.BytesIO(image)).getexif().get(ORIENTATION, 1))
 
 
-def decode_upright(image: Any) -> np.ndarray:
+def decode_upright(image: Picture) -> np.ndarray:
     """RGB pixels, uint8 [H, W, 3], turned as EXIF says: boxes and labels belong to the image as it is looked at.
 
     Args:
@@ -160,10 +159,10 @@ def normalise_padded(images: Tensor, sizes: Sequence[tuple[int, int]], *, mean: 
     """
     count, height, width, _ = images.shape
     # Whole rows at once: the CPU takes three times as long over a mean for every third value
-    mean, scale = (values.repeat(width) for values in (
+    shift, scale = (values.repeat(width) for values in (
         torch.tensor(mean, device=images.device) * 255, 1 / (torch.tensor(std, device=images.device) * 255)))
     floats = memory.empty((count * height, 3 * width), torch.float32) if images.device.type == 'cpu' else None
-    pixels = normalise(images.view(-1, 3 * width), mean, scale, floats).view(count, height, width, 3)
+    pixels = normalise(images.view(-1, 3 * width), shift, scale, floats).view(count, height, width, 3)
     for image, (rows, columns) in zip(pixels, sizes, strict=True):
         image[rows:] = 0
         image[:, columns:] = 0

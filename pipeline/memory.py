@@ -24,4 +24,4 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             _storages[:] = [old for old in _storages if old not in free[2:]]
             storage = torch.UntypedStorage(size)
             _storages.append(storage)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]  # its stub has no form without strides

@@ -105,6 +105,7 @@ class _Store(argparse.Action):
         if typing.get_origin(kind) in UNIONS and typing.get_origin(typing.get_args(kind)[0]) is tuple:
             kind = None if values in (['none'], ['None']) else typing.get_args(kind)[0]
         try:
+            value: Any
             if values is True or kind is None:  # a bare boolean, or none for a tuple
                 value = values is True or None
             elif typing.get_origin(kind) is dict:
