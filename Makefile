@@ -8,7 +8,7 @@
 # make test-slurm the tests on a Slurm of this machine alone; needs root, and apt where Slurm is not installed
 # make web        a page on which checkpoints say what is in photographs: make web CHECKPOINT="A [B]" PORT=7860
 # make test-web   the page in Debian's chromium, which it installs as root where apt is; elsewhere it says why not
-# make lint       ruff
+# make lint       ruff, and mypy over the folders that pyproject.toml names
 # make golden     whether this checkout computes the same bits as an older commit: make golden BASE=<commit>
 # make benchmark  measures this machine, minutes, and writes BENCHMARKS.md; tools/gpu_check.sh does it for a GPU
 
@@ -87,6 +87,7 @@ test-web: $(VENV)/web
 
 lint: $(VENV)/installed
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
 
 benchmark: $(VENV)/installed
 	$(PYTHON) tools/benchmark.py report --device cpu

@@ -48,12 +48,13 @@ def __getattr__(name: str) -> Any:
 class Loaders:
     """What a run reads; None for a half that was not asked for."""
 
-    train: TrainLoader | ValLoader | None
+    train: TrainLoader | None
     val: ValLoader | None
+    plain: ValLoader | None = None  # the training images, in order and as the test images
 
     def close(self) -> None:
         """Ends the worker processes."""
-        for loader in (self.train, self.val):
+        for loader in (self.train, self.val, self.plain):
             if loader is not None:
                 loader.close()
 
@@ -68,7 +69,7 @@ def build_loaders(task: Any, run: Run, *, rank: int = 0, device: torch.device | 
         rank: of this process among `run.world_size`.
         device: where the batches are wanted.
         splits: 'train', 'val' or both.
-        augmented: whether the training images come to be trained on, else in order and as the test images.
+        augmented: whether the training images come as `train`, to be trained on, else as `plain`.
 
     Raises:
         UserError: for data that is missing, too small or does not fit the recipe, with the cure.
@@ -82,5 +83,6 @@ def build_loaders(task: Any, run: Run, *, rank: int = 0, device: torch.device | 
         raise UserError(errors[0])
     task.learn_classes([source for source in (train, val) if source is not None])
     others = {'rank': rank, 'device': torch.device(device)}
-    return Loaders(None if train is None else (TrainLoader if augmented else ValLoader)(train, task, run, **others),
-                   None if val is None else ValLoader(val, task, run, **others))
+    return Loaders(TrainLoader(train, task, run, **others) if train is not None and augmented else None,
+                   None if val is None else ValLoader(val, task, run, **others),
+                   ValLoader(train, task, run, **others) if train is not None and not augmented else None)

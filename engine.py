@@ -9,8 +9,8 @@ import inspect
 import operator
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,29 @@ from optim_factory import ModelEma
 from utils import UserError, derive_seed, log, sum_dtype
 
 AUTOCAST = {'fp32': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+
+
+Batch = TypeVar('Batch', bound=Sized)  # the model's input; its length is the number of images
+Taken = TypeVar('Taken', bound=Sized, contravariant=True)  # a batch, where it is only taken
+Item = TypeVar('Item')
+
+
+class Trainable(Protocol[Batch]):
+    """What training asks of a task."""
+
+    losses: tuple[str, ...]
+
+    def loss(self, model: nn.Module, batch: Batch, /) -> dict[str, torch.Tensor]: ...
+
+    def example_batch(self, size: int, device: torch.device, /) -> Batch: ...
+
+
+class Metric(Protocol[Taken]):
+    """What an evaluation asks of a task's metric."""
+
+    def update(self, models: dict[str, nn.Module], batch: Taken, /) -> None: ...
+
+    def result(self, models: Sequence[str], /) -> dict[str, dict[str, Any]]: ...
 
 
 class NonFiniteError(RuntimeError):
@@ -104,7 +127,7 @@ class Buffers:
         for device in {buffer.device for buffer in self._buffers}:
             pairs = [(buffer, part.view_as(buffer).to(device, buffer.dtype))
                      for buffer, part in zip(self._buffers, parts, strict=True) if buffer.device == device]
-            torch._foreach_copy_(*[list(side) for side in zip(*pairs, strict=True)])
+            torch._foreach_copy_([buffer for buffer, _ in pairs], [part for _, part in pairs])
 
     @contextlib.contextmanager
     def equal(self, mode: str, *, first: Callable[[], None] | None = None) -> Iterator[None]:
@@ -133,7 +156,7 @@ class Buffers:
 
 
 @torch.no_grad()
-def precise_bn(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any], *,
+def precise_bn(model: nn.Module, batches: Iterable[Item], forward: Callable[[nn.Module, Item], object], *,
                precision: str = 'fp32', frozen: Collection[str] = ()) -> None:
     """Replaces the running BN statistics by the plain mean over some training batches (Precise BN, arXiv 2105.07576).
 
@@ -185,7 +208,7 @@ class Sums:
             self[name].add_(value)
 
 
-class TrainStep:
+class TrainStep(Generic[Batch]):
     """One update of the weights: the only forward and backward pass of training, for every task and precision.
 
     Autocast, loss, backward, unscale, clip, step, moving average. Scaler, accumulation, clipping and average are
@@ -197,10 +220,10 @@ class TrainStep:
         skips: updates that the scaler skipped: 'all' since `reset`, and 'in_a_row'.
     """
 
-    def __init__(self, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer, *, device: torch.device,
-                 precision: str = 'fp32', scaler: torch.amp.GradScaler | None = None, ema: ModelEma | None = None,
-                 clip_grad: float | None = None, clip_mode: str = 'norm', update_freq: int = 1, seed: int = 0,
-                 rank: int = 0):
+    def __init__(self, model: nn.Module, task: Trainable[Batch], optimizer: torch.optim.Optimizer, *,
+                 device: torch.device, precision: str = 'fp32', scaler: torch.amp.GradScaler | None = None,
+                 ema: ModelEma | None = None, clip_grad: float | None = None, clip_mode: str = 'norm',
+                 update_freq: int = 1, seed: int = 0, rank: int = 0):
         """
         Args:
             model: the model, in DDP where there are several processes.
@@ -225,7 +248,7 @@ class TrainStep:
         self.sums.values.zero_()
         self.skips['all'].zero_()
 
-    def __call__(self, batches: Iterator[Any], update: int) -> None:
+    def __call__(self, batches: Iterator[Batch], update: int) -> None:
         """Trains on the next `update_freq` micro-batches.
 
         Args:
@@ -285,7 +308,7 @@ class TrainStep:
             buffers.set(torch.where(skipped > 0, old, buffers.get()))
         return skipped
 
-    def warm_up(self, batch: Any) -> None:
+    def warm_up(self, batch: Batch) -> None:
         """A throwaway pass of a model in DDP or compiled, before the training starts.
 
         It lets DDP settle its buckets, so that a resumed run sums in the order of the first, and shows whether torch
@@ -314,8 +337,9 @@ class TrainStep:
         Raises:
             NonFiniteError: on every rank alike, where loss, parameters, buffers or average of any are not finite.
         """
-        watched = [tensor for model in (self.unwrapped, self.ema and self.ema.module) if model is not None
-                   for tensor in model.state_dict().values() if tensor.is_floating_point()]
+        models = [self.unwrapped] if self.ema is None else [self.unwrapped, self.ema.module]
+        watched = [tensor for model in models for tensor in model.state_dict().values()
+                   if tensor.is_floating_point()]
         # The largest absolute value of each tensor: NaN and inf come through, and it cannot overflow as a sum would
         norms = torch.stack([norm.to(self.device) for norm in torch._foreach_norm(watched, float('inf'))])
         sums = self.sums.values
@@ -335,17 +359,17 @@ def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
     return functools.reduce(operator.add, losses.values())
 
 
-class _Timed:
+class _Timed(Generic[Item]):
     """An iterator that adds up the seconds spent waiting for its next item."""
 
-    def __init__(self, items: Iterable[Any]):
+    def __init__(self, items: Iterable[Item]):
         self._items = iter(items)
         self.seconds = 0.0
 
-    def __iter__(self) -> '_Timed':
+    def __iter__(self) -> '_Timed[Item]':
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Item:
         start = time.perf_counter()
         item = next(self._items)
         self.seconds += time.perf_counter() - start
@@ -366,9 +390,9 @@ class Progress:
     skipped: float
 
 
-def train_updates(step: TrainStep, batches: Iterable[Any], *, begin: int, end: int, start: int | None = None,
-                  set_schedule: Callable[[int], float], images_per_update: int, print_freq: int = 50,
-                  max_skips: int = 50, report: Callable[[Progress], None] | None = None,
+def train_updates(step: TrainStep[Batch], batches: Iterable[Batch], *, begin: int, end: int,
+                  start: int | None = None, set_schedule: Callable[[int], float], images_per_update: int,
+                  print_freq: int = 50, max_skips: int = 50, report: Callable[[Progress], None] | None = None,
                   after_update: Callable[[int], bool] | None = None) -> dict[str, float]:
     """Trains what is left of a stretch of the run: the updates `start` .. `end - 1`.
 
@@ -418,8 +442,9 @@ def train_updates(step: TrainStep, batches: Iterable[Any], *, begin: int, end: i
 
 
 @torch.no_grad()
-def evaluate(models: dict[str, nn.Module], batches: Iterable[Any], metric: Any, *, count: int, device: torch.device,
-             exact: bool = True, precision: str = 'fp32', compiling: bool = False) -> dict[str, dict[str, Any]]:
+def evaluate(models: dict[str, nn.Module], batches: Iterable[Batch], metric: Metric[Batch], *, count: int,
+             device: torch.device, exact: bool = True, precision: str = 'fp32', compiling: bool = False
+             ) -> dict[str, dict[str, Any]]:
     """Evaluates several models in one pass over a data set that the ranks share out, each image once.
 
     Args:
@@ -462,8 +487,8 @@ def evaluate(models: dict[str, nn.Module], batches: Iterable[Any], metric: Any, 
 
 
 @torch.no_grad()
-def throughput(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any], *, device: torch.device,
-               precision: str = 'fp32', seconds: float = 3.0) -> float:
+def throughput(model: nn.Module, batch: Batch, forward: Callable[[nn.Module, Batch], object], *,
+               device: torch.device, precision: str = 'fp32', seconds: float = 3.0) -> float:
     """Images a second of the model alone, in evaluation mode, on one batch on its device."""
     model.eval()
 
@@ -482,7 +507,7 @@ def throughput(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any],
     return done / (time.perf_counter() - begin)
 
 
-def largest_micro_batch(model: nn.Module, task: Any, sizes: Sequence[int], *, device: torch.device,
+def largest_micro_batch(model: nn.Module, task: Trainable[Batch], sizes: Sequence[int], *, device: torch.device,
                         precision: str) -> int:
     """The first of `sizes`, falling, of which a training step fits the memory of a CUDA device; the same on all ranks.
 

@@ -600,7 +600,7 @@ def sum_dtype(device: 'torch.device') -> 'torch.dtype':
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file so that `path` is at every moment the whole old or the whole new one, also across a power cut.
 
     Written beside the target, flushed to disk, renamed, and the folder flushed. On an error nothing is left behind and

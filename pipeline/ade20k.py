@@ -9,17 +9,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image
 
 from pipeline import ade20k_classes, dense, labels
-from pipeline.augmentation import TINY
+from pipeline.augmentation import TINY, Picture
 from pipeline.coco import DIGITS
 from pipeline.files import FOLDERS, Split, find_images
 from pipeline.labels import BadLabel
-from recipes import Recipe, Run
+from recipes import Run
+from recipes.ade20k import Segmentation as Recipe
 from utils import UserError, reason_of
 
 IGNORED, UNKNOWN = 255, 254  # labels that are no class: left out, and none that the data may have
@@ -304,12 +305,18 @@ def distort(pixels: np.ndarray, rng: np.random.Generator, rate: float = 0.5) -> 
                          after=levels() if contrast_first else contrast)
 
 
-class Transform:
-    """An image and its labels as the network takes them.
+class Sample(TypedDict, total=False):
+    """What a worker makes of an image and its labels."""
 
-    A sample is a dict: in training `pixels` uint8 [h, w, 3], unpadded, `labels` uint8 [h, w] and `size` (h, w); in a
-    test `views`, the pixels at each scale, and `labels` uint8 [H, W] of the whole image; `original_size` (H, W).
-    """
+    labels: np.ndarray  # uint8 [h, w]; in a test of the whole image, [H, W]
+    original_size: tuple[int, int]  # (H, W)
+    pixels: np.ndarray  # in training: uint8 [h, w, 3], unpadded
+    size: tuple[int, int]  # in training: (h, w)
+    views: list[np.ndarray]  # in a test: the pixels at each scale
+
+
+class Transform:
+    """An image and its labels as the network takes them."""
 
     def __init__(self, scale: tuple[int, int], *, crop: int, ratios: tuple[float, float] = (0.5, 2.0),
                  max_class: float = 0.75, hflip: float = 0.5, photometric: float = 0.5, aligned: bool = True,
@@ -333,7 +340,7 @@ class Transform:
         for labels_of in (tiny, tiny[:, 1:]):  # a whole image, and a part of one
             dense.count_labels(labels_of)
 
-    def __call__(self, item: tuple[Any, LabelFile], seed: int | None, *, num_classes: int | None) -> dict[str, Any]:
+    def __call__(self, item: tuple[Picture, LabelFile], seed: int | None, *, num_classes: int | None) -> Sample:
         """The sample of an image as `LabelledImages.read` gives it.
 
         Args:

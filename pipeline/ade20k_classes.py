@@ -29,4 +29,4 @@ ff00f5 ff0066 ffad00 ff0014 ffb8b8 001fff 00ff3d 0047ff ff00cc 00ffc2 00ff52 000
 b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff
 '''
 NAMES: list[str] = [name.strip() for name in _NAMES.replace('\n', ' ').split(',')]
-COLORS: list[tuple[int, int, int]] = [tuple(bytes.fromhex(color)) for color in _COLORS.split()]
+COLORS: list[tuple[int, int, int]] = [(red, green, blue) for red, green, blue in map(bytes.fromhex, _COLORS.split())]

@@ -12,7 +12,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from pipeline.labels import BadLabel
-from recipes import Recipe
+from recipes import Classification as Recipe
 from utils import log
 
 try:
@@ -38,6 +38,7 @@ try:
 except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder to keep its code in
     kernels = None
 
+Picture: TypeAlias = bytes | np.ndarray | Image.Image  # an undecoded file, or pixels
 TINY = np.zeros((8, 8, 3), np.uint8)
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # above which Pillow refuses an image; 0.5 GB of RGB
 CUBIC = {InterpolationMode.BICUBIC: True, InterpolationMode.BILINEAR: False}  # the filters of `kernels.resized_crop`
@@ -71,7 +72,7 @@ def refusing_bad_images() -> Iterator[None]:
         raise BadImage(why_bad(error)) from error
 
 
-def why_bad(error: Exception) -> str:
+def why_bad(error: BaseException) -> str:
     """Why an image cannot be read, in a few words."""
     if isinstance(error, UnidentifiedImageError):  # Pillow names a BytesIO
         return 'is no image, or of a format that Pillow does not know'
@@ -97,7 +98,7 @@ def seed_image(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-def decode(image: Any) -> np.ndarray:
+def decode(image: Picture) -> np.ndarray:
     """RGB pixels of an image, uint8 [H, W, 3], as Pillow's `convert('RGB')` gives them; EXIF's rotation is not applied.
 
     Args:
@@ -118,7 +119,7 @@ def decode(image: Any) -> np.ndarray:
     return np.array(image.convert('RGB'))
 
 
-def _fast_jpeg(image: Any) -> tuple[int, int] | None:
+def _fast_jpeg(image: Picture) -> tuple[int, int] | None:
     """Height and width of a file that simplejpeg decodes as Pillow does: a JPEG in colour or grey, not in CMYK.
 
     A larger one than Pillow takes is not among them: a damaged header may promise 4 gigapixels.
@@ -316,14 +317,14 @@ class TrainTransform:
             return on_arrays(step)
         return _through_pillow(step)
 
-    def __call__(self, image: Any) -> np.ndarray:
+    def __call__(self, image: Picture) -> np.ndarray:
         """uint8 [H, W, 3] of an image that `decode` takes. Draws from the generators that `seed_image` seeds."""
         pixels = self.resized_crop(image)
         for step in self.steps:
             pixels = step(pixels)
         return pixels
 
-    def resized_crop(self, image: Any) -> np.ndarray:
+    def resized_crop(self, image: Picture) -> np.ndarray:
         """The random crop of an image, uint8 [size, size, 3]."""
         crop, size = self._crop, _fast_jpeg(image)
         pixels = None if size else decode(image)
@@ -331,7 +332,7 @@ class TrainTransform:
         top, left, rows, columns = crop.get_params(size_only, crop.scale, crop.ratio)
         rows, columns = max(rows, 1), max(columns, 1)  # of an image of a few pixels, a share may be none
         top, left = min(top, size_only.shape[1] - rows), min(left, size_only.shape[2] - columns)
-        if pixels is None:
+        if pixels is None and isinstance(image, bytes):
             pixels = decode_top(image, top + rows)
         mode = crop.interpolation
         if isinstance(mode, (list, tuple)):
@@ -362,7 +363,7 @@ class TestTransform:
             self._resize_to, self._crop_to, self._cubic = resize.size, crop.size, CUBIC[resize.interpolation]
             kernels.resized_crop(TINY, 8, 8, 0, 0, 8, 8, self._cubic)  # compiles it, before the workers start
 
-    def __call__(self, image: Any) -> np.ndarray:
+    def __call__(self, image: Picture) -> np.ndarray:
         """uint8 [H, W, 3] of an image that `decode` takes."""
         pixels = decode(image)
         if self._centre:

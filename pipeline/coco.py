@@ -13,21 +13,22 @@ import os
 import posixpath
 import re
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 from faster_coco_eval.core import mask as run_lengths
 from tqdm import tqdm
 
 from pipeline import dense, labels
-from pipeline.augmentation import TINY
+from pipeline.augmentation import TINY, Picture
 from pipeline.files import Split, from_file, keep_index, to_file
 from pipeline.labels import BadLabel
-from recipes import Recipe, Run
+from recipes import Run
+from recipes.coco import Detection as Recipe
 from utils import UserError, log, reason_of
 
 RULES = '2'  # of the index: raise it where a rule of `scan` changes
@@ -445,7 +446,7 @@ class CocoSource:
         self.counts = np.bincount(self._notes['category'][good], minlength=len(self.classes))
         self.ids = images['id'][self._chosen]
         self.sizes = np.stack([images['height'], images['width']], 1)[self._chosen]
-        self.groups = (self.sizes[:, 1] > self.sizes[:, 0]).astype(np.uint8)
+        self.groups: np.ndarray = (self.sizes[:, 1] > self.sizes[:, 0]).astype(np.uint8)
 
     def _open(self) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """The arrays and facts of the JSON, from the user's cache or by reading it."""
@@ -648,7 +649,7 @@ def crop_boxes(boxes: np.ndarray, top: int, left: int, size: tuple[int, int]) ->
     return moved, (moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])
 
 
-def run_lengths_of(segments: Sequence[Any], size: tuple[int, int], ids: Sequence[int]) -> list[dict[str, Any]]:
+def run_lengths_of(segments: Sequence[Any], size: tuple[int, int], ids: Iterable[int]) -> list[dict[str, Any]]:
     """Polygons or run lengths as a JSON has them, as compressed run lengths, by the rules of COCO's own tools.
 
     Args:
@@ -684,7 +685,7 @@ def _unreadable(number: int, error: Exception) -> BadLabel:
                     "lengths in COCO's form")
 
 
-def rasterise(segments: Sequence[Any], size: tuple[int, int], ids: Sequence[int]) -> list[np.ndarray]:
+def rasterise(segments: Sequence[Any], size: tuple[int, int], ids: Iterable[int]) -> list[np.ndarray]:
     """Masks, uint8 [h, w] each, of what `run_lengths_of` takes. Raises BadLabel as it does."""
     masks = []
     for code, number in zip(run_lengths_of(segments, size, ids), ids, strict=True):
@@ -703,13 +704,26 @@ def draw_crop(rng: np.random.Generator, size: tuple[int, int], bounds: tuple[int
     return top, left, height, width
 
 
-class Transform:
-    """An image and its boxes as the network takes them: upright, resized, in training mirrored and cropped.
+class BoxSample(TypedDict):
+    """What a sample always has."""
 
-    A sample is a dict of `pixels` uint8 [h, w, 3], unpadded; `boxes` float32 [n, 4] and `labels` int64 [n] that belong
-    to them; `size` (h, w) and `original_size` (H, W); `image_id`; `flipped`; in training on request `masks` bool
-    [n, h, w].
-    """
+    pixels: np.ndarray  # uint8 [h, w, 3], unpadded
+    boxes: np.ndarray  # float32 [n, 4]
+    labels: np.ndarray  # int64 [n]
+    size: tuple[int, int]  # (h, w)
+    original_size: tuple[int, int]
+    image_id: int
+    flipped: bool
+
+
+class Sample(BoxSample, total=False):
+    """What a worker makes of an image and its annotations."""
+
+    masks: np.ndarray  # bool [n, h, w]; in training, on request
+
+
+class Transform:
+    """An image and its boxes as the network takes them: upright, resized, in training mirrored and cropped."""
 
     # The authors' longer schedules: of the shorter side after and before the crop, and of the crop
     SIDES: ClassVar[tuple[int, ...]] = tuple(range(480, 801, 32))
@@ -727,7 +741,7 @@ class Transform:
         self.scale, self.hflip, self.multi_scale, self.masks = scale, hflip, multi_scale, masks
         dense.mirror(TINY)  # compiles it, before the workers start
 
-    def __call__(self, item: tuple[Any, Annotations], seed: int | None) -> dict[str, Any]:
+    def __call__(self, item: tuple[Picture, Annotations], seed: int | None) -> Sample:
         """The sample of an image as `CocoSource.read` gives it.
 
         Args:
@@ -762,8 +776,8 @@ class Transform:
                 masks = [mask[rows, columns] for mask, stays in zip(masks, kept, strict=False) if stays]
             scale = (max(self.scale), int(rng.choice(self.SIDES)))
         pixels, boxes, masks = self._resize(pixels, boxes, masks, scale)
-        sample = {'pixels': pixels, 'boxes': boxes, 'labels': classes, 'size': pixels.shape[:2],
-                  'original_size': original, 'image_id': notes.image_id, 'flipped': flipped}
+        sample: Sample = {'pixels': pixels, 'boxes': boxes, 'labels': classes, 'size': pixels.shape[:2],
+                          'original_size': original, 'image_id': notes.image_id, 'flipped': flipped}
         if wanted:
             sample['masks'] = np.array(masks, bool).reshape(len(boxes), *sample['size'])
         return sample

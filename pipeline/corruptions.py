@@ -42,7 +42,7 @@ def corrupt(pixels: np.ndarray, name: str, severity: int) -> np.ndarray:
     processes changes an image.
     """
     import imagecorruptions
-    seed = derive_seed('corruption', name, severity, zlib.crc32(np.ascontiguousarray(pixels))) % 2**32
+    seed = derive_seed('corruption', name, severity, zlib.crc32(np.ascontiguousarray(pixels).data)) % 2**32
     np.random.seed(seed)
     _numba_seeder()(seed)  # glass_blur draws from numba's own stream
     seeded = np.random.default_rng(seed)

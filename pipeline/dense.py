@@ -5,7 +5,6 @@ strides of the network; the padding is 0 after the normalisation, as in the auth
 """
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline import memory
-from pipeline.augmentation import decode, kernels, normalise
+from pipeline.augmentation import Picture, decode, kernels, normalise
 
 STRIDE = 32  # of the network's last stage
 ORIENTATION = 0x0112  # EXIF's tag
@@ -32,7 +31,7 @@ def _turn(image: bytes) -> Image.Transpose | None:
     return TURNS.get(Image.open(io.BytesIO(image)).getexif().get(ORIENTATION, 1))
 
 
-def decode_upright(image: Any) -> np.ndarray:
+def decode_upright(image: Picture) -> np.ndarray:
     """RGB pixels, uint8 [H, W, 3], turned as EXIF says: boxes and labels belong to the image as it is looked at.
 
     Args:

@@ -80,7 +80,8 @@ def write(root: Path, *, train: int = 1000, val: int = 200, seed: int = 0) -> No
         UserError: a package of the demos is missing.
         OSError: the folder holds such a set, or the disk is full.
     """
-    for split, count in (('train', train), ('val', val)):
+    counts: dict[Split, int] = {'train': train, 'val': val}
+    for split, count in counts.items():
         pictures, photographs, digits = root / f'{split}2017', _photographs(split), Digits(split)
         copies, labels = root / 'images' / ADE_FOLDERS[split], root / 'annotations' / ADE_FOLDERS[split]
         for folder in (pictures, copies, labels):
@@ -129,7 +130,7 @@ class Scene:
         self._digits, self._rng = digits, rng
         short, long = int(rng.integers(128, 144)), int(rng.integers(144, 161))
         size = (short, long) if index % 3 == 2 else (long, short)  # width, height: one in three is a portrait
-        self.pixels = np.asarray(self._crop(photographs[rng.integers(len(photographs))], size), np.float64).copy()
+        self.pixels = np.asarray(self._crop(photographs[int(rng.integers(len(photographs)))], size), np.float64).copy()
         self.owner = np.zeros(self.pixels.shape[:2], np.int64)
         self.objects: list[tuple[int, bool]] = []
         self.areas = [0]

@@ -1,5 +1,6 @@
 """Which image files there are: the walk over folders, tar files as they are, ground truths, and the kept index."""
 import contextlib
+import functools
 import hashlib
 import heapq
 import json
@@ -207,10 +208,10 @@ def walk(root: str, tops: Sequence[str], claims: Mapping[Any, str]) -> Iterator[
 
 def _claims(root: str) -> dict[Any, str]:
     """The root and the folders above it, which a link below it must not lead to."""
-    claims = {}
-    for folder in (root, *Path(root).resolve().parents):
+    claims: dict[Any, str] = {}
+    for folder in (root, *map(str, Path(root).resolve().parents)):
         with contextlib.suppress(OSError):  # a folder above may be closed; one that is to be read is told by the walk
-            claims[_identity(str(folder), os.stat(folder))] = ''
+            claims[_identity(folder, os.stat(folder))] = ''
     return claims
 
 
@@ -226,7 +227,9 @@ def _scan_folder(root: str) -> tuple[np.ndarray, dict[str, Any]]:
     Raises:
         UserError: for a folder that cannot be read, and for two classes that are one folder.
     """
-    classes, others, claims = [], Counter(), _claims(root)
+    classes: list[str] = []
+    others: Counter[str] = Counter()
+    claims = _claims(root)
     try:
         stamps = {'': os.stat(root).st_mtime_ns}
         with os.scandir(root) as entries:
@@ -283,8 +286,10 @@ def _open_tar(shown: str, file: Any) -> Iterator[tarfile.TarFile]:
         reason = ' '.join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.errno:
             raise UserError(f'{shown} cannot be read ({reason}); check its permissions and its disk') from None
-        if archive is not None and archive.members:
-            raise UserError(f'{shown} is cut off or damaged after {len(archive.members):,} members ({reason}); copy or '
+        # The members that it has come to; getmembers() would read on
+        found = archive.members if archive is not None else ()  # type: ignore[attr-defined]
+        if found:
+            raise UserError(f'{shown} is cut off or damaged after {len(found):,} members ({reason}); copy or '
                             'download it again, and compare its size and checksum') from None
         file.seek(0)
         start = file.read(8)
@@ -496,7 +501,7 @@ def keep_index(identity: str, stem: str, *, rules: str, unchanged: Callable[[dic
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         for name, file in files.items():
-            write_atomically(note.with_name(file), lambda target, name=name: np.save(target, arrays[name]))
+            write_atomically(note.with_name(file), functools.partial(np.save, arr=arrays[name]))
         write_json(note, {'root': identity, 'rules': rules, 'arrays': files, **facts})
         for old in note.parent.glob(f'{note.stem}-*.npy'):
             if old.name not in files.values():

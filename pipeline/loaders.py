@@ -21,17 +21,19 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import islice
-from typing import Any, NamedTuple
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from timm.data import IterableImageDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from pipeline.augmentation import BadImage, refusing_bad_images, why_bad
+from pipeline.augmentation import BadImage, Picture, refusing_bad_images, why_bad
 from pipeline.labels import BadLabel
-from recipes import Run
+from recipes import Recipe, Run
 from utils import UserError, derive_seed, log, number_of, reason_of, to_stderr, waiting_for
 
 
@@ -44,20 +46,63 @@ class Position(NamedTuple):
     epochs_left: float  # from the beginning of this update to the end of the run
 
 
+class Source(Protocol):
+    """What the loaders ask of a map-style data set. An item is a picture and what a task has to learn of it."""
+
+    in_memory: bool  # whether reading takes no time, so that workers would gain none
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, /) -> tuple[Picture, Any]: ...
+
+    def name(self, index: int, /) -> str: ...
+
+
+class Batch(Protocol):
+    """What the loaders ask of a micro-batch on the device. Its length is the number of images."""
+
+    def __len__(self) -> int: ...
+
+    def record_stream(self, stream: torch.cuda.Stream, /) -> None: ...
+
+
+Sample = TypeVar('Sample')  # what a worker makes of an item
+Loaded = TypeVar('Loaded', bound=Sized)  # what a worker makes of some samples
+Input = TypeVar('Input', bound=Batch)  # what the device makes of a worker's batch, for the model
+Finished = TypeVar('Finished', bound=Batch, covariant=True)  # the same, where it is only given
+
+
+class Preparing(Protocol[Sample, Loaded, Finished]):
+    """What the loaders ask of a task."""
+
+    recipe: Recipe
+
+    def sample(self, item: tuple[Picture, Any], seed: int | None, /) -> Sample: ...
+
+    def collate(self, samples: Sequence[Sample], /) -> Loaded: ...
+
+    def sample_bytes(self, *, training: bool) -> int: ...
+
+    def balance(self, source: Any, /) -> np.ndarray | None: ...
+
+    def finish(self, batch: Loaded, device: torch.device, position: Position | None, /) -> Finished: ...
+
+
 # ---- In the worker processes ----------------------------------------------------------------------------------------
 
-class MapBatches(torch.utils.data.Dataset):
+class MapBatches(Dataset[tuple[Loaded, int] | str], Generic[Sample, Loaded, Input]):
     """Micro-batches of a map-style source: the index is an array of keys [B, 3] = (epoch, index, repeat).
 
     A batch comes with the number of unreadable samples that were replaced in it. An error is returned as its message
     and not raised: torch would wrap it into a worker's traceback.
     """
 
-    def __init__(self, source: Any, task: Any, *, training: bool):
+    def __init__(self, source: Source, task: Preparing[Sample, Loaded, Input], *, training: bool):
         self._source, self._task, self._training = source, task, training
 
-    def __getitem__(self, keys: np.ndarray) -> tuple[Any, int] | str:
-        recipe, samples, bad = self._task.recipe, [], 0
+    def __getitem__(self, keys: np.ndarray) -> tuple[Loaded, int] | str:
+        recipe, bad = self._task.recipe, 0
+        samples: list[Sample] = []
         for epoch, index, repeat in keys.tolist():
             tried: set[int] = set()
             while True:
@@ -85,14 +130,15 @@ class MapBatches(torch.utils.data.Dataset):
         return self._task.collate(samples), bad
 
 
-class StreamBatches(IterableDataset):
+class StreamBatches(IterableDataset[tuple[Loaded, int] | str], Generic[Sample, Loaded, Input]):
     """Micro-batches of a stream, in the order in which its reader gives the images to each worker.
 
     An image's augmentation comes from (seed, epoch, rank, worker, its position): repeatable for the same number of
     workers, and not resumable in the middle of an epoch. Errors are passed on as their messages.
     """
 
-    def __init__(self, data: Any, task: Any, *, training: bool, batch_size: int, rank: int, world_size: int):
+    def __init__(self, data: IterableImageDataset, task: Preparing[Sample, Loaded, Input], *, training: bool,
+                 batch_size: int, rank: int, world_size: int):
         self._data, self._task, self._training = data, task, training
         self._batch_size, self._rank = batch_size, rank
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -114,10 +160,11 @@ class StreamBatches(IterableDataset):
         self._epoch[0] = epoch
         self._data.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[tuple[Any, int] | str]:
+    def __iter__(self) -> Iterator[tuple[Loaded, int] | str]:
         worker, recipe = get_worker_info(), self._task.recipe
         key = (recipe.seed, 'stream', int(self._epoch), self._rank, worker.id if worker else 0)
-        samples, bad, told = [], 0, False
+        samples: list[Sample] = []
+        bad, told = 0, False
 
         def note(reasons: list[str]) -> int:
             nonlocal told
@@ -166,7 +213,7 @@ class _LeftOut(logging.Handler):
         self.reasons.append(f'{where} cannot be read ({why_bad(error)})')
 
 
-def _heard(data: Any) -> Iterator[tuple[Any, list[str]]]:
+def _heard(data: IterableImageDataset) -> Iterator[tuple[tuple[Picture, Any] | None, list[str]]]:
     """The items of one of timm's streams, at last None, each with the reasons for what was left out before it."""
     items, reader_log = iter(data), logging.getLogger(type(data.reader).__module__)
     item = True
@@ -183,7 +230,7 @@ def _heard(data: Any) -> Iterator[tuple[Any, list[str]]]:
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def _cannot_hand_over(error: Exception, _batch: Any) -> None:
+def _cannot_hand_over(error: Exception, _batch: object) -> None:
     """Ends a worker that cannot send a batch, with the error's number as status: the main process would wait for ever
     for that batch."""
     told = (code for code in (errno.EMFILE, errno.ENOSPC, errno.ENOMEM) if os.strerror(code) in str(error))
@@ -191,7 +238,7 @@ def _cannot_hand_over(error: Exception, _batch: Any) -> None:
     os._exit(getattr(error, 'errno', None) or next(told, 1))
 
 
-def _note_once(_: type[BaseException], error: BaseException, __: Any) -> None:
+def _note_once(_: type[BaseException], error: BaseException, __: object) -> None:
     """Tells in a line, once, what stops multiprocessing's server of descriptors for a moment; it would print each trace
     and goes on."""
     sys.excepthook = lambda *_: None
@@ -201,7 +248,8 @@ def _note_once(_: type[BaseException], error: BaseException, __: Any) -> None:
 def _start_worker(_: int) -> None:
     """Signals are the main process's business: a preempted job saves while its workers go on."""
     sys.excepthook = _note_once
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(  # type: ignore[attr-defined]  # CPython's own hook
+        _cannot_hand_over)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)  # the main process's
@@ -210,7 +258,7 @@ def _start_worker(_: int) -> None:
 
 # ---- In the main process --------------------------------------------------------------------------------------------
 
-def count_workers(run: Run, source: Any) -> int:
+def count_workers(run: Run, source: Source | IterableImageDataset) -> int:
     """Data-loading processes of a rank: as given, none for data in memory, else the rank's cores up to 10."""
     if run.num_workers is not None:
         return run.num_workers
@@ -270,7 +318,7 @@ def abandon_loader(error: BaseException) -> None:
         trace = trace.tb_next
 
 
-def why_lost(error: BaseException, workers: Iterable[Any]) -> WorkersLost | None:
+def why_lost(error: BaseException, workers: Iterable[BaseProcess]) -> WorkersLost | None:
     """What the data workers lack, by the error that came of it and the workers' own ends; None for another error."""
     text = reason_of(error)
     if isinstance(error, EOFError | ConnectionError):  # which may come a moment before the end of the worker that died
@@ -314,11 +362,12 @@ class _Keys:
         return iter(self.batches)
 
 
-class _Workers:
+class _Workers(Generic[Loaded]):
     """A DataLoader of whole micro-batches whose workers persist over the epochs and end with the process."""
 
-    def __init__(self, data: Any, *, workers: int, pin_memory: bool):
-        self._keys, self._iterator = _Keys(), None
+    def __init__(self, data: Dataset[tuple[Loaded, int] | str], *, workers: int, pin_memory: bool):
+        self._keys = _Keys()
+        self._iterator: Iterator[tuple[Loaded, int] | str] | None = None
         streaming = isinstance(data, IterableDataset)
         if workers:
             check_sockets()
@@ -328,7 +377,7 @@ class _Workers:
         # Workers ignore SIGTERM, so that Python's own end of them would wait for ever
         atexit.register(self.close)
 
-    def batches(self, keys: Iterable[np.ndarray] = ()) -> Iterator[tuple[Any, int]]:
+    def batches(self, keys: Iterable[np.ndarray] = ()) -> Iterator[tuple[Loaded, int]]:
         """The batches of these keys, in their order, each with the number of the samples replaced in it.
 
         Raises:
@@ -432,16 +481,18 @@ def group_order(order: np.ndarray, groups: np.ndarray, size: int, *, seed: int, 
     return np.random.default_rng(derive_seed(seed, 'groups', epoch, attempt)).permutation(chunks).reshape(-1, 2)
 
 
-class _Loader:
+class _Loader(Generic[Sample, Loaded, Input]):
     """What training and evaluation share: the source, its workers and the device's part."""
 
-    def __init__(self, source: Any, task: Any, run: Run, *, rank: int, device: torch.device, training: bool,
-                 batch_size: int):
+    def __init__(self, source: Source | IterableImageDataset, task: Preparing[Sample, Loaded, Input], run: Run, *,
+                 rank: int, device: torch.device, training: bool, batch_size: int):
         self._task, self._recipe, self._run, self._rank, self._device = task, task.recipe, run, rank, device
         workers = count_workers(run, source)
         check_shared_memory(2 * workers * batch_size * task.sample_bytes(training=training))  # of DataLoader, two each
-        self._stream, self._groups = None, getattr(source, 'groups', None)
-        if isinstance(source, IterableDataset):
+        self._stream: StreamBatches[Sample, Loaded, Input] | None = None
+        self._groups: np.ndarray | None = getattr(source, 'groups', None)
+        batches: Dataset[tuple[Loaded, int] | str]
+        if isinstance(source, IterableImageDataset):
             self.count = int(getattr(source.reader, 'num_samples', 0) or len(source))
             source.set_loader_cfg(num_workers=workers)
             batches = self._stream = StreamBatches(source, task, training=training, batch_size=batch_size, rank=rank,
@@ -456,7 +507,7 @@ class _Loader:
         self._workers.close()
 
 
-class TrainLoader(_Loader):
+class TrainLoader(_Loader[Sample, Loaded, Input]):
     """Micro-batches of training, for one rank.
 
     Attributes:
@@ -467,8 +518,9 @@ class TrainLoader(_Loader):
         bad_images: unreadable images replaced so far (`--on_bad_image skip`), on this rank.
     """
 
-    def __init__(self, source: Any, task: Any, run: Run, **others: Any):
-        super().__init__(source, task, run, training=True, batch_size=run.batch_size, **others)
+    def __init__(self, source: Source | IterableImageDataset, task: Preparing[Sample, Loaded, Input], run: Run, *,
+                 rank: int, device: torch.device):
+        super().__init__(source, task, run, training=True, batch_size=run.batch_size, rank=rank, device=device)
         recipe, self.bad_images = self._recipe, 0
         self._labels = task.balance(source)
         whole, grouped = self.count, ''
@@ -488,7 +540,7 @@ class TrainLoader(_Loader):
             raise UserError('--repeated_aug needs images in any order, which a stream does not give; use a folder')
         self.total_updates = recipe.total_updates(self.updates_per_epoch)
 
-    def updates(self, start: int, stop: int, attempt: int = 0) -> Iterator[Any]:
+    def updates(self, start: int, stop: int, attempt: int = 0) -> Iterator[Input]:
         """This rank's micro-batches of the updates `start` .. `stop - 1` of the run, over as many epochs as they take.
 
         Args:
@@ -506,12 +558,12 @@ class TrainLoader(_Loader):
             yield from self.epoch(epoch, begin, attempt, end=end)
             start += end - begin
 
-    def epoch(self, epoch: int, start_update: int = 0, attempt: int = 0, *, end: int | None = None) -> Iterator[Any]:
+    def epoch(self, epoch: int, start_update: int = 0, attempt: int = 0, *, end: int | None = None) -> Iterator[Input]:
         """As `updates`, for those of one epoch (from 0) from `start_update` on, up to its end or before `end`."""
         first = epoch * self.updates_per_epoch
         bad: deque[int] = deque()  # of the batches that are prepared ahead: a run that stops now will see them again
 
-        def finished() -> Iterator[Any]:
+        def finished() -> Iterator[Input]:
             for number, (batch, replaced) in enumerate(self._batches(epoch, start_update, attempt,
                                                                      end or self.updates_per_epoch)):
                 bad.append(int(replaced))
@@ -524,7 +576,7 @@ class TrainLoader(_Loader):
             self.bad_images += bad.popleft()
             yield batch
 
-    def _batches(self, epoch: int, start: int, attempt: int, end: int) -> Iterator[tuple[Any, int]]:
+    def _batches(self, epoch: int, start: int, attempt: int, end: int) -> Iterator[tuple[Loaded, int]]:
         if self._stream is None:
             yield from self._workers.batches(self._keys(epoch, start, attempt, end))
             return
@@ -566,7 +618,7 @@ class TrainLoader(_Loader):
                 yield np.concatenate([np.full((len(chunk), 1), epoch), chunk], axis=1)
 
 
-class ValLoader(_Loader):
+class ValLoader(_Loader[Sample, Loaded, Input]):
     """Batches of this rank's share of the test images: every world-size-th, none twice, each batch of one group.
 
     Attributes:
@@ -574,10 +626,12 @@ class ValLoader(_Loader):
         exact: whether `count` is sure, which a stream's is not.
     """
 
-    def __init__(self, source: Any, task: Any, run: Run, *, rank: int, **others: Any):
-        self._source, self.exact = source, not isinstance(source, IterableDataset)
+    def __init__(self, source: Source | IterableImageDataset, task: Preparing[Sample, Loaded, Input], run: Run, *,
+                 rank: int, device: torch.device):
+        self._source, self.exact = source, not isinstance(source, IterableImageDataset)
         self._batch_size = run.val_batch_size or int(1.5 * (run.batch_size or task.recipe.micro_batch_size))
-        super().__init__(source, task, run, training=False, batch_size=self._batch_size, rank=rank, **others)
+        super().__init__(source, task, run, training=False, batch_size=self._batch_size, rank=rank,
+                         device=device)
         share = np.arange(rank, self.count, run.world_size)
         groups = np.zeros(len(share)) if self._groups is None else self._groups[share]
         parts = [share[groups == group] for group in np.unique(groups)]
@@ -596,7 +650,7 @@ class ValLoader(_Loader):
         """Number of batches; of a stream, about."""
         return len(self._chunks)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Input]:
         """Yields what `task.finish` returns, on the device."""
         def keys() -> Iterator[np.ndarray]:
             for chunk in self._chunks:
@@ -607,7 +661,7 @@ class ValLoader(_Loader):
                      self._device)
 
 
-def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+def ahead(batches: Iterator[Input], device: torch.device) -> Iterator[Input]:
     """On CUDA, prepares each batch in a stream of its own while the device works on the batch before."""
     if device.type != 'cuda':
         yield from batches

@@ -10,23 +10,22 @@ import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-import torch
-from timm.data import create_dataset
+from timm.data import IterableImageDataset, create_dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
 from pipeline import labels
-from pipeline.augmentation import decode
+from pipeline.augmentation import Picture, decode
 from pipeline.files import EXTENSIONS, GROUND_TRUTHS, Split, find_files, from_file, load_index, show_others, to_file
 from pipeline.labels import BadLabel
 from recipes import Recipe, Run
 from utils import UserError, derive_seed, nearest, reason_of
 
 
-def open_source(recipe: Recipe, run: Run, split: Split) -> Any:
+def open_source(recipe: Recipe, run: Run, split: Split) -> 'Images':
     """The images of one half of the recipe's data set.
 
     Returns:
@@ -46,7 +45,7 @@ def open_source(recipe: Recipe, run: Run, split: Split) -> Any:
     return open_timm(recipe, run, split)
 
 
-def open_timm(recipe: Recipe, run: Run, split: Split) -> Any:
+def open_timm(recipe: Recipe, run: Run, split: Split) -> 'TimmSource | IterableImageDataset':
     """A data set by its name in timm's `create_dataset`. Raises UserError with timm's reason where it has none."""
     kind = recipe.data_set.partition('/')[0]
     if kind not in ('torch', 'hfds', 'hfids', 'wds', 'tfds'):
@@ -69,7 +68,7 @@ def open_timm(recipe: Recipe, run: Run, split: Split) -> Any:
                 'check --data_path and that the package of the reader is installed')
         raise UserError(f'--data_set {recipe.data_set}: the {split} images under {root} cannot be opened ({reason}); '
                         f'{cure}') from error
-    if not isinstance(data, torch.utils.data.IterableDataset):
+    if not isinstance(data, IterableImageDataset):
         return TimmSource(data, class_map)
     data.class_map = class_map  # for the checkpoints
     return data
@@ -121,8 +120,9 @@ class TimmSource:
         self._label_of, self.classes = labels.find(self.classes, classes), list(classes)
 
     def _label(self, label: Any) -> Any:
-        known = self._label_of is not None and isinstance(label, (int, np.integer)) and 0 <= label < len(self._label_of)
-        return self._label_of[label] if known else label
+        if self._label_of is None or not isinstance(label, (int, np.integer)) or not 0 <= label < len(self._label_of):
+            return label
+        return self._label_of[label]
 
     @property
     def labels(self) -> list[Any] | None:
@@ -134,7 +134,7 @@ class TimmSource:
     def __len__(self) -> int:
         return len(self._data)
 
-    def read(self, index: int) -> tuple[Any, int]:
+    def read(self, index: int) -> tuple[Picture, int]:
         """The undecoded file where there is one, else the pixels, and the label."""
         if not hasattr(self._data, 'reader'):
             image, label = self._data[index]
@@ -304,6 +304,10 @@ class ImageFiles:
     def check(self, index: int) -> None:
         """Decodes an image. Raises anything for one that cannot be."""
         decode(self.read(index)[0])
+
+
+# What has images and a label for each
+Images: TypeAlias = ImageFiles | TimmSource | Digits | Fake | IterableImageDataset
 
 
 def check_files(train: ImageFiles | None, val: ImageFiles | None) -> tuple[list[str], list[str]]:

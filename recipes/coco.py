@@ -108,11 +108,11 @@ def _retinanet_1x(size: str, drop_path: float, *, ap: float, parameters: float, 
 
 
 _mask_rcnn = replace(_retinanet, network='mask_rcnn', lr=2e-4)
-_3x = {'resize': 'multi_scale', 'epochs': 36, 'milestones': (27, 33)}
+_3x: dict[str, Any] = {'resize': 'multi_scale', 'epochs': 36, 'milestones': (27, 33)}
 _cascade = replace(_mask_rcnn, network='cascade_mask_rcnn', **_3x)
 _giou = replace(_cascade, network='cascade_mask_rcnn_giou', warmup_steps=1000)
 # The authors' levels for B and L, whose oddities optim_factory names
-_layers = {'lr': 1e-4, 'param_groups': 'authors_layers', 'layer_decay': 0.8}
+_layers: dict[str, Any] = {'lr': 1e-4, 'param_groups': 'authors_layers', 'layer_decay': 0.8}
 
 
 def _with_masks(

@@ -105,6 +105,7 @@ class _Store(argparse.Action):
         if typing.get_origin(kind) in UNIONS and typing.get_origin(typing.get_args(kind)[0]) is tuple:
             kind = None if values in (['none'], ['None']) else typing.get_args(kind)[0]
         try:
+            value: Any
             if values is True or kind is None:  # a bare boolean, or none for a tuple
                 value = values is True or None
             elif typing.get_origin(kind) is dict:
@@ -272,10 +273,11 @@ def check_start(recipe: Recipe, run: Run) -> None:
     named = [('checkpoint', path) for path in run.checkpoint] + [(name, getattr(run, name)) for name in (
         'finetune', 'resume', 'valid_labels', 'real_labels', 'train_json', 'val_json', 'image_dir')]
     # A class map may also lie below the data
-    if getattr(recipe, 'class_weights', None) not in (None, 'balanced'):
-        named.append(('class_weights', recipe.class_weights))
-    if getattr(recipe, 'teacher', None) is not None and names_file(recipe.teacher):
-        named.append(('teacher', recipe.teacher))
+    weights, teacher = (getattr(recipe, name, None) for name in ('class_weights', 'teacher'))
+    if weights not in (None, 'balanced'):
+        named.append(('class_weights', weights))
+    if teacher is not None and names_file(teacher):
+        named.append(('teacher', teacher))
     for name, path in named:
         if path and not re.match(r'released:|https?://', path) and not os.path.exists(path):
             raise UserError(f'--{name} {path} does not exist; check the path')

@@ -36,6 +36,11 @@ COUNT = Bound(lambda value: value > 0, ' {value}: give a whole number above 0')
 MICRO_BATCH = Bound(lambda value: value == 'auto' or value > 0, ' {value}: give at least 1')
 
 
+if typing.TYPE_CHECKING:
+    MicroBatch = int  # what `fit_batch`, and for auto a trial, have made of it before it is reckoned with
+else:
+    MicroBatch = int | Literal['auto']
+
 MADE_UP = ('digits', 'fake', 'digits_coco', 'digits_ade')  # data sets that read no --data_path
 
 
@@ -257,7 +262,7 @@ class Run:
 
     # Processes, device, batch
     device: str = doc('auto', "'auto', 'cuda', 'mps' or 'cpu'")
-    batch_size: int | Literal['auto'] | None = doc(None, 'micro-batch: images per process and micro-step; auto (CUDA) '
+    batch_size: MicroBatch | None = doc(None, 'micro-batch: images per process and micro-step; auto (CUDA) '
                                                          'finds the largest that fits', MICRO_BATCH)
     update_freq: int | None = doc(None, 'micro-steps per update; derived where not given', COUNT)
     world_size: int = doc(1, 'number of processes, from the launcher', flag=False)

@@ -196,7 +196,7 @@ _tiny_256 = replace(_tiny, name='moganet_tiny_256', input_size=256, test_size=25
 _xtiny_256 = replace(_xtiny, name='moganet_xtiny_256', source=H, input_size=256, test_size=256, expected_acc1=77.2,
                      expected_acc5=93.8)
 # 3-Augment (DeiT III): its own colour jitter, no random erasing; trained with the double gate
-_three_augment = dict(lr=2e-3, warmup_epochs=20, aa='3a', color_jitter=0.3, reprob=0.0, gate='double')
+_three_augment: dict[str, Any] = dict(lr=2e-3, warmup_epochs=20, aa='3a', color_jitter=0.3, reprob=0.0, gate='double')
 _tiny_3aug = replace(_tiny_256, name='moganet_tiny_3aug_256', source=f'{S} (T*); {O}', expected_acc1=80.0,
                      expected_acc5=95.0, **_three_augment)
 _xtiny_3aug = replace(_xtiny_256, name='moganet_xtiny_3aug_256', source=O, expected_acc1=77.6, expected_acc5=None,

@@ -15,7 +15,7 @@ A task is a class that a recipe's class names (`Recipe.task`); `create_task` mak
 import dataclasses
 import pkgutil
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +24,16 @@ from torch import Tensor, nn
 
 import optim_factory
 from pipeline import labels
-from pipeline.augmentation import decode
+from pipeline.augmentation import Picture, decode
+from pipeline.files import Split
+from pipeline.loaders import Loaded, Position, Sample, Source
 from recipes import Recipe, Run
 from tasks import pictures
 from utils import UserError, log
+
+Data = TypeVar('Data', bound=Source)  # the data set of a task; an IterableImageDataset of timm, too
+Taken = TypeVar('Taken', contravariant=True)  # the model's input, where it is only taken
+Input = TypeVar('Input', bound='Batch')  # what the model takes
 
 
 def _map(value: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -49,30 +55,30 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
-    def _map(self, change: Callable[[Tensor], Any]) -> 'Batch':
+    def _map(self: Input, change: Callable[[Tensor], Any]) -> Input:
         return dataclasses.replace(self, **{field.name: _map(getattr(self, field.name), change)
                                             for field in dataclasses.fields(self)})
 
-    def to(self, device: torch.device) -> 'Batch':
+    def to(self: Input, device: torch.device) -> Input:
         """The batch on a device, copied without waiting where the memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> 'Batch':
+    def pin_memory(self: Input) -> Input:
         """The batch in pinned memory; torch's DataLoader calls it."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def record_stream(self, stream: Any) -> None:
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keeps the tensors' memory until a CUDA stream has used it."""
         self._map(lambda tensor: tensor.record_stream(stream))
 
 
-class Metric(Protocol):
+class Metric(Protocol[Taken]):
     """The sums of an evaluation over several models in one pass over the data."""
 
-    def update(self, models: dict[str, nn.Module], batch: Batch) -> None:
+    def update(self, models: dict[str, nn.Module], batch: Taken, /) -> None:
         """Adds a batch; `models`, the same each time, are in evaluation mode."""
 
-    def result(self, models: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def result(self, models: Sequence[str], /) -> dict[str, dict[str, Any]]:
         """The values of all ranks together by model: 'count' of images, the recipe's `metrics`, and what else there is.
 
         Where the metric is detailed, 'right' may say which images are right, bool [images] in the order of the source,
@@ -81,8 +87,10 @@ class Metric(Protocol):
         """
 
 
-class Task:
+class Task(Generic[Data, Sample, Loaded, Input]):
     """What all tasks share. A task of one's own derives from it, in a file of its own.
+
+    It is generic in its data set, in what a worker makes of an item and of some, and in the model's input.
 
     Attributes:
         recipe: with `num_classes` resolved once the data is known.
@@ -110,7 +118,7 @@ class Task:
 
     # ---- Data
 
-    def open(self, split: str) -> Any:
+    def open(self, split: Split) -> Data:
         """The source of 'train' or 'val': `len`, `read(i)`, `name(i)`; or timm's IterableImageDataset.
 
         Raises:
@@ -118,15 +126,15 @@ class Task:
         """
         raise NotImplementedError
 
-    def check_data(self, train: Any, val: Any) -> tuple[list[str], list[str]]:
+    def check_data(self, train: Data | None, val: Data | None) -> tuple[list[str], list[str]]:
         """Errors and warnings about the sources (None: not opened); each line names the path and the cure."""
         return [], []
 
-    def class_names(self, source: Any) -> list[str]:
+    def class_names(self, source: Data) -> list[str]:
         """The names of a source's classes by label, empty where it does not know them."""
         return list(getattr(source, 'classes', ()))
 
-    def learn_classes(self, sources: Sequence[Any]) -> None:
+    def learn_classes(self, sources: Sequence[Data]) -> None:
         """Takes the names and the number of the classes from the first source that knows them.
 
         Where a checkpoint's own names decide, the sources number their images by those.
@@ -136,7 +144,7 @@ class Task:
                 on with other classes.
         """
         ours = next(filter(None, map(self.class_names, sources)), [])
-        self.class_map = next((source.class_map for source in sources if getattr(source, 'class_map', None)), None)
+        self.class_map = next(filter(None, (getattr(source, 'class_map', None) for source in sources)), None)
         if self.run.eval and self.trained_map and self.class_map != self.trained_map:
             raise UserError(f'the checkpoint was trained with {"another" if self.class_map else "a"} --class_map '
                             f'({labels.some(list(self.trained_map))}); give its file by --class_map')
@@ -188,7 +196,7 @@ class Task:
         return ours, '--class_map' if chosen else 'their numbers' if (
             labels.are_numbers(ours) and ours == labels.in_order(ours)) else 'their sorted names'
 
-    def balance(self, source: Any) -> np.ndarray | None:
+    def balance(self, source: Data) -> np.ndarray | None:
         """The class of each training image, int64, where an epoch shall have equally many of each; else None.
 
         Raises:
@@ -196,11 +204,23 @@ class Task:
         """
         return None
 
+    def nearest_neighbours(self, model: nn.Module, batches: Any) -> nn.Module:
+        """A classifier by the nearest of some images (`--knn`), where the task has features of whole images.
+
+        Args:
+            model: in evaluation mode.
+            batches: the images' loader.
+
+        Raises:
+            UserError: for a stream, or too few images.
+        """
+        raise NotImplementedError
+
     def sources(self) -> dict[str, str]:
         """What the training depends on beside the recipe and the images: the SHA-256 of each, by its flag."""
         return {}
 
-    def sample(self, item: Any, seed: int | None) -> Any:
+    def sample(self, item: tuple[Picture, Any], seed: int | None) -> Sample:
         """One sample from what the source reads: augmented from a seed; None is the test's.
 
         Raises:
@@ -209,7 +229,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def collate(self, samples: Sequence[Any]) -> Batch:
+    def collate(self, samples: Sequence[Sample]) -> Loaded:
         """The batch of some samples, on the CPU."""
         raise NotImplementedError
 
@@ -217,13 +237,13 @@ class Task:
         """What a sample takes of the memory that workers share with their process, about; 0 where that is not known."""
         return 0
 
-    def finish(self, batch: Batch, device: torch.device, position: Any) -> Batch:
+    def finish(self, batch: Loaded, device: torch.device, position: Position | None) -> Input:
         """A worker's batch as the model's input on the device.
 
         Args:
-            position: a `pipeline.loaders.Position`, from which the device draws; None in an evaluation.
+            position: from which the device draws; None in an evaluation.
         """
-        return batch.to(device)
+        raise NotImplementedError
 
     # ---- Model
 
@@ -231,7 +251,7 @@ class Task:
         """The recipe's model with its initial weights, on the CPU. Raises UserError."""
         raise NotImplementedError
 
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: Input) -> dict[str, Tensor]:
         """The losses of a batch by name, scalars; training minimises their sum."""
         raise NotImplementedError
 
@@ -239,12 +259,12 @@ class Task:
         """Takes the gradient from the parameters that the recipe keeps as they are. Raises UserError."""
         optim_factory.freeze(model, stages=self.recipe.freeze_stages)
 
-    def forward(self, model: nn.Module, batch: Batch) -> Any:
+    def forward(self, model: nn.Module, batch: Input) -> Any:
         """The model's pass over a batch, without a loss."""
         return model(batch.images)
 
     def metric(self, device: torch.device, *, names: Callable[[], Sequence[str]] | None = None,
-               detailed: bool = False) -> Metric:
+               detailed: bool = False) -> Metric[Input]:
         """A new metric, whose sums are kept on the device.
 
         Args:
@@ -253,7 +273,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def example_batch(self, size: int, device: torch.device) -> Batch:
+    def example_batch(self, size: int, device: torch.device) -> Input:
         """A fixed batch, as `finish` returns one, in which every part of the loss has something to learn."""
         raise NotImplementedError
 
@@ -271,7 +291,7 @@ class Task:
         """Further lines on the result of a detailed evaluation."""
         return []
 
-    def show_batch(self, batch: Batch) -> Image.Image:
+    def show_batch(self, batch: Input) -> Image.Image:
         """What the network sees, drawn."""
         return pictures.draw_images(batch.images, self.recipe.mean, self.recipe.std)
 
@@ -287,11 +307,11 @@ class Task:
         """Fills in the names of the model's classes: a checkpoint's own, or where it has none those that are known."""
         self.classes = list(classes)
 
-    def picture(self, image: Any) -> Image.Image:
+    def picture(self, image: Picture) -> Image.Image:
         """An undecoded image as predictions are drawn onto it. Raises what the decoder raises."""
         return Image.fromarray(decode(image))
 
-    def prepare(self, image: Any) -> Any:
+    def prepare(self, image: Picture) -> Any:
         """An undecoded image as `predict` takes it. Raises BadImage."""
         raise NotImplementedError
 

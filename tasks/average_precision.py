@@ -8,7 +8,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as codes
 from torch import Tensor
 
-from pipeline.coco import run_lengths_of
+from pipeline.coco import CocoSource, run_lengths_of
 
 # COCO's twelve numbers, in its own order
 STATISTICS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large', 'ar1', 'ar10', 'ar100', 'ar_small',
@@ -32,7 +32,7 @@ def decode(masks: Sequence[dict[str, Any]]) -> Tensor:
     return torch.from_numpy(codes.decode(list(masks))).permute(2, 0, 1).bool()
 
 
-def truth_of(source: Any, *, masks: bool) -> COCO:
+def truth_of(source: CocoSource, *, masks: bool) -> COCO:
     """The ground truth of a source, with positions counted from 1 for its ids: 0 is no id of an annotation to it.
 
     Raises:
@@ -40,7 +40,7 @@ def truth_of(source: Any, *, masks: bool) -> COCO:
     """
     images = [{'id': place, 'height': int(height), 'width': int(width)}
               for place, (height, width) in enumerate(source.sizes, start=1)]
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for place in range(len(source)):
         truth = source.annotations(place)
         segments = run_lengths_of(truth.segments(), truth.size, truth.ids) if masks else [None] * len(truth.boxes)
@@ -53,7 +53,7 @@ def truth_of(source: Any, *, masks: bool) -> COCO:
     return COCO({'images': images, 'annotations': annotations, 'categories': categories})
 
 
-def average_precision(source: Any, rows: np.ndarray, masks: Sequence[bytes] | None = None
+def average_precision(source: CocoSource, rows: np.ndarray, masks: Sequence[bytes] | None = None
                       ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The average precision of boxes, and of masks where there are some.
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from models import create_model
 from models.build import check_forward, name_of
 from pipeline import labels, memory
 from pipeline.augmentation import (
+    Picture,
     TestTransform,
     TrainTransform,
     erasing_boxes,
@@ -34,9 +35,10 @@ from pipeline.augmentation import (
     seed_image,
 )
 from pipeline.corruptions import corrupt
+from pipeline.files import Split
 from pipeline.labels import BadLabel
 from pipeline.loaders import Position, ValLoader
-from pipeline.sources import ImageFiles, check_files, class_names, open_source
+from pipeline.sources import ImageFiles, Images, check_files, class_names, open_source
 from recipes import Classification as Recipe
 from recipes import Run
 from tasks import Batch, Task, evidence, pictures
@@ -44,6 +46,15 @@ from utils import UserError, derive_seed, seed_everything, sum_dtype
 
 VOTE_TEMPERATURE = 0.07  # of the votes of nearest neighbours, as in arXiv 1805.01978
 MAX_CONFUSION = 100  # classes of which a confusion matrix is still one that a person reads
+
+
+class Crop(NamedTuple):
+    """What a worker makes of an image with a label."""
+
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    label: int
+    boxes: np.ndarray | None  # int32 [recount, 4], to erase; None in a test
+    seed: int
 
 
 @dataclass
@@ -63,15 +74,17 @@ class Labelled(Batch):
     weights: Tensor | None = None  # float [B], of the images' losses, with --class_weights
 
 
-class Classification(Task):
+class Classification(Task[Images, Crop, Crops, Labelled]):
     """One label an image, from ImageNet's folders, timm's data sets, digits or noise."""
 
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, run: Run):
         super().__init__(recipe, run)
-        self._train = self._test = self._finish = None
-        self._source: Any = None  # of the training images
+        self._train: TrainTransform | None = None
+        self._test: TestTransform | None = None
+        self._finish: Finish | None = None
+        self._source: Images | None = None  # of the training images
         self._class_weights: Tensor | None = None
         self._binary = None if recipe.loss == 'ce' else BinaryCrossEntropy(
             recipe.smoothing, target_threshold=recipe.bce_target_thresh, sum_classes=recipe.loss == 'bce_sum')
@@ -82,7 +95,7 @@ class Classification(Task):
 
     # ---- Data
 
-    def open(self, split: str) -> Any:
+    def open(self, split: Split) -> Images:
         if split == 'train':
             self._train = TrainTransform(self.recipe)  # here, since it compiles what the workers will inherit
         else:
@@ -92,14 +105,14 @@ class Classification(Task):
             self._source = source
         return source
 
-    def check_data(self, train: Any, val: Any) -> tuple[list[str], list[str]]:
-        files = [source if isinstance(source, ImageFiles) else None for source in (train, val)]
-        return check_files(*files)
+    def check_data(self, train: Images | None, val: Images | None) -> tuple[list[str], list[str]]:
+        ours, theirs = (source if isinstance(source, ImageFiles) else None for source in (train, val))
+        return check_files(ours, theirs)
 
-    def class_names(self, source: Any) -> list[str]:
+    def class_names(self, source: Images) -> list[str]:
         return list(getattr(source, 'classes', None) or class_names(source))
 
-    def learn_classes(self, sources: Sequence[Any]) -> None:
+    def learn_classes(self, sources: Sequence[Images]) -> None:
         super().learn_classes(sources)
         if self.teacher is not None:
             self.teacher.learn_classes(self.classes, self.recipe.num_classes)
@@ -109,7 +122,7 @@ class Classification(Task):
                 balanced_weights(self._labels_of(self._source, '--class_weights balanced'), self.recipe.num_classes)
                 if self.recipe.class_weights == 'balanced' else read_class_weights(self.recipe.class_weights, names))
 
-    def _labels_of(self, source: Any, flag: str) -> np.ndarray:
+    def _labels_of(self, source: Images, flag: str) -> np.ndarray:
         """The class of each image, for a flag. Raises UserError where the source does not tell them."""
         found = getattr(source, 'labels', None)
         if found is None:
@@ -120,23 +133,23 @@ class Classification(Task):
         except BadLabel as error:
             raise UserError(f'{flag}: an image of --data_set {self.recipe.data_set} {error}') from None
 
-    def balance(self, source: Any) -> np.ndarray | None:
+    def balance(self, source: Images) -> np.ndarray | None:
         return self._labels_of(source, '--balanced_sampling') if self.recipe.balanced_sampling else None
 
     def sources(self) -> dict[str, str]:
         weights, teacher = self._class_weights, self.teacher
-        return {} | ({} if weights is None else {'class_weights': hashlib.sha256(weights.numpy()).hexdigest()}) | (
-            {} if teacher is None else {'teacher': teacher.digest})
+        found = {} if weights is None else {'class_weights': hashlib.sha256(weights.numpy().tobytes()).hexdigest()}
+        return found if teacher is None else found | {'teacher': teacher.digest}
 
-    def sample(self, item: tuple[Any, Any], seed: int | None) -> tuple[np.ndarray, int, np.ndarray | None, int]:
+    def sample(self, item: tuple[Picture, Any], seed: int | None) -> Crop:
         image, label = item
         label = self._check_label(label)
         if seed is None:
-            return self.prepare(image), label, None, 0
+            return Crop(self.prepare(image), label, None, 0)
         seed_image(seed)
         with refusing_bad_images():
             pixels = self._train(image)
-        return pixels, label, erasing_boxes(self.recipe), seed
+        return Crop(pixels, label, erasing_boxes(self.recipe), seed)
 
     def _check_label(self, label: Any) -> int:
         """A label as a number. Raises BadLabel for one that is no class of the model."""
@@ -150,8 +163,8 @@ class Classification(Task):
                            '--num_classes, or check --class_map')
         return number
 
-    def collate(self, samples: Sequence[tuple[np.ndarray, int, np.ndarray | None, int]]) -> Crops:
-        images = memory.empty((len(samples), *samples[0][0].shape), torch.uint8)
+    def collate(self, samples: Sequence[Crop]) -> Crops:
+        images = memory.empty((len(samples), *samples[0].pixels.shape), torch.uint8)
         targets, boxes, seeds = (torch.zeros(len(samples), *shape, dtype=dtype) for shape, dtype in (
             ((), torch.int64), ((self.recipe.recount, 4), torch.int32), ((), torch.int64)))
         # Filled as arrays: an assignment to a part of a tensor takes 5 us
@@ -244,9 +257,9 @@ class Classification(Task):
             real = real if valid is None else real[:, valid]
         count = self.recipe.num_classes if valid is None else len(valid)
         numbers = range(count) if valid is None else valid
-        names = describe(self.classes) + [str(number) for number in numbers[len(self.classes):]]
+        shown = describe(self.classes) + [str(number) for number in numbers[len(self.classes):]]
         return Accuracy(device, valid_labels=valid, real_labels=real, mirrored=self.run.tta == 'hflip',
-                        classes=names if detailed else None)
+                        classes=shown if detailed else None)
 
     # ---- For people
 
@@ -293,7 +306,7 @@ class Classification(Task):
     def embed(self, model: nn.Module, samples: Sequence[np.ndarray]) -> Tensor:
         return features(model, self.to_input(samples, next(model.parameters()).device)).cpu()
 
-    def prepare(self, image: Any) -> np.ndarray:
+    def prepare(self, image: Picture) -> np.ndarray:
         """The test crop, uint8 [H, W, 3], of an image that `augmentation.decode` takes. Raises BadImage."""
         self._test = self._test or TestTransform(self.recipe)
         with refusing_bad_images():
@@ -546,10 +559,10 @@ class Accuracy:
         """What the result holds with `classes`, from the images of all ranks, [images, 3]."""
         targets, guesses, confidences = images[:, 0].long(), images[:, 1].long(), images[:, 2]
         right, rows = targets == guesses, evidence.class_rows(targets, guesses, self._classes)
-        counts = {'acc1': (total['right1'], len(images)), 'acc5': (total['right5'], len(images))}
+        counts = {'acc1': (total['right1'], float(len(images))), 'acc5': (total['right5'], float(len(images)))}
         if self._real is not None and total['real_count']:
             counts['real_acc1'] = (total['real_right'], total['real_count'])
-        details = {f'interval_{name}': list(evidence.wilson(round(hits), round(of)))
+        details: dict[str, Any] = {f'interval_{name}': list(evidence.wilson(round(hits), round(of)))
                    for name, (hits, of) in counts.items()}
         details |= {'mean_class_acc1': sum(row['acc1'] for row in rows) / len(rows),
                     'ece': evidence.calibration_error(confidences, right), 'temperature': evidence.temperature(slopes),

@@ -1,7 +1,7 @@
 """What detection and segmentation share: a network over a backbone, of images that are turned as EXIF says."""
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -9,14 +9,26 @@ from torch import nn
 
 from models.dense import build_dense
 from models.detection import freeze_backbone
+from pipeline.augmentation import Picture
 from pipeline.dense import decode_upright, normalise_padded, padded
-from pipeline.loaders import Position
+from pipeline.loaders import Position, Sample
 from recipes.dense import Dense as Recipe
-from tasks import Batch, Task
+from tasks import Batch, Data, Task
 from utils import seed_everything
 
 
-class Dense(Task):
+@dataclass
+class DenseBatch(Batch):
+    """Images of unequal sizes, each in the upper left corner."""
+
+    sizes: list[tuple[int, int]]  # (h, w) of each without the padding
+    original_sizes: list[tuple[int, int]]  # (h, w) of each before resizing
+
+
+Input = TypeVar('Input', bound=DenseBatch)  # from a worker, and as the model takes it
+
+
+class Dense(Task[Data, Sample, Input, Input], Generic[Data, Sample, Input]):
     """A task whose network gives its own losses, and whose batches have `sizes`."""
 
     recipe: Recipe
@@ -27,10 +39,10 @@ class Dense(Task):
         raise NotImplementedError
 
     def sample_bytes(self, *, training: bool) -> int:
-        height, width = padded([tuple(sorted(self.recipe.image_scale))])
+        height, width = padded([tuple(sorted(self.recipe.image_scale))])  # type: ignore[attr-defined]  # of both tasks
         return 3 * height * width
 
-    def finish(self, batch: Batch, device: torch.device, position: Position | None) -> Batch:
+    def finish(self, batch: Input, device: torch.device, position: Position | None) -> Input:
         batch = batch.to(device)
         return replace(batch, images=normalise_padded(batch.images, batch.sizes, mean=self.recipe.mean,
                                                       std=self.recipe.std))
@@ -43,7 +55,7 @@ class Dense(Task):
     def freeze(self, model: nn.Module) -> None:
         freeze_backbone(model.backbone, stages=self.recipe.freeze_stages, norms=self.recipe.freeze_bn)
 
-    def forward(self, model: nn.Module, batch: Batch) -> Any:
+    def forward(self, model: nn.Module, batch: Input) -> Any:
         return model.outputs(batch.images)
 
     def remarks(self) -> list[str]:
@@ -66,5 +78,5 @@ class Dense(Task):
         names = list(classes) or (known if model.num_classes == len(known) else [])
         self.classes = names + [str(number) for number in range(len(names), model.num_classes)]
 
-    def picture(self, image: Any) -> Image.Image:
+    def picture(self, image: Picture) -> Image.Image:
         return Image.fromarray(decode_upright(image))

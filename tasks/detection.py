@@ -1,5 +1,6 @@
 """Object detection: images with boxes, the detector's own losses, COCO's average precision."""
 import errno
+import functools
 import itertools
 import json
 import os
@@ -18,14 +19,16 @@ from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 from tqdm import tqdm
 
 from models.dense import NETWORKS
+from models.detection import Target
 from pipeline import coco
-from pipeline.augmentation import refusing_bad_images
+from pipeline.augmentation import Picture, refusing_bad_images
 from pipeline.dense import decode_upright, padded, stack
+from pipeline.files import Split
 from recipes import Run
 from recipes.coco import Detection as Recipe
-from tasks import Batch, pictures
+from tasks import pictures
 from tasks.average_precision import COLUMNS, as_run_lengths, average_precision, decode, encode
-from tasks.dense import Dense
+from tasks.dense import Dense, DenseBatch
 from utils import UserError, from_rank_zero, write_atomically
 
 SHOWN = 0.3  # the least score of a box that is drawn or written as text; JSON has them all
@@ -33,12 +36,10 @@ EXAMPLES = 4  # test images that are drawn at the end of a training
 
 
 @dataclass
-class DetectionBatch(Batch):
-    """uint8 [B, H, W, 3] from a worker, float32 [B, 3, H, W] for the model; every image in the upper left corner."""
+class DetectionBatch(DenseBatch):
+    """uint8 [B, H, W, 3] from a worker, float32 [B, 3, H, W] for the model."""
 
-    targets: list[dict[str, Any]]  # of each image boxes [n, 4], labels [n] from 0, size (h, w)
-    sizes: list[tuple[int, int]]  # (h, w) without the padding
-    original_sizes: list[tuple[int, int]]  # (h, w) before resizing
+    targets: list[Target]
     image_ids: list[int]
 
 
@@ -53,7 +54,7 @@ def shorten(loss: str) -> str:
     return loss.replace('loss_', '')
 
 
-class Detection(Dense):
+class Detection(Dense[coco.CocoSource, coco.Sample, DetectionBatch]):
     """Boxes with a class each, from COCO's folder, from a JSON of that form, or made up."""
 
     recipe: Recipe
@@ -67,7 +68,8 @@ class Detection(Dense):
                             if self._masks or 'mask' not in name)
         self._transform = coco.Transform(recipe.image_scale, hflip=recipe.hflip, masks=self._masks,
                                          multi_scale=recipe.resize == 'multi_scale')
-        self._val: Any = None  # the source of the test images, which the metric asks for the ground truth
+        # The source of the test images, which the metric asks for the ground truth
+        self._val: coco.CocoSource | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers receive their source by themselves."""
@@ -78,30 +80,32 @@ class Detection(Dense):
 
     # ---- Data
 
-    def open(self, split: str) -> Any:
+    def open(self, split: Split) -> coco.CocoSource:
         source = coco.open_coco(self.recipe, self.run, split)
         if split == 'val':
             self._val = source
         return source
 
-    def check_data(self, train: Any, val: Any) -> tuple[list[str], list[str]]:
+    def check_data(self, train: coco.CocoSource | None, val: coco.CocoSource | None
+                   ) -> tuple[list[str], list[str]]:
         return coco.check_coco(train, val, masks=self._masks)
 
-    def learn_classes(self, sources: Sequence[Any]) -> None:
+    def learn_classes(self, sources: Sequence[coco.CocoSource]) -> None:
         if self.run.eval and not self.trained and self.recipe.num_classes == Recipe.known_classes:
             self.trained = coco_classes()  # a released file does not name them
         super().learn_classes(sources)
 
-    def sample(self, item: tuple[Any, coco.Annotations], seed: int | None) -> dict[str, Any]:
+    def sample(self, item: tuple[Picture, coco.Annotations], seed: int | None) -> coco.Sample:
         with refusing_bad_images():
             return self._transform(item, seed)
 
-    def collate(self, samples: Sequence[dict[str, Any]]) -> DetectionBatch:
-        sizes, originals, ids = ([sample[name] for sample in samples] for name in ('size', 'original_size', 'image_id'))
-        targets = [{name: torch.from_numpy(sample[name]) for name in ('boxes', 'labels', 'masks') if name in sample} | {
-            'size': sample['size']} for sample in samples]
+    def collate(self, samples: Sequence[coco.Sample]) -> DetectionBatch:
+        sizes = [sample['size'] for sample in samples]
+        targets = [{name: torch.from_numpy(value) for name, value in sample.items()
+                    if name in ('boxes', 'labels', 'masks')} | {'size': sample['size']} for sample in samples]
         images = stack([sample['pixels'] for sample in samples], padded(sizes))
-        return DetectionBatch(images, targets, sizes, originals, ids)
+        return DetectionBatch(images, sizes, [sample['original_size'] for sample in samples], targets,
+                              [sample['image_id'] for sample in samples])
 
     def _decide_classes(self, ours: list[str]) -> tuple[list[str], str]:
         names, order = super()._decide_classes(ours)
@@ -122,7 +126,7 @@ class Detection(Dense):
             target['masks'] = torch.ones(2, height, width, dtype=torch.bool, device=device)
         images = torch.zeros(size, 3, *padded([(height, width)]), device=device)
         sizes = [(height, width)] * size
-        return DetectionBatch(images, [target] * size, sizes, sizes, list(range(size)))
+        return DetectionBatch(images, sizes, sizes, [target] * size, list(range(size)))
 
     def metric(self, device: torch.device, *, names: Callable[[], Sequence[str]] | None = None,
                detailed: bool = False) -> 'BoxAP':
@@ -147,13 +151,13 @@ class Detection(Dense):
                                                      from_rows(rows) | ({'masks': masks} if self._masks else {}))
         return drawn
 
-    def prepare(self, image: Any) -> dict[str, Any]:
+    def prepare(self, image: Picture) -> coco.Sample:
         with refusing_bad_images():
             pixels = decode_upright(image)
         return self.sample((pixels, coco.Annotations.none(pixels.shape[:2])), None)
 
     @torch.inference_mode()
-    def predict(self, model: nn.Module, samples: Sequence[Any]) -> list[dict[str, Any]]:
+    def predict(self, model: nn.Module, samples: Sequence[coco.Sample]) -> list[dict[str, Any]]:
         """Boxes [n, 4] in pixels of the image, scores [n] and labels [n] on the CPU, by falling score, and where the
         network has masks, each as COCO's run lengths.
 
@@ -198,7 +202,8 @@ class BoxAP:
     first images.
     """
 
-    def __init__(self, source: Any, device: torch.device, run: Run, *, masks: bool = False, detailed: bool = False):
+    def __init__(self, source: coco.CocoSource, device: torch.device, run: Run, *, masks: bool = False,
+                 detailed: bool = False):
         """
         Args:
             source: of the test images.
@@ -236,16 +241,17 @@ class BoxAP:
             masks = None if self._masks is None else gather_texts(self._masks.get(model, []), self._device)
             # One rank computes; others would take the same seconds from the same cores
             text = from_rank_zero(f'average precision {next(_numbers)}',
-                                  lambda rows=rows, masks=masks: json.dumps(self._of(rows, masks)))
+                                  functools.partial(self._of, rows, masks))
             results[model] = json.loads(text) | {'count': count}
         return results
 
-    def _of(self, rows: np.ndarray, masks: list[bytes] | None) -> dict[str, Any]:
-        """The values of the rows of all ranks, and of their masks."""
+    def _of(self, rows: np.ndarray, masks: list[bytes] | None) -> str:
+        """The values of the rows of all ranks, and of their masks, as JSON."""
         order = np.argsort(rows[:, 0], kind='stable')  # the same on any number of ranks
-        rows, masks = rows[order], masks and [masks[i] for i in order]
-        result, classes = average_precision(self._source, rows, masks)
-        segments = masks and [as_run_lengths(text, self._source.sizes[int(place)])
+        rows, masks = rows[order], None if masks is None else [masks[i] for i in order]
+        values, classes = average_precision(self._source, rows, masks)
+        result: dict[str, Any] = {**values}
+        segments = None if masks is None else [as_run_lengths(text, self._source.sizes[int(place)])
                               for text, place in zip(masks, rows[:, 0], strict=True)]
         if self._run.save_predictions:
             save_predictions(Path(self._run.save_predictions), self._source, rows, segments)
@@ -255,7 +261,7 @@ class BoxAP:
                 ends = np.searchsorted(rows[:, 0], range(min(EXAMPLES, len(self._source)) + 1))
                 result['examples'] = [(rows[start:end].tolist(), segments and segments[start:end])
                                       for start, end in itertools.pairwise(ends)]
-        return result
+        return json.dumps(result)
 
 
 _numbers = itertools.count()  # of the results of this process, which are the same on all ranks
@@ -315,8 +321,8 @@ def check_writable(path: Path) -> None:
         raise UserError(f'--save_predictions {path} cannot be written ({error.strerror}); give a file') from None
 
 
-def save_predictions(path: Path, source: Any, rows: np.ndarray, segments: Sequence[dict[str, Any]] | None = None
-                     ) -> None:
+def save_predictions(path: Path, source: coco.CocoSource, rows: np.ndarray,
+                     segments: Sequence[dict[str, Any]] | None = None) -> None:
     """Writes COCO's result JSON, with the ids of the data. Raises UserError where it cannot.
 
     Args:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import labels
-from recipes import Classification as Recipe
+from recipes import Classification, Recipe
 from utils import UserError
 
 
@@ -17,7 +17,7 @@ class Teacher:
     batch norms keep their statistics.
     """
 
-    def __init__(self, model: nn.Module, taught_by: Recipe, *, recipe: Recipe, classes: Sequence[str] = (),
+    def __init__(self, model: nn.Module, taught_by: Recipe, *, recipe: Classification, classes: Sequence[str] = (),
                  digest: str = ''):
         """
         Args:
@@ -28,8 +28,10 @@ class Teacher:
             digest: SHA-256 of its weights and of what else decides its answers.
         """
         self.model, self.digest, self.num_classes = model.eval().requires_grad_(False), digest, taught_by.num_classes
-        self._recipe, self._classes, self._order = recipe, list(classes), None
-        self._scale = self._shift = None
+        self._recipe, self._classes = recipe, list(classes)
+        self._order: Tensor | None = None
+        self._scale: Tensor | None = None
+        self._shift: Tensor | None = None
         if (recipe.mean, recipe.std) != (taught_by.mean, taught_by.std):
             device = next(model.parameters()).device
             means, stds = (torch.tensor(values, device=device).view(2, 3, 1, 1) for values in (

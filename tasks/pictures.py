@@ -1,7 +1,7 @@
 """Pictures of batches, results and predictions, for TensorBoard, Weights & Biases and predict.py."""
 import colorsys
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,15 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
 
 
+def visible(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Normalised images [B, 3, H, W] as their values in 0..1, on the CPU."""
+    scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (std, mean))
+    return (images.cpu() * scale + shift).clamp(0, 1)
+
+
 def draw_images(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
     """The first 32 of a batch of normalised images [B, 3, H, W], eight in a row."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-    return to_pil_image(make_grid((images[:32].cpu() * std + mean).clamp(0, 1), nrow=8))
+    return to_pil_image(make_grid(visible(images[:32], mean, std), nrow=8))
 
 
 def draw_boxes(image: Image.Image, boxes: Any, names: Sequence[str] | None = None) -> Image.Image:
@@ -37,11 +42,10 @@ def draw_masks(image: Image.Image, masks: torch.Tensor) -> Image.Image:
 def draw_batch_of_boxes(images: torch.Tensor, targets: Sequence[dict[str, Any]], *, mean: Sequence[float],
                         std: Sequence[float], names: Sequence[str]) -> Image.Image:
     """The first eight of a batch of normalised images [B, 3, H, W] with their ground truth, four in a row."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     drawn = []
-    for image, target in zip(images[:8].cpu(), targets, strict=False):
+    for image, target in zip(visible(images[:8], mean, std), targets, strict=False):
         labels = [names[label] if names else str(label) for label in target['labels'].tolist()]
-        picture = draw_boxes(to_pil_image((image * std + mean).clamp(0, 1)), target['boxes'].cpu(), labels)
+        picture = draw_boxes(to_pil_image(image), target['boxes'].cpu(), labels)
         drawn.append(pil_to_tensor(picture))
     return to_pil_image(make_grid(drawn, nrow=4))
 
@@ -134,12 +138,11 @@ def draw_labels(image: Image.Image, labels: np.ndarray, colors: Sequence[tuple[i
     return canvas
 
 
-def draw_batch_of_labels(images: torch.Tensor, labels: torch.Tensor, *, mean: Sequence[float], std: Sequence[float],
-                         colors: Sequence[tuple[int, int, int]]) -> Image.Image:
+def draw_batch_of_labels(images: torch.Tensor, labels: Iterable[torch.Tensor], *, mean: Sequence[float],
+                         std: Sequence[float], colors: Sequence[tuple[int, int, int]]) -> Image.Image:
     """The first eight of a batch of normalised images [B, 3, H, W] below the colours of their labels, four in a row."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     drawn = []
-    for image, label in zip(images[:8].cpu(), labels.cpu(), strict=False):
-        pixels = np.asarray(to_pil_image((image * std + mean).clamp(0, 1)))
-        drawn.append(torch.from_numpy(overlay(pixels, label.numpy(), colors)).permute(2, 0, 1))
+    for image, label in zip(visible(images[:8], mean, std), labels, strict=False):
+        pixels = np.asarray(to_pil_image(image))
+        drawn.append(torch.from_numpy(overlay(pixels, label.cpu().numpy(), colors)).permute(2, 0, 1))
     return to_pil_image(make_grid(drawn, nrow=4))

@@ -13,25 +13,24 @@ from torch import Tensor, nn
 from models.dense import NETWORKS
 from models.segmentation import IGNORED
 from pipeline import ade20k, ade20k_classes
-from pipeline.augmentation import refusing_bad_images
+from pipeline.augmentation import Picture, refusing_bad_images
 from pipeline.dense import decode_upright, padded, stack
+from pipeline.files import Split
 from recipes import Run
 from recipes.ade20k import Segmentation as Recipe
-from tasks import Batch, pictures
-from tasks.dense import Dense
+from tasks import pictures
+from tasks.dense import Dense, DenseBatch
 from utils import UserError
 
 
 @dataclass
-class SegmentationBatch(Batch):
-    """uint8 [B * V, H, W, 3] from a worker, float32 [B * V, 3, H, W] for the model, in the upper left corner of each.
+class SegmentationBatch(DenseBatch):
+    """uint8 [B * V, H, W, 3] from a worker, float32 [B * V, 3, H, W] for the model.
 
-    Each of the B images has V views: one, or in a test one for each scale.
+    Each of the B images has V views: one, or in a test one for each scale. `sizes` are of the views.
     """
 
-    labels: Any  # training: uint8 [B, H, W]; test: of each image uint8 [H, W] at its original size
-    sizes: list[tuple[int, int]]  # (h, w) of each view without the padding
-    original_sizes: list[tuple[int, int]]  # (h, w) of each image before resizing
+    labels: Tensor | list[Tensor]  # training: uint8 [B, H, W]; test: of each image uint8 [H, W] at its original size
 
     def __len__(self) -> int:
         return len(self.original_sizes)
@@ -42,7 +41,7 @@ def shorten(loss: str) -> str:
     return loss.split('.')[0]
 
 
-class Segmentation(Dense):
+class Segmentation(Dense[ade20k.LabelledImages, ade20k.Sample, SegmentationBatch]):
     """A class for each pixel, from ADE20K's folder, from one's own, or made up."""
 
     recipe: Recipe
@@ -62,27 +61,27 @@ class Segmentation(Dense):
 
     # ---- Data
 
-    def open(self, split: str) -> Any:
+    def open(self, split: Split) -> ade20k.LabelledImages:
         return ade20k.open_ade20k(self.recipe, self.run, split)
 
     def sample_bytes(self, *, training: bool) -> int:
         return 4 * self.recipe.crop_size ** 2 if training else super().sample_bytes(training=training)
 
-    def sample(self, item: tuple[Any, Any], seed: int | None) -> dict[str, Any]:
+    def sample(self, item: tuple[Picture, ade20k.LabelFile], seed: int | None) -> ade20k.Sample:
         with refusing_bad_images():
             return self._transform(item, seed, num_classes=self.recipe.num_classes)
 
-    def collate(self, samples: Sequence[dict[str, Any]]) -> SegmentationBatch:
+    def collate(self, samples: Sequence[ade20k.Sample]) -> SegmentationBatch:
         originals = [sample['original_size'] for sample in samples]
         if 'views' in samples[0]:
             views = [view for sample in samples for view in sample['views']]
             sizes = [view.shape[:2] for view in views]
             labels = [torch.from_numpy(sample['labels']) for sample in samples]
-            return SegmentationBatch(stack(views, padded(sizes)), labels, sizes, originals)
+            return SegmentationBatch(stack(views, padded(sizes)), sizes, originals, labels)
         crop = (self.recipe.crop_size, self.recipe.crop_size)
-        images, labels = (stack([sample[name] for sample in samples], crop, fill)
-                          for name, fill in (('pixels', 0), ('labels', IGNORED)))
-        return SegmentationBatch(images, labels, [sample['size'] for sample in samples], originals)
+        return SegmentationBatch(stack([sample['pixels'] for sample in samples], crop),
+                                 [sample['size'] for sample in samples], originals,
+                                 stack([sample['labels'] for sample in samples], crop, IGNORED))
 
     # ---- Model
 
@@ -106,8 +105,8 @@ class Segmentation(Dense):
         side = self.recipe.crop_size
         labels = torch.arange(side * side, device=device).view(1, side, side) % self.recipe.num_classes
         images = torch.zeros(size, 3, side, side, device=device).to(memory_format=torch.channels_last)
-        return SegmentationBatch(images, labels.to(torch.uint8).repeat(size, 1, 1), [(side, side)] * size,
-                                 [(side, side)] * size)
+        sizes = [(side, side)] * size
+        return SegmentationBatch(images, sizes, sizes, labels.to(torch.uint8).repeat(size, 1, 1))
 
     def metric(self, device: torch.device, *, names: Callable[[], Sequence[str]] | None = None,
                detailed: bool = False) -> 'MeanIoU':
@@ -128,14 +127,14 @@ class Segmentation(Dense):
         return pictures.draw_batch_of_labels(batch.images, batch.labels, mean=self.recipe.mean, std=self.recipe.std,
                                              colors=colors_of(self.recipe.num_classes))
 
-    def prepare(self, image: Any) -> dict[str, Any]:
+    def prepare(self, image: Picture) -> ade20k.Sample:
         with refusing_bad_images():
             pixels = decode_upright(image)
         return {'views': self._transform.views(pixels), 'labels': np.empty((0, 0), np.uint8),
                 'original_size': pixels.shape[:2]}
 
     @torch.inference_mode()
-    def predict(self, model: nn.Module, samples: Sequence[Any]) -> list[Tensor]:
+    def predict(self, model: nn.Module, samples: Sequence[ade20k.Sample]) -> list[Tensor]:
         """The class of each pixel of the upright images, int64 [H, W] on the CPU."""
         batches = [self.finish(self.collate([sample]), next(model.parameters()).device, None) for sample in samples]
         return [self._predict(model, batch)[0].cpu() for batch in batches]
@@ -235,7 +234,7 @@ def summarise(pixels: Tensor, names: Sequence[str] | None) -> dict[str, Any]:
         raise UserError('no pixel of the test images has a class; check --ignore_label and --reduce_zero_label')
     right, true, found = pixels.diagonal().double(), pixels.sum(1).double(), pixels.sum(0).double()
     iou, accuracy = 100 * right / (true + found - right), 100 * right / true  # nan where there is nothing
-    result = {'miou': iou.nanmean().item(), 'macc': accuracy.nanmean().item(),
+    result: dict[str, Any] = {'miou': iou.nanmean().item(), 'macc': accuracy.nanmean().item(),
               'pixel_acc': (100 * right.sum() / true.sum()).item()}
     if names is not None:
         rows = zip(true.long().tolist(), iou.tolist(), accuracy.tolist(), strict=True)

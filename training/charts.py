@@ -60,7 +60,7 @@ class WeightsAndBiases:
         """
         import wandb
         self._file = folder / 'wandb.json'
-        self._sent = {'id': secrets.token_hex(4), 'step': -1}
+        self._sent: dict[str, Any] = {'id': secrets.token_hex(4), 'step': -1}
         if step:
             self._sent = read_json(self._file, lambda sent: isinstance(sent, dict) and isinstance(sent.get('id'), str)
                                    and isinstance(sent.get('step'), int)) or self._sent

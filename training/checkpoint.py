@@ -260,7 +260,7 @@ class _Living:
 
 def _saving(state: dict[str, Any]) -> Callable[[BinaryIO], None]:
     """Writes a state into a file that is given later."""
-    return lambda file: torch.save(state, _Living(file))
+    return lambda file: torch.save(state, _Living(file))  # type: ignore[arg-type]  # it asks for write and flush alone
 
 
 class CheckpointFolder:

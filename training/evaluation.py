@@ -3,6 +3,7 @@ import csv
 import dataclasses
 import functools
 import io
+import operator
 import os
 import time
 from collections.abc import Sequence
@@ -132,7 +133,7 @@ def files_beside(done: Sequence[Evaluated]) -> dict[str, bytes]:
     files = {'eval-classes.csv': table.getvalue().encode()} if writer else {}
     if bits:
         archive = io.BytesIO()
-        np.savez(archive, **bits)
+        np.savez(archive, **bits)  # type: ignore[arg-type]  # the stub thinks of allow_pickle
         files['eval-bits.npz'] = archive.getvalue()
     return files
 
@@ -156,16 +157,15 @@ def recipe_of(weights: Weights | None, recipe: Recipe, run: Run) -> tuple[Recipe
     name = recipe.model or str(meta.get('model', ''))
     if not recipes.is_moganet(name):  # those have rows of their own
         meta = settings_of_timm(name) | meta
-    recipe = recipes.of_weights(meta, weights and weights.gate, recipe, run.given)
+    recipe = recipes.of_weights(meta, None if weights is None else weights.gate, recipe, run.given)
     if run.knn:  # nothing was published for it, and the classes are those of the data
         meta = {key: value for key, value in meta.items() if key not in recipe.metrics}
-        return weights, recipe if 'num_classes' in run.given else dataclasses.replace(
-            recipe, num_classes=None), meta
+        return recipe if 'num_classes' in run.given else dataclasses.replace(recipe, num_classes=None), meta
     if recipe.num_classes is None:
         known = getattr(timm.get_pretrained_cfg(recipe.model), 'num_classes', None)
         if weights is not None:
-            dense = isinstance(recipe, Dense)
-            known = classes_of_dense(weights.state_dict, recipe) if dense else classes_of(weights, recipe.model)
+            known = (classes_of_dense(weights.state_dict, recipe) if isinstance(recipe, Dense) else
+                     classes_of(weights, recipe.model))
         recipe = dataclasses.replace(recipe, num_classes=known)
     return recipe, meta
 
@@ -234,7 +234,7 @@ def evaluate_one(weights: Weights | None, recipe: Recipe, meta: dict[str, Any], 
     # No signals, which end an evaluation at once, but a limit to its waits
     with utils.StopRequest(processes, ()), compile_errors():
         with engine.autocast(processes.device, recipe.precision):
-            judge = task.nearest_neighbours(model.eval(), loaders.train) if run.knn else model
+            judge = task.nearest_neighbours(model.eval(), loaders.plain) if run.knn else model
         result = engine.evaluate({'': judge}, loaders.val, metric, count=loaders.val.count, exact=loaders.val.exact,
                                  device=processes.device, precision=recipe.precision, compiling=run.compile)['']
     seconds = time.perf_counter() - begin
@@ -279,7 +279,7 @@ def write_results(folder: Path, result: dict[str, Any] | list[dict[str, Any]], f
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            utils.write_atomically(folder / name, lambda file, content=content: file.write(content))
+            utils.write_atomically(folder / name, operator.methodcaller('write', content))
         utils.write_json(folder / 'eval.json', result)
     except OSError as error:
         raise UserError(f'cannot write {folder / "eval.json"} ({error.strerror}); give another --output_dir') from None

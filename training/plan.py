@@ -231,7 +231,7 @@ def count_all(recipe: Recipe, run: Run) -> Costs:
     gradients = kept * sum(_size(param) for param in model.parameters() if param.requires_grad)
 
     def line(values: list[int] | None) -> Line | None:
-        return values and Line(sizes, tuple(value + gradients for value in values))
+        return Line(sizes, (values[0] + gradients, values[1] + gradients)) if values else None
 
     average = _size(step.ema.module.state_dict()) if step.ema else 0
     return Costs(line(peaks), line(checkpointed), Line(sizes, tuple(each.total() for each in traffic)),

@@ -45,7 +45,7 @@ def settle_arithmetic(run: Run, device: torch.device, start: dict[str, Any] | No
     Raises:
         UserError: where the checkpoint's convolutions were computed in a form that this version does not know.
     """
-    before = start['arithmetic'] if start is not None else {
+    before: dict[str, Any] = start['arithmetic'] if start is not None else {
         'channels_last': device.type in ('cuda', 'cpu'), 'convolutions': CONVOLUTIONS,
         'tf32': device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)}
     if before['convolutions'] != CONVOLUTIONS:
@@ -81,7 +81,7 @@ def adapt_to_device(recipe: Recipe, run: Run, device: torch.device) -> Recipe:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # what cuBLAS asks for in order to be so
         torch.use_deterministic_algorithms(True)
         # Nothing here reads what it has not written, and the fills are 1,000 of 3,500 launches a step
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
     if recipe.precision == 'fp16' and device.type != 'cuda':
         log.info('fp16 needs a CUDA device: running in fp32 on this %s.', device.type)
         recipe = dataclasses.replace(recipe, precision='fp32')
@@ -180,9 +180,10 @@ def find_initial(recipe: Recipe, run: Run, start: dict[str, Any] | None) -> tupl
 
 def follow_gate(recipe: Recipe, run: Run, gate: str | None) -> Recipe:
     """The recipe with the gate that the weights to fine-tune were trained with, unless the command line gave one."""
-    if 'gate' not in recipe.arguments() or 'gate' in run.given or gate in (None, recipe.gate):
+    if 'gate' not in recipe.arguments() or 'gate' in run.given or gate in (None, recipe.arguments()['gate']):
         return recipe
-    return dataclasses.replace(recipe, gate=gate)
+    changes: dict[str, Any] = {'gate': gate}
+    return dataclasses.replace(recipe, **changes)
 
 
 def set_grad_checkpointing(model: nn.Module, recipe: Recipe) -> None:

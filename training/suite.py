@@ -91,7 +91,8 @@ def parts(recipe: Recipe, run: Run) -> list[Part]:
                 raise UserError(f'--{name.removesuffix("s")} is of classifiers, and {recipe.name or recipe.model} is '
                                 'none; leave it out')
     sets = suite(recipe, run) if run.suite else [Part(None, run, published=True)]
-    if run.corruptions and min(run.test_sizes or (recipe.test_size,)) < LEAST_SIZE:
+    if run.corruptions and isinstance(recipe, recipes.Classification) and (
+            min(run.test_sizes or (recipe.test_size,)) < LEAST_SIZE):
         raise UserError(f'--corruptions are defined from {LEAST_SIZE} pixels on; give a larger --test_size')
     return [dataclasses.replace(part, changes=part.changes | ({'test_size': size} if size else {}))
             for size in run.test_sizes or (None,) for part in sets]

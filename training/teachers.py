@@ -27,9 +27,9 @@ def find_teacher(recipe: Recipe, run: Run, device: torch.device, *, loading: boo
         UserError: for a source that cannot be read, does not say its architecture, or is no classifier of the
             recipe's classes and size of images.
     """
-    source = getattr(recipe, 'teacher', None)
-    if source is None:
+    if not isinstance(recipe, Classification) or recipe.teacher is None:
         return None
+    source = recipe.teacher
     try:
         teacher = _build(source, recipe, run, device, loading)
     except UserError as error:
@@ -49,7 +49,9 @@ def _build(source: str, recipe: Classification, run: Run, device: torch.device, 
     elif names_file(source):
         name, weights = '', _load(source, loading)
     own = Run(eval=True, channels_last=run.channels_last, tf32=run.tf32, given=('test_size',))
-    asked = dataclasses.replace(RECIPES['default'], model=name, test_size=recipe.input_size)
+    asked = RECIPES['default']
+    assert isinstance(asked, Classification)
+    asked = dataclasses.replace(asked, model=name, test_size=recipe.input_size)
     found, _ = recipe_of(weights, asked, own)
     task, model = build_task(weights, dataclasses.replace(found, sync_bn=False), own, device,
                              pretrained=weights is None and loading)

@@ -1,6 +1,6 @@
 """Bytes moved and kernels launched by what is run within, on any device, also one without values."""
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,9 +93,10 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-HIDDEN = {'convolution': Traffic._convolution, 'convolution_backward': Traffic._convolution_backward,
-          **dict.fromkeys(('native_batch_norm', 'cudnn_batch_norm'), Traffic._norm),
-          **dict.fromkeys(('native_batch_norm_backward', 'cudnn_batch_norm_backward'), Traffic._norm_backward)}
+HIDDEN: dict[str, Callable[..., Any]] = {
+    'convolution': Traffic._convolution, 'convolution_backward': Traffic._convolution_backward,
+    **dict.fromkeys(('native_batch_norm', 'cudnn_batch_norm'), Traffic._norm),
+    **dict.fromkeys(('native_batch_norm_backward', 'cudnn_batch_norm_backward'), Traffic._norm_backward)}
 
 
 def layout_of(*tensors: torch.Tensor) -> torch.memory_format:

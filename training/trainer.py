@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 import signal as signals
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def _train(recipe: Recipe, run: Run, processes: utils.Processes, observer: Obser
     run = starting.settle_arithmetic(run, processes.device, start)
     recipe, initial = starting.find_initial(recipe, run, start)
     if initial is not None and 'gate' in recipe.arguments():
-        log.info('Training with the %s gate.', recipe.gate)
+        log.info('Training with the %s gate.', recipe.arguments()['gate'])
     task = create_task(recipe, run)
     task.teacher = teachers.find_teacher(recipe, run, processes.device)
     if start is not None:
@@ -324,7 +324,9 @@ class Training:
         Returns:
             which of the two are the best yet, and at the end of the run the pictures of both results.
         """
-        improved, pictures, device = set(), {}, self.processes.device
+        device = self.processes.device
+        improved: set[str] = set()
+        pictures: dict[str, Image.Image] = {}
         models = {suffix: model if next(model.parameters()).device == device else copy.deepcopy(model).to(device)
                   for suffix, model in self._models().items()}  # an average may be kept on the CPU
         results = engine.evaluate(models, self.loaders.val, self.task.metric(device, detailed=self.complete),
@@ -342,7 +344,7 @@ class Training:
                                  for name, picture in self.task.draw_result(result).items()}
         return improved, pictures
 
-    def _save(self, improved: set[str] = frozenset()) -> None:
+    def _save(self, improved: Collection[str] = ()) -> None:
         """Hands the state to the writer. All ranks call it; rank 0 writes."""
         state = self.state.state_dict()
         if self.processes.first and self.run.save_ckpt:
