@@ -251,7 +251,7 @@ def open_loaders(recipe: Recipe, run: Run, **others: Any) -> Opened:
     """The loaders of a recipe and a run; `others` as of `datasets.build_loaders`."""
     task = create_task(recipe, run)
     loaders = datasets.build_loaders(task, run, **others)
-    return Opened(loaders.train, loaders.val, task)
+    return Opened(loaders.train, loaders.val, task=task)
 
 
 def pairs(batches: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
