@@ -244,7 +244,7 @@ def write_labelled(root: Path, *, own: bool = True, count: int = 3, classes: int
 class Opened(datasets.Loaders):
     """The loaders of a recipe and a run, and their task, which knows the classes."""
 
-    task: Task
+    task: Task = None
 
 
 def open_loaders(recipe: Recipe, run: Run, **others: Any) -> Opened:
