@@ -89,7 +89,7 @@ class Buffers:
         self._own: torch.Tensor | None = None  # this rank's statistics, while others stand in their place
 
     def own(self) -> torch.Tensor:
-        """This rank's own statistics [n], also within `agreed`."""
+        """This rank's own statistics [n], also within `equal`."""
         return self.get() if self._own is None else self._own
 
     def get(self) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Buffers:
             torch._foreach_copy_(*[list(side) for side in zip(*pairs, strict=True)])
 
     @contextlib.contextmanager
-    def agreed(self, mode: str, *, first: Callable[[], None] | None = None) -> Iterator[None]:
+    def equal(self, mode: str, *, first: Callable[[], None] | None = None) -> Iterator[None]:
         """Within the context the buffers are equal on all ranks, by one flat exchange.
 
         Args:

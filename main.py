@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None, *, report: Callable[[str], None] = utils
             return 0
         processes = utils.init_processes(run.device)
         if run.eval:  # with torch, which takes seconds to import: only now that the flags are known to be right
-            from training.evaluation import evaluate
-            status = evaluate(recipe, run, processes)
+            from training.evaluation import evaluate_sources
+            status = evaluate_sources(recipe, run, processes)
         else:
             from training.trainer import train
             status = train(recipe, run, processes, observer=observer)

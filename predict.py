@@ -32,13 +32,14 @@ from pipeline.files import find_images as images_below
 from recipes import RECIPES, Run
 from recipes import Classification as ClassificationRecipe
 from recipes.command_line import parse_field, row_of_model
+from recipes.imagenet import PREPARATION
 from recipes.saved import check_parts
 from tasks.classification import Classification
 from training.evaluation import load_task
 from utils import UserError, as_path, choose_device, expand, run_cli, to_stderr, write_atomically
 
 # Fields of the recipe that may be set for a test, and flags of main.py that mean here what they mean there
-SETTINGS = ('model', 'gate', 'test_size', 'crop_pct', 'crop_mode', 'interpolation')
+SETTINGS = ('model', 'gate', *PREPARATION)
 FLAGS = ('weights', *SETTINGS, 'device')
 
 

@@ -332,31 +332,18 @@ def ask(*command: str) -> list[str]:
         raise UserError(f'Slurm does not answer ({reason[0]}); ask again later, or use --local') from None
 
 
-def check_cluster(args: argparse.Namespace, device: str, script: str) -> None:
-    """Refuses a job that this Slurm cannot run. Raises UserError."""
+def check_cluster(script: str) -> None:
+    """Refuses a job that this Slurm would not take. Raises UserError."""
     if shutil.which('sbatch') is None or shutil.which('srun') is None:
         raise UserError('there is no Slurm on this machine (no sbatch): submit from a login node, or use --local')
-    partitions = {line.rstrip('*') for line in ask('sinfo', '--noheader', '--format=%P')}
-    for name in args.partition.split(',') if args.partition else ():
-        if name not in partitions:
-            raise UserError(f'unknown partition {name}{utils.nearest(name, partitions)}; this cluster has '
-                            f'{", ".join(sorted(partitions))}')
-    if device != 'cpu':
-        where = [f'--partition={args.partition}'] if args.partition else []
-        counts = [sum(int(count) for count in re.findall(r'gpu(?::[^:,()]+)?:(\d+)', line))
-                  for line in ask('sinfo', '--noheader', '--format=%G', *where)]
-        if max(counts, default=0) < args.gpus:
-            there = f'has more than {max(counts)}' if any(counts) else 'has one'
-            cure = f'give --gpus {max(counts)} and more --nodes' if any(counts) else 'give another --partition, or ' \
-                '--device cpu'
-            raise UserError(f'{args.gpus} GPUs a node are asked for, but no node {there}: {cure}')
     try:
         tried = subprocess.run(['sbatch', '--test-only'], input=script, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         raise UserError('Slurm does not answer (sbatch --test-only, 60 s); ask again later, or use --local') from None
     if tried.returncode:
-        reason = '; '.join(re.findall(r'error: (.*)', tried.stderr)) or tried.stderr.strip()
-        raise UserError(f'Slurm refuses the job, nothing is submitted: {reason}')
+        reason = '; '.join(re.findall(r'(?:error|failure): (.*)', tried.stderr)) or tried.stderr.strip()
+        raise UserError(f"Slurm refuses the job, nothing is submitted: {reason}; sinfo --format='%P %D %c %m %G %f' "
+                        'shows the partitions, and the nodes, cores, memory, GPUs and features that they have')
 
 
 def check_machine(args: argparse.Namespace, device: str) -> None:
@@ -429,7 +416,7 @@ def submit(argv: Sequence[str]) -> list[submitit.Job]:
     if args.local:
         check_machine(args, first.device)
     else:
-        check_cluster(args, first.device, script)
+        check_cluster(script)
     for made, run in runs:
         if args.local:
             recipes.check_start(made, run)

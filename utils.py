@@ -280,11 +280,15 @@ def _choose_interface(world_size: int) -> None:
         os.environ['GLOO_SOCKET_IFNAME'] = name
 
 
+_store: Any = None  # of keys and values, by which the ranks have met; None in a single process
+
+
 def init_processes(device: str) -> Processes:
     """Joins the process group that the launcher's environment describes (torchrun's variables); alone without one.
 
     Only `RANK` and `WORLD_SIZE` count: SLURM's own variables stand in every interactive shell of a cluster.
     """
+    global _store
     import datetime
 
     import torch.distributed as dist
@@ -298,13 +302,15 @@ def init_processes(device: str) -> Processes:
     try:
         if chosen.type != 'cuda':
             _choose_interface(world_size)
-        dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=patience,
-                                device_id=chosen if chosen.type == 'cuda' else None)
+        store, rank, _ = next(dist.rendezvous('env://', timeout=patience))
+        dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=patience, store=store, rank=rank,
+                                world_size=world_size, device_id=chosen if chosen.type == 'cuda' else None)
     except (dist.DistError, ValueError) as error:  # of the store and the network; of an address that is none
         raise UserError(f'the {world_size} processes cannot meet at {os.environ.get("MASTER_ADDR")}:'
                         f'{os.environ.get("MASTER_PORT")} ({reason_of(error)[:200]}): give a MASTER_PORT that is free '
                         'on the node of rank 0, and see that all ranks are started and reach it') from None
-    return Processes(device=chosen, rank=dist.get_rank(), world_size=world_size)
+    _store = dist.PrefixStore('moganet', store)
+    return Processes(device=chosen, rank=rank, world_size=world_size)
 
 
 def leave_processes() -> None:
@@ -312,27 +318,29 @@ def leave_processes() -> None:
 
     Rank 0 leaves last: without torchrun the store goes with it, in which another rank may still be reading.
     """
+    global _store
     import datetime
 
     import torch.distributed as dist
     if dist.is_initialized():
-        store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+        rank = dist.get_rank()
         if rank:
-            store.set(f'moganet/left {rank}', '')
+            _store.set(f'left {rank}', '')
         else:
-            store.wait([f'moganet/left {other}' for other in range(1, dist.get_world_size())],
-                       datetime.timedelta(seconds=RANK_PATIENCE))
+            _store.wait([f'left {other}' for other in range(1, dist.get_world_size())],
+                        datetime.timedelta(seconds=RANK_PATIENCE))
         dist.destroy_process_group()
+        _store = None
 
 
-def _wait_for_rank(store: Any, key: str, rank: int = 0) -> None:
+def _wait_for_rank(key: str, rank: int = 0) -> None:
     """Waits until a rank has set a key. Raises UserError after a day."""
     import datetime
 
     import torch.distributed as dist
     try:
-        with waiting_for(f'rank {rank} ({key})', saving=key == 'moganet/written'):
-            store.wait([key], datetime.timedelta(seconds=STORE_PATIENCE))
+        with waiting_for(f'rank {rank} ({key})', saving=key == 'written'):
+            _store.wait([key], datetime.timedelta(seconds=STORE_PATIENCE))
     except dist.DistStoreError:
         raise UserError(f'rank {rank} has not come on for {STORE_PATIENCE} s (the others wait for its {key}): start '
                         'again, and see what its node does') from None
@@ -360,16 +368,15 @@ def rank_zero_first(name: str, tell: Callable[[], str] = str) -> Iterator[str]:
         yield ''
         return
     _turns[name] += 1  # each turn waits for itself: of several data sets, each is indexed by rank 0 first
-    store, key = dist.distributed_c10d._get_default_store(), f'moganet/{name}{_turns[name] if _turns[name] > 1 else ""}'
-    rank = dist.get_rank()
+    key, rank = f'{name}{_turns[name] if _turns[name] > 1 else ""}', dist.get_rank()
     # Ranks are counted node by node, so that this one's node begins so many before it; each says when it is done
     before = {0, max(rank - number_of('LOCAL_RANK', 0), 0)} - {rank} if rank else ()
     for other in sorted(before):
-        _wait_for_rank(store, f'{key} {other}' if other else key, other)
+        _wait_for_rank(f'{key} {other}' if other else key, other)
     try:
-        yield store.get(key).decode() if rank else ''
+        yield _store.get(key).decode() if rank else ''
     finally:
-        store.set(f'{key} {rank}' if rank else key, '' if rank else tell())
+        _store.set(f'{key} {rank}' if rank else key, '' if rank else tell())
 
 
 def from_rank_zero(name: str, compute: Callable[[], str]) -> str:
@@ -377,12 +384,11 @@ def from_rank_zero(name: str, compute: Callable[[], str]) -> str:
     import torch.distributed as dist
     if not dist.is_initialized():
         return compute()
-    store, key = dist.distributed_c10d._get_default_store(), f'moganet/{name}'
     if dist.get_rank() == 0:
-        store.set(key, compute())
+        _store.set(name, compute())
     else:
-        _wait_for_rank(store, key)
-    return store.get(key).decode()
+        _wait_for_rank(name)
+    return _store.get(name).decode()
 
 
 def lost_ranks(error: Exception) -> str:
@@ -408,8 +414,7 @@ def claim_error(rank: int) -> bool:
     def ask() -> None:
         nonlocal first
         try:
-            store = dist.distributed_c10d._get_default_store()
-            first = store.compare_set('moganet/error', '', str(rank)) == str(rank).encode()
+            first = _store.compare_set('error', '', str(rank)) == str(rank).encode()
         except Exception:  # the store went with the rank that held it, and that rank has shown its error
             first = False
 
@@ -576,13 +581,11 @@ class StopRequest:
 
     def _ask(self) -> tuple[int, int] | None:
         """The signal and the update after which to stop, as the first rank with a signal wrote them into the store."""
-        import torch.distributed as dist
-        store, key = dist.distributed_c10d._get_default_store(), 'moganet/stop'
         if self._received:
             lead = 1 + (CUDA_LEAD if self._processes.device.type == 'cuda' else 0)
-            text = store.compare_set(key, '', f'{int(self._received)} {self._updates + lead}')
-        elif store.check([key]):
-            text = store.get(key)
+            text = _store.compare_set('stop', '', f'{int(self._received)} {self._updates + lead}')
+        elif _store.check(['stop']):
+            text = _store.get('stop')
         else:
             return None
         number, update = map(int, text.split())

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from models.moganet import Gate
+from recipes import RECIPES, Classification
 
 Which = Literal['raw', 'ema']
 
@@ -27,52 +28,54 @@ class Released:
     acc5: float | None
 
 
-def _timm(model: str, file: str, weights: Which, size: int, acc1: float, acc5: float) -> Released:
+def _released(recipe: str, url: str, gate: Gate, published: tuple[str, ...] | dict[str, float]) -> Released:
+    """A file that was trained by a recipe, whose accuracies it has: those of `published`, or those given there."""
+    row = RECIPES[recipe]
+    assert isinstance(row, Classification)
+    accuracies = published if isinstance(published, dict) else {name: row.expected()[name] for name in published}
+    return Released(row.model, url, 'timm' if url.endswith('.tar') else 'mmcv', gate, 'ema' if row.model_ema else 'raw',
+                    row.test_size, row.crop_pct, accuracies.get('acc1'), accuracies.get('acc5'))
+
+
+def _timm(recipe: str, file: str, published: tuple[str, ...] | dict[str, float] = ('acc1', 'acc5')) -> Released:
     """A file of the authors' MogaNet repository: trained with the single gate."""
-    return Released(model, f'{_H}{file}.pth.tar', 'timm', 'single', weights, size, 0.9, acc1, acc5)
+    return _released(recipe, f'{_H}{file}.pth.tar', 'single', published)
 
 
-def _mmcv(model: str, file: str, weights: Which, size: int, acc1: float | None, acc5: float | None = None, *,
-          gate: Gate = 'double', crop_pct: float = 0.9) -> Released:
+def _mmcv(recipe: str, file: str, published: tuple[str, ...] = ('acc1',), *, gate: Gate = 'double') -> Released:
     """A file of the authors' OpenMixup: trained with `attn_force_fp32`, which is the double gate."""
-    return Released(model, f'{_O}{file}.pth', 'mmcv', gate, weights, size, crop_pct, acc1, acc5)
+    return _released(recipe, f'{_O}{file}.pth', gate, published)
 
 
-# Accuracies: the authors' repository for its own files; the paper's table for OpenMixup's 300-epoch files where it has
-# the model at that size; OpenMixup's own for 3-Augment (XT) and RSB A3.
+# Accuracies stand in the recipes: the paper's, and OpenMixup's own for 3-Augment (XT) and RSB A3. The authors'
+# repository gives others than the paper for its files of B and L
 RELEASED: dict[str, Released] = {
-    'moganet_xtiny': _timm('moganet_xtiny', 'moganet_xtiny_sz224_8xbs128_ep300', 'raw', 224, 76.5, 93.4),
-    'moganet_xtiny_256': _timm('moganet_xtiny', 'moganet_xtiny_sz256_8xbs128_ep300', 'raw', 256, 77.2, 93.8),
-    'moganet_tiny': _timm('moganet_tiny', 'moganet_tiny_sz224_8xbs128_ep300', 'raw', 224, 79.0, 94.6),
-    'moganet_tiny_256': _timm('moganet_tiny', 'moganet_tiny_sz256_8xbs128_ep300', 'raw', 256, 79.6, 94.9),
-    'moganet_small': _timm('moganet_small', 'moganet_small_sz224_8xbs128_ep300', 'ema', 224, 83.4, 96.9),
-    'moganet_base': _timm('moganet_base', 'moganet_base_sz224_8xbs128_ep300', 'ema', 224, 84.3, 97.0),
-    'moganet_large': _timm('moganet_large', 'moganet_large_sz224_8xbs64_ep300', 'ema', 224, 84.7, 97.1),
-    'moganet_xlarge': _timm('moganet_xlarge', 'moganet_xlarge_sz224_8xbs64_ep300', 'ema', 224, 85.1, 97.4),
-    'moganet_xtiny_openmixup': _mmcv('moganet_xtiny', 'moga_xtiny_sz224_8xb128_fp16_ep300', 'raw', 224, 76.5),
-    'moganet_xtiny_256_openmixup': _mmcv('moganet_xtiny', 'moga_xtiny_sz256_8xb128_fp16_ep300', 'raw', 256, None),
-    'moganet_xtiny_3aug_256': _mmcv(
-        'moganet_xtiny', 'moga_xtiny_deit3_sz256_lr2e_3_8xb128_fp16_ep300', 'raw', 256, 77.6),
-    'moganet_tiny_openmixup': _mmcv('moganet_tiny', 'moga_tiny_sz224_8xb128_fp16_ep300', 'raw', 224, 79.0),
-    'moganet_tiny_256_openmixup': _mmcv('moganet_tiny', 'moga_tiny_sz256_8xb128_fp16_ep300', 'raw', 256, 79.6),
+    'moganet_xtiny': _timm('moganet_xtiny', 'moganet_xtiny_sz224_8xbs128_ep300'),
+    'moganet_xtiny_256': _timm('moganet_xtiny_256', 'moganet_xtiny_sz256_8xbs128_ep300'),
+    'moganet_tiny': _timm('moganet_tiny', 'moganet_tiny_sz224_8xbs128_ep300'),
+    'moganet_tiny_256': _timm('moganet_tiny_256', 'moganet_tiny_sz256_8xbs128_ep300'),
+    'moganet_small': _timm('moganet_small', 'moganet_small_sz224_8xbs128_ep300'),
+    'moganet_base': _timm('moganet_base', 'moganet_base_sz224_8xbs128_ep300', {'acc1': 84.3, 'acc5': 97.0}),
+    'moganet_large': _timm('moganet_large', 'moganet_large_sz224_8xbs64_ep300', {'acc1': 84.7, 'acc5': 97.1}),
+    'moganet_xlarge': _timm('moganet_xlarge', 'moganet_xlarge_sz224_8xbs64_ep300'),
+    'moganet_xtiny_openmixup': _mmcv('moganet_xtiny', 'moga_xtiny_sz224_8xb128_fp16_ep300'),
+    'moganet_xtiny_256_openmixup': _mmcv('moganet_xtiny_256', 'moga_xtiny_sz256_8xb128_fp16_ep300', ()),
+    'moganet_xtiny_3aug_256': _mmcv('moganet_xtiny_3aug_256', 'moga_xtiny_deit3_sz256_lr2e_3_8xb128_fp16_ep300'),
+    'moganet_tiny_openmixup': _mmcv('moganet_tiny', 'moga_tiny_sz224_8xb128_fp16_ep300'),
+    'moganet_tiny_256_openmixup': _mmcv('moganet_tiny_256', 'moga_tiny_sz256_8xb128_fp16_ep300'),
     'moganet_tiny_3aug_256': _mmcv(
-        'moganet_tiny', 'moga_tiny_deit3_sz256_lr2e_3_8xb128_fp16_ep300', 'raw', 256, 80.0, 95.0),
-    'moganet_small_openmixup': _mmcv('moganet_small', 'moga_small_ema_sz224_8xb128_ep300', 'ema', 224, 83.4),
+        'moganet_tiny_3aug_256', 'moga_tiny_deit3_sz256_lr2e_3_8xb128_fp16_ep300', ('acc1', 'acc5')),
+    'moganet_small_openmixup': _mmcv('moganet_small', 'moga_small_ema_sz224_8xb128_ep300'),
     'moganet_small_openmixup_single': _mmcv(
-        'moganet_small', 'moga_small_ema_sz224_8xb128_no_forcefp32_ep300', 'ema', 224, None, gate='single'),
-    'moganet_base_openmixup': _mmcv('moganet_base', 'moga_base_ema_sz224_8xb128_ep300', 'ema', 224, 84.2),
-    'moganet_large_openmixup': _mmcv('moganet_large', 'moga_large_ema_sz224_8xb64_accu2_ep300', 'ema', 224, 84.6),
-    'moganet_xlarge_openmixup': _mmcv('moganet_xlarge', 'moga_xlarge_ema_sz224_8xb32_accu2_ep300', 'ema', 224, None),
-    'moganet_xtiny_rsb_a3': _mmcv(
-        'moganet_xtiny', 'moga_xtiny_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 72.8, crop_pct=0.95),
-    'moganet_tiny_rsb_a3': _mmcv(
-        'moganet_tiny', 'moga_tiny_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 75.4, crop_pct=0.95),
-    'moganet_small_rsb_a3': _mmcv(
-        'moganet_small', 'moga_small_sz160_rsb_a3_8xb256_ep100', 'raw', 224, 81.1, crop_pct=0.95),
-    'moganet_base_rsb_a3': _mmcv(
-        'moganet_base', 'moga_base_rsb_a3_sz160_8xb128_accu2_ep100', 'raw', 224, 82.2, crop_pct=0.95),
-    'moganet_large_rsb_a3': _mmcv(
-        'moganet_large', 'moga_large_rsb_a3_sz160_8xb128_accu2_ep100', 'raw', 224, 83.2, crop_pct=0.95),
+        'moganet_small', 'moga_small_ema_sz224_8xb128_no_forcefp32_ep300', (), gate='single'),
+    'moganet_base_openmixup': _mmcv('moganet_base', 'moga_base_ema_sz224_8xb128_ep300'),
+    'moganet_large_openmixup': _mmcv('moganet_large', 'moga_large_ema_sz224_8xb64_accu2_ep300'),
+    'moganet_xlarge_openmixup': _mmcv('moganet_xlarge', 'moga_xlarge_ema_sz224_8xb32_accu2_ep300', ()),
+    'moganet_xtiny_rsb_a3': _mmcv('moganet_xtiny_rsb_a3', 'moga_xtiny_sz160_rsb_a3_8xb256_ep100'),
+    'moganet_tiny_rsb_a3': _mmcv('moganet_tiny_rsb_a3', 'moga_tiny_sz160_rsb_a3_8xb256_ep100'),
+    'moganet_small_rsb_a3': _mmcv('moganet_small_rsb_a3', 'moga_small_sz160_rsb_a3_8xb256_ep100'),
+    'moganet_base_rsb_a3': _mmcv('moganet_base_rsb_a3', 'moga_base_rsb_a3_sz160_8xb128_accu2_ep100'),
+    'moganet_large_rsb_a3': _mmcv('moganet_large_rsb_a3', 'moga_large_rsb_a3_sz160_8xb128_accu2_ep100'),
 }
 
 

@@ -28,6 +28,7 @@ from models.download import download, forget, remembered
 from models.moganet import Gate
 from models.released import RELEASED, RELEASED_BY_FILE, RELEASED_DENSE, Which
 from recipes import RECIPES, to_dict
+from recipes.imagenet import TESTED_BY
 from utils import UserError, expand, nearest, reason_of, write_atomically
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
@@ -300,19 +301,16 @@ def _interpret(payload: Any, told: dict[str, str] | None) -> Interpreted:
     if not recipe and any(name.startswith('backbone.') for name in raw):
         return _interpret_mmcv(raw, _mapping(payload.get('meta')))
     if recipe:
-        meta = {key: recipe.get(key) for key in _EVALUATION} | {
+        meta = {key: recipe.get(key) for key in TESTED_BY} | {
             key: payload.get(key) for key in ('epoch', 'classes', 'class_map', 'recipe')}
         gate = recipe.get('gate') if str(recipe.get('model')).startswith('moganet') else None  # others have none
         return sets, gate, 'training', _known(meta)
     args = _mapping(payload.get('args'))
     size = args.get('img_size') or args.get('input_size')
-    meta = {key: args.get(key) for key in _EVALUATION} | {key: payload.get(key) for key in (
+    meta = {key: args.get(key) for key in TESTED_BY} | {key: payload.get(key) for key in (
         'epoch', 'metric', 'classes')} | {'model': payload.get('arch') or args.get('model'), 'args': args or None,
                                           'test_size': size[-1] if isinstance(size, (list, tuple)) else size}
     return sets, payload.get('gate') or _gate_in(str(args)), kind, _known(meta)
-
-
-_EVALUATION = ('model', 'test_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -1,27 +1,13 @@
-"""Uninitialised tensors for batches: shared from the start in a worker, reused on the CPU."""
+"""Uninitialised tensors for batches, shared with the main process from the start where a worker makes them."""
 import math
 
 import torch
 from torch.utils.data import get_worker_info
 
-_storages: list[torch.UntypedStorage] = []  # of earlier batches of this process
-
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor on the CPU, in memory that no tensor uses any more where there is some.
-
-    Fresh pages cost 0.5 ms per float image, ten times the arithmetic. In a worker, the memory is shared with the main
-    process from the start, which saves a copy.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if get_worker_info() is not None:
-        storage = torch.UntypedStorage._new_shared(size)
-    else:
-        # One use is that of the list; tensors, views and what autograd saved each count one more
-        free = [old for old in _storages if torch._C._storage_Use_Count(old._cdata) == 1]
-        storage = next((old for old in free if old.nbytes() == size), None)
-        if storage is None:
-            _storages[:] = [old for old in _storages if old not in free[2:]]
-            storage = torch.UntypedStorage(size)
-            _storages.append(storage)
+    """An uninitialised tensor on the CPU; in a worker, in shared memory, which saves a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)

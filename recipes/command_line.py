@@ -227,7 +227,7 @@ def resolve(argv: list[str]) -> tuple[Recipe, Run]:
         raise UserError(f'unknown flag {unknown[0]}{nearest(name, names, prefix="--")}')
     given = vars(args)
     if given.pop('list_recipes'):
-        print(table())
+        print(text_tables())
         raise SystemExit(0)
     print_recipe = given.pop('print_recipe')
     given.pop('local_rank', None)
@@ -368,7 +368,7 @@ def _resolve_recipe(given: dict[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
     return recipe, tuple(changes)
 
 
-def table() -> str:
+def text_tables() -> str:
     """The recipes as tables of text, a row each, one table a task."""
     tables = []
     for kind in dict.fromkeys(map(type, RECIPES.values())):

@@ -6,6 +6,11 @@ from typing import Any, Literal
 
 from recipes.fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, RATE, DataSet, Recipe, check, doc
 
+# The fields that say how a classifier's images are prepared for a test, and those that a checkpoint brings to its test,
+# beside the gate
+PREPARATION = ('test_size', 'crop_pct', 'crop_mode', 'interpolation')
+TESTED_BY = ('model', *PREPARATION, 'mean', 'std')
+
 Interpolation = Literal['bicubic', 'bilinear', 'nearest', 'lanczos', 'box', 'hamming']
 
 # timm's notation, which it reads leniently: a section that it does not know has no effect or is an assertion
@@ -129,8 +134,8 @@ class Classification(Recipe):
 
     def settings(self) -> dict[str, Any]:
         """How the model and its images are prepared for a test, as eval.json holds it."""
-        return {'gate': self.gate if is_moganet(self.model) else None, 'test_size': self.test_size,
-                'crop_pct': self.crop_pct, 'crop_mode': self.crop_mode, 'interpolation': self.interpolation}
+        return {'gate': self.gate if is_moganet(self.model) else None} | {
+            name: getattr(self, name) for name in PREPARATION}
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the model's constructor, beside its classes and `model_kwargs`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes.fields import UNIONS, Recipe
-from recipes.imagenet import Classification
+from recipes.imagenet import TESTED_BY, Classification
 from recipes.rows import recipe_class
 from utils import UserError, nearest
 
@@ -73,8 +73,7 @@ def of_weights(meta: dict[str, Any], gate: str | None, asked: Recipe, given: tup
         UserError: where neither the file nor the command line says which model it is, or the file says nonsense.
     """
     recipe = from_dict(meta['recipe']) if isinstance(meta.get('recipe'), dict) else asked
-    fields_of_test = ('model', 'test_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
-    known = {name: meta[name] for name in fields_of_test if meta.get(name) is not None and hasattr(recipe, name)}
+    known = {name: meta[name] for name in TESTED_BY if meta.get(name) is not None and hasattr(recipe, name)}
     if gate is not None and hasattr(recipe, 'gate'):
         known['gate'] = gate
     if recipe is asked and recipe.model:  # --model or --recipe says it

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import reference
-from tools import benchmark, benchmark_model
+from tools import alternation, benchmark, benchmark_model
 from utils import UserError
 
 XT = 'moganet_xtiny'
@@ -128,8 +128,8 @@ def test_alternated_ratios_tell_the_faster_and_their_spread(monkeypatch):
         now += taken[name][calls.count(name)]
         calls.append(name)
 
-    monkeypatch.setattr(benchmark.time, 'perf_counter', lambda: now)
-    timed = benchmark.alternate({name: lambda name=name: work(name) for name in taken}, rounds=3)
+    monkeypatch.setattr(alternation.time, 'perf_counter', lambda: now)
+    timed = alternation.alternate({name: lambda name=name: work(name) for name in taken}, rounds=3)
     assert calls == ['slow', 'fast'] * 4
     assert timed == {'slow': {'seconds': 20, 'speedup': {'median': 1.0, 'min': 1.0, 'max': 1.0}},
                      'fast': {'seconds': 4, 'speedup': {'median': 5.0, 'min': 3.0, 'max': 10.0}}}

@@ -29,9 +29,9 @@ def photos(tmp_path, monkeypatch):
 def test_data_benchmark_gives_ratios_rates_and_cores(photos):
     found = benchmark_data.measure(str(photos), images=32, rounds=2, gpus=8, images_per_second=1200)
     rates = found['images_per_second_and_core']
-    assert found['images'] == 32 and set(rates) == {'this', 'common', 'this_uint8', 'timm_uint8'}
+    assert found['images'] == 32 and set(rates) == {'this_uint8', 'timm_uint8'}
     assert set(found['test_images_per_second_and_core']) == {'this_test', 'timm_test'}
-    for name in ('ratio', 'ratio_uint8', 'ratio_test'):
+    for name in ('ratio_uint8', 'ratio_test'):
         assert found[name]['min'] <= found[name]['median'] <= found[name]['max']
         assert found[name]['median'] > 1.3  # 2.5 to 3 in quiet; whatever else this machine does, it is faster
     assert found['cores'] == pytest.approx(8 * 1200 / rates['this_uint8'], rel=0.02)
@@ -45,10 +45,10 @@ def test_dense_data_benchmark_gives_ratios_and_rates(recipe, tmp_path, monkeypat
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(benchmark_dense_data, 'COUNT', 8)
     found = benchmark_dense_data.measure(RECIPES[recipe], images=8, rounds=2)
-    assert set(found['images_per_second_and_core']) == {'this', 'common', 'this_uint8', 'common_uint8'}
-    for name in ('ratio', 'ratio_uint8'):
-        assert found[name]['min'] <= found[name]['median'] <= found[name]['max']
-        assert found[name]['median'] > 1.2  # 2.0 to 3.5 in quiet
+    assert set(found['images_per_second_and_core']) == {'this_uint8', 'common_uint8'}
+    ratio = found['ratio_uint8']
+    assert ratio['min'] <= ratio['median'] <= ratio['max']
+    assert ratio['median'] > 1.2  # 2.0 to 4.1 in quiet
 
 
 def test_dense_data_benchmark_refuses_a_classifier():

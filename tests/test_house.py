@@ -123,10 +123,10 @@ WAITS = {'join': 'timeout', 'wait': 'timeout', 'get': 'timeout', 'result': 'time
          'acquire': 'timeout', 'run': 'timeout', 'check_output': 'timeout', 'check_call': 'timeout', 'call': 'timeout',
          'urlopen': 'timeout', 'urlretrieve': 'timeout', 'FileLock': 'timeout', 'select': 'timeout', 'recv': 'timeout',
          'accept': 'timeout', 'barrier': 'timeout', 'monitored_barrier': 'timeout', 'init_process_group': 'timeout',
-         'new_group': 'timeout', 'waitpid': 'timeout', 'create_connection': 'timeout'}
+         'rendezvous': 'timeout', 'new_group': 'timeout', 'waitpid': 'timeout', 'create_connection': 'timeout'}
 # These wait with any arguments; the others only without, as a thread's `join()` does and a text's `join(parts)` not
 ALWAYS = {'run', 'check_output', 'check_call', 'urlopen', 'urlretrieve', 'FileLock', 'recv', 'waitpid',
-          'init_process_group', 'new_group', 'create_connection', 'communicate'}
+          'init_process_group', 'rendezvous', 'new_group', 'create_connection', 'communicate'}
 # Methods of ours by these names: Buffers.get waits for nothing, CheckpointFolder.wait has its limit within
 OURS = {'self.get', 'buffers.get', 'self.buffers.get', 'self.wait', 'folder.wait', 'self.folder.wait', 'files.wait'}
 PLACE = r'`([\w./]+): (\w+)`'

@@ -155,7 +155,7 @@ def test_all_ranks_stop_after_the_same_update_whoever_has_a_signal_and_however_f
     draw = random.Random(0)
     for _ in range(300):
         store = dist.HashStore()
-        monkeypatch.setattr(dist.distributed_c10d, '_get_default_store', lambda store=store: store)
+        monkeypatch.setattr(utils, '_store', store)
         ranks = [utils.StopRequest(utils.Processes(torch.device(device), rank, 4), ()) for rank in range(4)]
         done, stopped, signalled, first = [0] * 4, {}, set(), None
         while able := [rank for rank in range(4)  # the run ends after 12 updates

@@ -30,9 +30,14 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def fake_slurm(tmp_path):
     """Programs that answer as those of a cluster whose nodes are other machines with four GPUs each."""
-    sinfo = 'case "$*" in *%P*) echo gpu; echo cpu\\*;; *%G*) echo "gpu:a100:4(S:0-1)";; *%o*) echo n7;; esac'
-    sbatch = '[ "$*" = --test-only ] && grep -q constraint || exit 0\n' \
-             'echo "sbatch: error: QOSMaxNodePerUserLimit\nsbatch: error: and no more" >&2; exit 1'
+    sinfo = 'case "$*" in *%o*) echo n7;; esac'
+    sbatch = """[ "$*" = --test-only ] || exit 0
+case $(cat) in
+*partition=gpus*) echo 'sbatch: error: invalid partition specified: gpus
+allocation failure: Invalid partition name specified' >&2; exit 1;;
+*gpus-per-node=8*) echo 'allocation failure: Requested node configuration is not available' >&2; exit 1;;
+*constraint*) echo 'sbatch: error: QOSMaxNodePerUserLimit\nsbatch: error: and no more' >&2; exit 1;;
+esac"""
     for name, line in {'sinfo': sinfo, 'srun': 'exit 1', 'sbatch': sbatch}.items():
         Path(tmp_path, name).write_text(f'#!/bin/sh\nPATH=/usr/bin:/bin\n{line}\n')
         Path(tmp_path, name).chmod(0o755)
@@ -167,8 +172,8 @@ def test_a_mistake_is_refused_in_one_line(words, line, tmp_path):
 
 
 @pytest.mark.parametrize('words,line', [
-    (('--partition', 'gpus'), 'unknown partition gpus; did you mean gpu, cpu?; this cluster has cpu, gpu'),
-    (('--gpus', '8'), '8 GPUs a node are asked for, but no node has more than 4: give --gpus 4 and more --nodes'),
+    (('--partition', 'gpus'), 'invalid partition specified: gpus; Invalid partition name specified; sinfo --format='),
+    (('--gpus', '8'), 'nothing is submitted: Requested node configuration is not available; sinfo --format='),
     (('--gpus', '4', '--output_dir', '/dev/null/run'), 'the folder /dev/null/run/slurm cannot be written'),
     (('--gpus', '4'), 'is on this machine alone; give one that all nodes see'),
 ])
@@ -179,7 +184,9 @@ def test_a_job_that_this_cluster_cannot_run_is_not_submitted(words, line, fake_s
 
 def test_slurms_refusal_is_one_line_and_nothing_is_left_behind(fake_slurm, tmp_path):
     line = refusal('--gpus', '4', '--constraint', 'x')
-    assert line == 'Slurm refuses the job, nothing is submitted: QOSMaxNodePerUserLimit; and no more'
+    assert line == 'Slurm refuses the job, nothing is submitted: QOSMaxNodePerUserLimit; and no more; ' \
+                   "sinfo --format='%P %D %c %m %G %f' shows the partitions, and the nodes, cores, memory, GPUs and " \
+                   'features that they have'
     assert not Path('runs').exists()
 
 

@@ -23,10 +23,10 @@ from pipeline.loaders import MapBatches
 from pipeline.sources import ImageFiles
 from recipes import RECIPES, Recipe, Run
 from tasks import create_task
-from tools.benchmark import spread
+from tools.alternation import spread
 from utils import UserError, derive_seed
 
-BATCH = 32  # images; the C library takes larger float batches from the kernel page by page, each time anew
+BATCH = 32  # images
 
 
 def _seconds(work: Callable[[], Any]) -> float:
@@ -143,9 +143,9 @@ def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'],
         device: the device on which to measure those, where they are not given.
 
     Returns:
-        `ratio` (float tensors, normalised and erased, on both sides), `ratio_uint8` (before that) and `ratio_test` (the
-        test images of an evaluation, uint8), with their spread; images per second and core; milliseconds of each part;
-        and the cores that the GPUs need.
+        `ratio_uint8` (training, up to uint8 tensors, which every device takes) and `ratio_test` (the test images of an
+        evaluation), with their spread; images per second and core; milliseconds of each part; and the cores that the
+        GPUs need.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -158,48 +158,38 @@ def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'],
     if any(source.name(int(index)).find(':') > 0 for index in chosen[:1]):
         raise UserError(f'{data_path}: the common pipeline reads no tar files; give a folder of class folders')
     paths = [source.name(int(index)) for index in chosen]
-    common, common_uint8 = (create_transform(
+    common = create_transform(
         recipe.input_size, is_training=True, scale=recipe.scale, ratio=recipe.ratio, hflip=recipe.hflip,
         vflip=recipe.vflip, color_jitter=recipe.color_jitter, auto_augment=recipe.aa, re_prob=recipe.reprob,
-        re_mode=recipe.remode, re_count=recipe.recount, interpolation=recipe.train_interpolation,
-        use_prefetcher=uint8) for uint8 in (False, True))
+        re_mode=recipe.remode, re_count=recipe.recount, interpolation=recipe.train_interpolation, use_prefetcher=True)
     batches, tests = (MapBatches(source, task, training=training) for training in (True, False))
     task.prepare(np.zeros((8, 8, 3), np.uint8))  # makes the transform of the test
     common_test = create_transform(
         recipe.test_size, crop_pct=recipe.crop_pct, crop_mode=recipe.crop_mode, interpolation=recipe.interpolation,
         use_prefetcher=True)
 
-    def finish(batch: Any) -> Any:
-        return task.finish(batch, torch.device('cpu'), None)
-
-    def ours(batch: int, *, uint8: bool, batches: MapBatches = batches) -> None:
+    def ours(batch: int, batches: MapBatches) -> None:
         made = batches[keys[batch]]
         if isinstance(made, str):
             raise UserError(made)
-        if not uint8:
-            finish(made[0])
 
     def theirs(batch: int, transform: Callable[[Any], Any]) -> None:
         for path in paths[batch * BATCH:(batch + 1) * BATCH]:
             transform(default_loader(path))
 
     pipelines: dict[str, Callable[[int], None]] = {
-        'this': lambda batch: ours(batch, uint8=False), 'common': lambda batch: theirs(batch, common),
-        'this_uint8': lambda batch: ours(batch, uint8=True),
-        'timm_uint8': lambda batch: theirs(batch, common_uint8),
-        'this_test': lambda batch: ours(batch, uint8=True, batches=tests),
-        'timm_test': lambda batch: theirs(batch, common_test)}
+        'this_uint8': lambda batch: ours(batch, batches), 'timm_uint8': lambda batch: theirs(batch, common),
+        'this_test': lambda batch: ours(batch, tests), 'timm_test': lambda batch: theirs(batch, common_test)}
     taken = alternate_workers(pipelines, batches=len(keys), rounds=rounds)
     rates = {name: len(chosen) / statistics.median(each[name] for each in taken) for name in pipelines}
     result = {
         'recipe': recipe.name, 'images': len(chosen), 'rounds': rounds,
         'kilobytes_per_image': round(statistics.mean(Path(path).stat().st_size for path in paths) / 1e3, 1),
-        'ratio': spread([each['common'] / each['this'] for each in taken]),
         'ratio_uint8': spread([each['timm_uint8'] / each['this_uint8'] for each in taken]),
         'ratio_test': spread([each['timm_test'] / each['this_test'] for each in taken]),
         'images_per_second_and_core': {name: round(rate, 1) for name, rate in rates.items() if 'test' not in name},
         'test_images_per_second_and_core': {name: round(rate, 1) for name, rate in rates.items() if 'test' in name},
-        'milliseconds': _parts(source, recipe, chosen, batches, finish, keys),
+        'milliseconds': _parts(source, recipe, chosen),
     }
     torch.set_num_threads(threads)
     if device and not images_per_second:
@@ -208,7 +198,7 @@ def measure(data_path: str | None, *, recipe: Recipe = RECIPES['moganet_small'],
         result |= {'gpus': gpus, 'step_images_per_second': round(images_per_second, 1)}
         result['cores_per_gpu'] = round(images_per_second / rates['this_uint8'], 1)
         result['cores'] = round(gpus * images_per_second / rates['this_uint8'], 1)
-        result['cores_common'] = round(gpus * images_per_second / rates['common'], 1)
+        result['cores_common'] = round(gpus * images_per_second / rates['timm_uint8'], 1)
     return result
 
 
@@ -230,8 +220,7 @@ def step_rate(recipe: Recipe, device: torch.device, *, steps: int = 10) -> float
     return steps * len(images) / (time.perf_counter() - start)
 
 
-def _parts(source: ImageFiles, recipe: Recipe, chosen: np.ndarray, batches: MapBatches, finish: Callable[[Any], Any],
-           keys: np.ndarray) -> dict[str, float]:
+def _parts(source: ImageFiles, recipe: Recipe, chosen: np.ndarray) -> dict[str, float]:
     """Milliseconds an image of each part of this pipeline."""
     transform = augmentation.TrainTransform(recipe)
     files = [source.read(int(index))[0] for index in chosen]
@@ -253,7 +242,6 @@ def _parts(source: ImageFiles, recipe: Recipe, chosen: np.ndarray, batches: MapB
         for step in transform.steps:
             image = step(image)
 
-    made = [batches[each] for each in keys]
     seeding = seconds(seeded(lambda _: None, files))
     parts = {
         'read': seconds(lambda: [len(source.read(int(index))[0]) for index in chosen]),
@@ -262,6 +250,5 @@ def _parts(source: ImageFiles, recipe: Recipe, chosen: np.ndarray, batches: MapB
         'crop_and_resize': seconds(seeded(transform.resized_crop, pixels)) - seeding,
         'flip_and_augment': seconds(seeded(augment, crops)) - seeding,
         'seeds': seeding + seconds(lambda: [derive_seed(0, 0, int(index), 0) for index in chosen]),
-        'normalise_and_erase': seconds(lambda: [len(finish(batch)) for batch, _ in made]),
     }
     return {name: round(1e3 * taken / len(chosen), 3) for name, taken in parts.items()}

@@ -21,7 +21,7 @@ from pipeline.ade20k import IGNORED
 from pipeline.loaders import MapBatches
 from recipes import Recipe, Run
 from tasks import Task, create_task
-from tools.benchmark import spread
+from tools.alternation import spread
 from tools.benchmark_data import alternate_workers, draw_photos, in_cache
 from utils import UserError
 
@@ -57,10 +57,10 @@ def photos() -> Path:
 class Presets:
     """torchvision's detection reference: references/detection/presets.py on PIL images, with the model's resizing."""
 
-    def __init__(self, recipe: Recipe, *, floats: bool):
+    def __init__(self, recipe: Recipe):
         steps = [v2.RandomShortestSize((min(recipe.image_scale),), max_size=max(recipe.image_scale)),
                  v2.RandomHorizontalFlip(recipe.hflip), v2.PILToTensor()]
-        self._transform = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)] if floats else steps)
+        self._transform = v2.Compose(steps)
 
     def __call__(self, path: str, notes: Any) -> Any:
         image = Image.open(path).convert('RGB')
@@ -71,10 +71,8 @@ class Presets:
 class Pillow:
     """The segmentor's augmentation with Pillow's operations, and NumPy where Pillow has none."""
 
-    def __init__(self, recipe: Recipe, *, floats: bool):
-        self._recipe, self._floats = recipe, floats
-        self._mean, self._scale = (np.array(values, np.float32) for values in (
-            [255 * value for value in recipe.mean], [1 / (255 * value) for value in recipe.std]))
+    def __init__(self, recipe: Recipe):
+        self._recipe = recipe
 
     def __call__(self, path: str, file: Any) -> Any:
         recipe = self._recipe
@@ -122,11 +120,8 @@ class Pillow:
         (height, width), side = labels.shape, self._recipe.crop_size
         found = np.full((side, side), IGNORED, np.uint8)
         found[:height, :width] = labels
-        image = np.zeros((3, side, side), np.float32) if self._floats else np.zeros((side, side, 3), np.uint8)
-        if self._floats:
-            image[:, :height, :width] = ((pixels - self._mean) * self._scale).transpose(2, 0, 1)
-        else:
-            image[:height, :width] = pixels
+        image = np.zeros((side, side, 3), np.uint8)
+        image[:height, :width] = pixels
         return image, found
 
 
@@ -141,8 +136,7 @@ def measure(recipe: Recipe, *, images: int = COUNT, rounds: int = 7) -> dict[str
         rounds: alternations; ratios are formed within a round.
 
     Returns:
-        `ratio` (float tensors on both sides; ours are normalised too) and `ratio_uint8`, with their spread, and images
-        per second and core.
+        `ratio_uint8` (uint8 tensors on both sides) with its spread, and images per second and core.
     """
     if recipe.task not in COMMON:
         raise UserError(f'--recipe {recipe.name} has neither boxes nor labels of pixels; measure it by '
@@ -157,28 +151,23 @@ def measure(recipe: Recipe, *, images: int = COUNT, rounds: int = 7) -> dict[str
     items = [(source.name(int(index)), source.read(int(index))[1]) for index in chosen]
     batches = MapBatches(source, task, training=True)
 
-    def ours(batch: int, *, floats: bool) -> None:
+    def ours(batch: int) -> None:
         made = batches[keys[batch]]
         if isinstance(made, str):
             raise UserError(made)
-        if floats:
-            task.finish(made[0], torch.device('cpu'), None)
 
     def theirs(batch: int, transform: Callable[[str, Any], Any]) -> None:
         for path, target in items[BATCH * batch:BATCH * (batch + 1)]:
             transform(path, target)
 
-    common, common_uint8 = (COMMON[recipe.task](recipe, floats=floats) for floats in (True, False))
+    common = COMMON[recipe.task](recipe)
     pipelines: dict[str, Callable[[int], None]] = {
-        'this': lambda batch: ours(batch, floats=True), 'common': lambda batch: theirs(batch, common),
-        'this_uint8': lambda batch: ours(batch, floats=False),
-        'common_uint8': lambda batch: theirs(batch, common_uint8)}
+        'this_uint8': ours, 'common_uint8': lambda batch: theirs(batch, common)}
     taken = alternate_workers(pipelines, batches=len(keys), rounds=rounds)
     torch.set_num_threads(threads)
     return {
         'recipe': recipe.name, 'images': len(chosen), 'rounds': rounds,
         'kilobytes_per_image': round(statistics.mean(Path(path).stat().st_size for path, _ in items) / 1e3, 1),
-        'ratio': spread([each['common'] / each['this'] for each in taken]),
         'ratio_uint8': spread([each['common_uint8'] / each['this_uint8'] for each in taken]),
         'images_per_second_and_core': {name: round(len(chosen) / statistics.median(each[name] for each in taken), 1)
                                        for name in pipelines}}

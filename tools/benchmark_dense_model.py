@@ -24,7 +24,7 @@ from models.detection import create_backbone
 from models.rcnn import BOX, MASK
 from recipes import Recipe
 from recipes.dense import Dense
-from tools.benchmark import Row, alternate
+from tools.alternation import Row, alternate
 from utils import UserError
 
 BOXES = 7  # an image, as in COCO

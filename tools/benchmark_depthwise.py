@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine import AUTOCAST
-from tools.benchmark import Row, alternate
+from tools.alternation import Row, alternate
 from tools.benchmark_model import create, measure_peak, synchronize
 from utils import choose_device
 

@@ -18,7 +18,7 @@ from optim_factory import ModelEma, create_optimizer
 from recipes import RECIPES, Recipe, Run
 from tasks import create_task
 from tasks.classification import Labelled
-from tools.benchmark import spread
+from tools.alternation import spread
 from training.checkpoint import CheckpointFolder, TrainState
 from training.start import arithmetic_of, settle_arithmetic
 from utils import write_atomically

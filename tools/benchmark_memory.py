@@ -8,7 +8,7 @@ import torch
 
 from recipes import RECIPES, Recipe, Run, fit_batch
 from tasks import create_task
-from tools.benchmark import Row
+from tools.alternation import Row
 from training.plan import AllFound
 from training.start import build_step, prepare_model
 from utils import Processes, UserError, choose_device, read_json, write_json

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from engine import AUTOCAST, autocast
 from models import moganet
-from tools.benchmark import Row, alternate
+from tools.alternation import Row, alternate
 from tools.complexity import complexity
 from training.traffic import Traffic
 from utils import UserError, choose_device, nearest

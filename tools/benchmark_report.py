@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tools import benchmark_data, benchmark_depthwise, benchmark_engine, benchmark_model
-from tools.benchmark import SUBJECTS, Row
+from tools.alternation import SUBJECTS, Row
 from utils import UserError, choose_device, write_atomically, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +112,7 @@ def cell(value: Any) -> str:
     return f'{value:,.4g}' if isinstance(value, float) else str(value)
 
 
-def table(head: tuple[str, ...], rows: list[list[Any]]) -> str:
+def markdown_table(head: tuple[str, ...], rows: list[list[Any]]) -> str:
     """A table in Markdown."""
     lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
     return '\n'.join(lines + ['| ' + ' | '.join(map(cell, row)) + ' |' for row in rows])
@@ -120,7 +120,7 @@ def table(head: tuple[str, ...], rows: list[list[Any]]) -> str:
 
 def by_device(figures: dict[str, Row], subject: str, rows: dict[str, str]) -> str:
     """A table of one subject's figures: a column for each kind of device, a row for each that one of them has."""
-    return table(('', *DEVICES.values()), [
+    return markdown_table(('', *DEVICES.values()), [
         [text, *(figures.get(kind, {}).get(subject, {}).get(name) for kind in DEVICES)] for name, text in rows.items()
         if any(name in kept.get(subject, ()) for kept in figures.values())])
 
@@ -156,16 +156,13 @@ augments), for the recipe `moganet_small`, on one core each, with JPEGs of 500x3
 figures of that machine's processor.
 
 {by_device(data, 'data', {
-    'ratio': 'over the common pipeline, float tensors, normalised and erased',
     'ratio_uint8': "over timm's uint8 path, uint8 tensors",
-    'this': 'images/s and core, float', 'common': 'images/s and core, the common pipeline',
     'this_uint8': 'images/s and core, uint8', 'timm_uint8': "images/s and core, timm's uint8 path",
     'ratio_test': "test images of an evaluation, over timm's, uint8 tensors",
     'this_test': 'images/s and core, test images', 'timm_test': "images/s and core, timm's test images",
     'kilobytes_per_image': 'kB a file', 'read': 'ms an image: reading the file',
     'decode_crop_and_resize': 'ms an image: decoding down to the crop, and resizing it',
     'crop_and_resize': 'ms an image: of that, resizing', 'flip_and_augment': 'ms an image: flip and RandAugment',
-    'normalise_and_erase': 'ms an image: normalising and erasing, on this core',
     'seeds': 'ms an image: deriving seeds'})}
 
 ## Training engine
@@ -192,7 +189,7 @@ optimizer (XT, batch 16 at 64 pixels).
 same arithmetic by the authors, and `channels_last` is what main.py runs. MB an image are counted, for compiled forms by
 the compiler. The last columns are the shares of what the device reaches in a large matrix product and in a large copy.
 
-{table(('', 'model', 'precision', 'mode', 'form', 'images/s', 'speed-up', 'MB an image', 'share of product',
+{markdown_table(('', 'model', 'precision', 'mode', 'form', 'images/s', 'speed-up', 'MB an image', 'share of product',
         'share of copy'), models + unmeasured)}
 
 ## Memory traffic
@@ -203,7 +200,7 @@ counts on meta tensors, which need no device and have no noise. Within operators
 launches beside the one that gives the operator its name (biases and their gradients, second readings, copies). 3 % of
 all rest on an assumption: that cuDNN rewrites what goes into a convolution to one channel.
 
-{table(('model', "authors' MB", 'MB', 'ratio', 'of it convolutions', 'of it within operators', 'MB in fp32',
+{markdown_table(('model', "authors' MB", 'MB', 'ratio', 'of it convolutions', 'of it within operators', 'MB in fp32',
         "authors' kernels", 'kernels'), traffic)}
 ''' + (f'''
 ## Depthwise convolutions
@@ -211,5 +208,5 @@ all rest on an assumption: that cuDNN rewrites what goes into a convolution to o
 `python tools/benchmark.py depthwise` gives the GB/s, forward / backward, of the tensors that each kind of depthwise
 convolution of `moganet_small` must move, at batch 128 and 224 pixels, by the layout and by whether cuDNN may be used.
 
-{table(tuple(depthwise[0]), [list(row.values()) for row in depthwise])}
+{markdown_table(tuple(depthwise[0]), [list(row.values()) for row in depthwise])}
 ''' if depthwise else '')

@@ -132,14 +132,14 @@ def line(row: Recipe, costs: Costs) -> list[str]:
 
 def table_of(belongs: Callable[[Recipe], bool]) -> str:
     """The table of the rows that belong to it, and their sources."""
-    from tools.benchmark_report import table
+    from tools.benchmark_report import markdown_table
     costs, rows = load_costs(), [row for row in RECIPES.values() if row.name != 'default' and belongs(row)]
     sources: dict[str, list[str]] = {}
     for row in rows:
         sources.setdefault(row.source, []).append(f'`{row.name}`')
     told = [f'- {source}: {"all rows" if len(sources) == 1 else ", ".join(names)}' for source, names in sources.items()]
     heads = ('recipe', 'expected', 'GMACs', *PROCESSES.values(), 'command')
-    return '\n'.join([table(heads, [line(row, costs) for row in rows]), '', 'Sources:', '', *told])
+    return '\n'.join([markdown_table(heads, [line(row, costs) for row in rows]), '', 'Sources:', '', *told])
 
 
 def dense_results(kind: type[Dense]) -> str:
@@ -183,11 +183,11 @@ def results() -> str:
 
 def feeding() -> str:
     """What a core makes of images, and how many cores eight GPUs need."""
-    from tools.benchmark_report import load, table
+    from tools.benchmark_report import load, markdown_table
     rates = load()['cpu']['data']['images_per_second_and_core']
     # uint8 tensors on both sides: the GPU normalises and erases
     rows = {'this data path': rates['this_uint8'], 'the common pipeline': rates['timm_uint8']}
-    return table(('', 'images/s and core', 'cores for 8 GPUs at 1,200 images/s each'),
+    return markdown_table(('', 'images/s and core', 'cores for 8 GPUs at 1,200 images/s each'),
                  [[name, f'{rate:.0f}', f'{8 * 1200 / rate:.1f}'] for name, rate in rows.items()])
 
 
@@ -258,7 +258,7 @@ def predicted(row: Classification, costs: Costs, card: str, *, precision: str) -
 def needs() -> str:
     """What a GPU needs and does for a row: the allocator's peak (benchmarks/memory.json), and predicted images/s."""
     from tools.benchmark_memory import FIGURES, FORMS
-    from tools.benchmark_report import table
+    from tools.benchmark_report import markdown_table
     kept, costs, lines = json.loads(FIGURES.read_text()), load_costs(), []
     for row in RECIPES.values():
         if row.name not in kept:
@@ -275,7 +275,7 @@ def needs() -> str:
             for found in map(figures.get, FORMS)), *rates])
     heads = ('row', 'micro-batch', *(f'GiB {form}' for form in FORMS), 'images/s, A100', 'H100', 'bf16, A100',
              'bf16, H100')
-    return table(heads, lines)
+    return markdown_table(heads, lines)
 
 
 def address() -> str:

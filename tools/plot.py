@@ -243,7 +243,7 @@ def draw(runs: Sequence[RunLog], names: Sequence[str], beside: RunLog | None = N
     return figure
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An HTML table; the first cell of a row is HTML, the others are text."""
     lines = [f'<tr>{"".join(f"<th>{html.escape(cell)}</th>" for cell in head)}</tr>']
     for first, *others in rows:
@@ -262,17 +262,17 @@ def page(runs: Sequence[RunLog], names: Sequence[str], picture: bytes, beside: R
              *run.accuracies(f'test_{best}_ema'), str(run.folder)) for swatch, run in zip(swatches, runs, strict=True)]
     parts = [f'<h1>{html.escape(", ".join(names))}</h1>',
              f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
-             '<h2>Runs</h2>', table(head, rows)]
+             '<h2>Runs</h2>', html_table(head, rows)]
     if len(runs) > 1:
         different = [(f'<code>{html.escape(field)}</code>', *map(show, values))
                      for field, values in differences(runs).items()]
         parts += ['<h2>What the recipes differ in</h2>',
-                  table(('field', *names), different) if different else '<p>Nothing.</p>']
+                  html_table(('field', *names), different) if different else '<p>Nothing.</p>']
     if beside is not None:
         rows = [(str(at), f'{ours:.2f}', f'{theirs:.2f}', f'{ours - theirs:+.2f}')
                 for at, ours, theirs in against(runs[0], beside)[1]]
         parts += [f'<h2>{html.escape(names[0])} against {html.escape(str(beside.folder))}</h2>',
-                  table(('at', 'ours', 'published', 'difference'), rows)]
+                  html_table(('at', 'ours', 'published', 'difference'), rows)]
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{MARK}">'
             f'<title>{html.escape(", ".join(names))}</title><style>{STYLE}</style></head>\n<body>\n'
             + '\n'.join(parts) + '\n</body></html>\n')

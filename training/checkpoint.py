@@ -71,7 +71,7 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and primitives, sharing memory with the run. Every rank must call it.
 
-        Within `buffers.agreed` the BN statistics under `model` and `model_ema` are those agreed on; what each rank had
+        Within `buffers.equal` the BN statistics under `model` and `model_ema` are those agreed on; what each rank had
         of its own is under `local`, since a resumed run must go on from that.
         """
         return {

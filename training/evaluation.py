@@ -38,7 +38,7 @@ from training.start import (
 from utils import UserError, log
 
 
-def evaluate(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
+def evaluate_sources(recipe: Recipe, run: Run, processes: utils.Processes) -> int:
     """Evaluates checkpoints, each with its own test size, crop, interpolation and gate unless a flag says otherwise.
 
     Prints a line each, a table for several, and writes `eval.json`, what lies beside it, and `--results_file`. Returns

@@ -240,7 +240,7 @@ class Training:
                  'n_parameters': n_parameters(state.model)}
         due = run.val_steps is not None or state.epoch % run.val_interval == 0
         evaluating = self.loaders.val is not None and (due or self.complete)
-        with state.buffers.agreed(self.recipe.dist_bn, first=self._precise_bn if evaluating else None):
+        with state.buffers.equal(self.recipe.dist_bn, first=self._precise_bn if evaluating else None):
             improved, pictures = self._evaluate(entry) if evaluating else (set(), {})
             of = f' of {self.recipe.epochs}' if run.val_steps is None and self.recipe.epochs else ''
             self.notes.entry(entry, pictures, title=f'{title}{of}')  # before the checkpoint that counts the entry
@@ -261,7 +261,7 @@ class Training:
             return False
         if self.signal or self._save_is_due(done):
             self.step.check()
-            with self.state.buffers.agreed(self.recipe.dist_bn):
+            with self.state.buffers.equal(self.recipe.dist_bn):
                 self._save()
         return bool(self.signal)
 
@@ -293,7 +293,7 @@ class Training:
             # In the middle of an update the BN statistics are no longer those of the update before
             if self.processes.world_size == 1 and state.step > start and taken % self.run.update_freq == 0:
                 self.step.check()
-                with state.buffers.agreed(self.recipe.dist_bn):
+                with state.buffers.equal(self.recipe.dist_bn):
                     self._save()
                 if self.folder.wait() and self.run.save_ckpt:
                     log.info('Saved after %d updates in all. The same command continues.', state.step)

@@ -344,8 +344,8 @@ def test_the_sbatch_file_saves_at_its_signal_comes_back_and_ends_with_the_same_b
 # ---- Bad input ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('words,line', [
-    (('--partition', 'hihg'), 'unknown partition hihg; did you mean high'),
-    (('--device', 'auto'), '1 GPUs a node are asked for, but no node has one'),
+    (('--partition', 'hihg'), 'Slurm refuses the job, nothing is submitted: invalid partition specified: hihg'),
+    (('--device', 'auto'), 'nothing is submitted: Invalid generic resource (gres) specification'),
     (('--job_dir', '/proc/nowhere'), 'the folder /proc/nowhere cannot be written'),
     (('--nodes', '8'), 'Slurm refuses the job, nothing is submitted'),
     (('--constraint', 'h200'), 'Slurm refuses the job, nothing is submitted'),
