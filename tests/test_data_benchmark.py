@@ -1,4 +1,5 @@
 """The data benchmark: both pipelines really run, and the arithmetic of cores is right."""
+import importlib.util
 import io
 from dataclasses import replace
 
@@ -61,8 +62,21 @@ def test_a_detectors_training_is_measured_beside_another_librarys_and_what_has_n
     rows = benchmark_dense_model.measure(recipe, batch_size=1, height=64, width=64, rounds=1)
     assert [row['model'] for row in rows] == ['torchvision', 'torchvision, as ours', 'this']
     assert all(0 < row['images/s'] < 1e3 and row['speedup']['min'] > 0 for row in rows)
-    with pytest.raises(UserError, match='is no Mask R-CNN'):
+    with pytest.raises(UserError, match='is neither Mask R-CNN nor UPerNet'):
         benchmark_dense_model.measure(RECIPES['retinanet_moganet_xtiny_1x'])
+
+
+def test_a_segmentors_training_is_measured_beside_another_librarys_where_that_is_installed():
+    recipe = replace(
+        RECIPES['upernet_moganet_xtiny_160k'], num_classes=3, network_kwargs={'channels': 8},
+        model_kwargs={'dims': [8, 8, 16, 16], 'depths': [1] * 4, 'ffn_ratios': [2] * 4})
+    if importlib.util.find_spec('segmentation_models_pytorch') is None:
+        with pytest.raises(UserError, match='pip install segmentation-models-pytorch'):
+            benchmark_dense_model.measure(recipe, batch_size=2, height=64, width=64, rounds=1)
+        return
+    rows = benchmark_dense_model.measure(recipe, batch_size=2, height=64, width=64, rounds=1)
+    assert [row['model'] for row in rows] == ['smp', 'smp, as ours', 'this']
+    assert all(0 < row['images/s'] < 1e3 and row['speedup']['min'] > 0 for row in rows)
 
 
 def test_step_rate_is_that_of_the_recipes_step():

@@ -1,7 +1,13 @@
 """Detection from end to end: a made-up set in COCO's form, trained, interrupted, evaluated, told and drawn."""
 import csv
+import io
+import itertools
 import json
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -435,6 +441,71 @@ def test_eight_images_are_learnt_by_heart_boxes_and_masks(tmp_path):
     print({name: last[f'test_{name}'] for name in ('box_ap', 'mask_ap', 'mask_ap50')})
     # Measured: 98.5, 72.2 and 100
     assert last['test_box_ap'] >= 85 and last['test_mask_ap50'] >= 95
+
+
+# ---- Real boxes -----------------------------------------------------------------------------------------------------
+
+def cut(image: Image.Image, boxes: np.ndarray, corner: np.ndarray, *, turns: int = 0) -> tuple[Image.Image, np.ndarray]:
+    """A tile of 192 pixels, turned by quarters, and its boxes [n, 4]: those whose middle is in it, clipped."""
+    side, (x, y), middles = 192, corner.tolist(), (boxes[:, :2] + boxes[:, 2:]) / 2
+    tile = image.crop((x, y, x + side, y + side))
+    found = (boxes[((middles >= corner) & (middles < corner + side)).all(1)] - np.tile(corner, 2)).clip(0, side)
+    for _ in range(turns):
+        tile = tile.transpose(Image.Transpose.ROTATE_90)
+        found = np.stack((found[:, 1], side - found[:, 2], found[:, 3], side - found[:, 0]), 1)
+    return tile, found
+
+
+def trees(folder: Path) -> Path:
+    """deepforest's two photographs of Yellowstone with 853 trees boxed by hand, as tiles in COCO's form.
+
+    To train, 800 tiles around trees in the left 70 % of the photographs; to test, the rest as a grid, which shares no
+    pixel with them. The wheel is fetched and read as a zip, and never imported; the test is skipped where it cannot be.
+    """
+    wheel = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:', '-d', str(folder),
+             'deepforest==2.1.0']
+    done = subprocess.run(wheel, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        pytest.skip(f'the wheel of deepforest cannot be fetched: {done.stderr.strip().splitlines()[-1]}')
+    rng, tiles = np.random.default_rng(0), {'train': [], 'val': []}
+    with zipfile.ZipFile(next(folder.glob('deepforest*.whl'))) as archive:
+        for place in ('528000_4978000_image_crop2', '541000_4977000_image_crop'):
+            stem = f'deepforest/data/2019_YELL_2_{place}'
+            image = Image.open(io.BytesIO(archive.read(f'{stem}.png'))).convert('RGB')
+            boxes = np.array([[float(note.findtext(f'bndbox/{name}')) for name in ('xmin', 'ymin', 'xmax', 'ymax')]
+                              for note in ElementTree.fromstring(archive.read(f'{stem}.xml')).iter('object')])
+            end = int(0.7 * image.width)
+            for turns in range(400):
+                corner = rng.choice(boxes[boxes[:, 0] < end])[:2] - rng.uniform(20, 150, 2)
+                corner = corner.clip(0, (end - 192, image.height - 192)).astype(int)
+                tiles['train'].append(cut(image, boxes, corner, turns=turns % 4))
+            tiles['val'] += [cut(image, boxes, np.array(corner)) for corner in itertools.product(
+                range(end, image.width - 191, 192), range(0, image.height - 191, 192))]
+    for split, cuts in tiles.items():
+        notes = [(number, box) for number, (_, boxes) in enumerate(cuts) for box in boxes.tolist()]
+        data = {'images': [{'id': i, 'file_name': f'{i}.png', 'width': 192, 'height': 192} for i in range(len(cuts))],
+                'categories': [{'id': 1, 'name': 'tree'}], 'annotations': [
+                    {'id': i + 1, 'image_id': number, 'category_id': 1, 'bbox': [x0, y0, x1 - x0, y1 - y0],
+                     'area': (x1 - x0) * (y1 - y0), 'iscrowd': 0}
+                    for i, (number, (x0, y0, x1, y1)) in enumerate(notes)]}
+        (folder / 'annotations').mkdir(exist_ok=True)
+        (folder / f'{split}2017').mkdir()
+        (folder / 'annotations' / f'instances_{split}2017.json').write_text(json.dumps(data))
+        for number, (tile, _) in enumerate(cuts):
+            tile.save(folder / f'{split}2017' / f'{number}.png', compress_level=1)
+    return folder
+
+
+@pytest.mark.slow
+def test_trees_in_aerial_photographs_are_found(tmp_path):
+    words = ('--recipe', ROW, '--data_set', 'coco', '--data_path', str(trees(tmp_path)), '--device', 'cpu',
+             '--num_workers', '0', '--network_kwargs', 'channels=64', 'depth=1', 'anchor_scale=2', '--hflip', '0.5',
+             '--epochs', 'none', '--updates', '400', '--val_steps', '400', '--total_batch_size', '4', '--batch_size',
+             '4', '--lr', '4e-3', '--min_lr', '1e-4', '--warmup_steps', '50', '--model_ema', 'false',
+             '--output_dir', str(tmp_path / 'run'))
+    assert runs.start(words, tmp_path / 'log.txt').wait(timeout=1200) == [0]
+    # Measured 30.8 with seed 0, the only one tried, in 199 s under load; 0.06 after 6 updates
+    assert log_of(tmp_path / 'run')[-1]['test_box_ap50'] > 15
 
 
 # ---- What cannot be -------------------------------------------------------------------------------------------------

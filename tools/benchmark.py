@@ -160,9 +160,10 @@ def dense_data(parser: argparse.ArgumentParser) -> Measure:
 
 
 def dense(parser: argparse.ArgumentParser) -> Measure:
-    """Training images a second of Mask R-CNN beside torchvision's on the same backbone, on the CPU."""
+    """Training images a second of Mask R-CNN and UPerNet beside other libraries' on the same backbone, on the CPU."""
     parser.add_argument('--recipe', default='mask_rcnn_moganet_xtiny_1x', choices=RECIPES, metavar='NAME',
-                        help='a row of Mask R-CNN')
+                        help='a row of Mask R-CNN, beside torchvision\'s, or of UPerNet, beside '
+                             'segmentation-models-pytorch\'s')
     parser.add_argument('--batch_size', type=int, default=2)
     parser.add_argument('--height', type=int, default=256)
     parser.add_argument('--width', type=int, default=320)

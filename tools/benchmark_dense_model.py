@@ -1,14 +1,18 @@
-"""Training steps of Mask R-CNN beside those of torchvision's on the same backbone (`tools/benchmark.py dense`).
+"""Training steps of Mask R-CNN beside those of torchvision's, and of UPerNet beside those of
+segmentation-models-pytorch's, on the same backbone (`tools/benchmark.py dense`).
 
-Both have the same channels, and as many proposals and samples. The other one is measured as it comes, and as ours:
-channels-last, and RoIAlign with sampling points by a box's size, where torchvision takes 2 x 2 a cell.
+Both have the same channels. The other one is measured as it comes, and as ours: channels-last. Mask R-CNN has as many
+proposals and samples, and as ours RoIAlign with sampling points by a box's size, where torchvision takes 2 x 2 a cell.
+Our UPerNet trains its auxiliary head too, which the other one lacks.
 """
 import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -71,6 +75,35 @@ def boxes_and_masks(size: tuple[int, int, int], classes: int) -> tuple[Inputs, I
     return (images, ours), (images, theirs)
 
 
+class OtherUPerNet(nn.Module):
+    """segmentation-models-pytorch's UPerNet with the cross-entropy; its encoders of timm's are named `tu-`.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+
+    def __init__(self, recipe: Recipe, classes: int) -> None:
+        super().__init__()
+        if importlib.util.find_spec('segmentation_models_pytorch') is None:
+            raise UserError(f'--recipe {recipe.name} is measured beside segmentation-models-pytorch, which is not '
+                            'installed: pip install segmentation-models-pytorch')
+        from segmentation_models_pytorch import UPerNet
+        self.model = UPerNet(f'tu-{recipe.model}', encoder_weights=None, classes=classes,
+                             decoder_channels=recipe.network_kwargs.get('channels', 512), **recipe.model_kwargs)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Images [B, 3, H, W] and labels [B, H, W] -> the loss, by its name."""
+        return {'loss': F.cross_entropy(self.model(images), labels)}
+
+
+def labelled(size: tuple[int, int, int], classes: int) -> Inputs:
+    """Random images [B, 3, H, W] and random labels [B, H, W] of all pixels."""
+    batch, height, width = size
+    rng = torch.Generator().manual_seed(0)
+    return (torch.rand(batch, 3, height, width, generator=rng),
+            torch.randint(classes, (batch, height, width), generator=rng))
+
+
 def training_step(model: nn.Module, inputs: Inputs, layout: torch.memory_format) -> Callable[[], None]:
     """A training step of forward, backward and AdamW on the same images again and again."""
     model = model.to(memory_format=layout).train()
@@ -85,30 +118,48 @@ def training_step(model: nn.Module, inputs: Inputs, layout: torch.memory_format)
     return step
 
 
+def beside_torchvision(recipe: Recipe, size: tuple[int, int, int], classes: int) -> dict[str, Callable[[], None]]:
+    """The training steps of Mask R-CNN."""
+    ours, theirs = boxes_and_masks(size, classes)
+    return {
+        'torchvision': training_step(
+            torchvision_mask_rcnn(recipe, classes, as_ours=False), theirs, torch.contiguous_format),
+        'torchvision, as ours': training_step(
+            torchvision_mask_rcnn(recipe, classes, as_ours=True), theirs, torch.channels_last),
+        'this': training_step(build_dense(recipe, num_classes=classes), ours, torch.channels_last)}
+
+
+def beside_smp(recipe: Recipe, size: tuple[int, int, int], classes: int) -> dict[str, Callable[[], None]]:
+    """The training steps of UPerNet."""
+    inputs = labelled(size, classes)
+    return {
+        'smp': training_step(OtherUPerNet(recipe, classes), inputs, torch.contiguous_format),
+        'smp, as ours': training_step(OtherUPerNet(recipe, classes), inputs, torch.channels_last),
+        'this': training_step(build_dense(recipe, num_classes=classes), inputs, torch.channels_last)}
+
+
+BESIDE = {'mask_rcnn': beside_torchvision, 'upernet': beside_smp}
+
+
 def measure(recipe: Recipe, *, batch_size: int = 2, height: int = 256, width: int = 320, rounds: int = 7) -> list[Row]:
     """Measures training steps on the CPU in this process, one thread, alternated.
 
     Returns:
-        A row a contender: images a second, and the speed-up over torchvision's as it comes, with its spread.
+        A row a contender: images a second, and the speed-up over the other library's as it comes, with its spread.
 
     Raises:
-        UserError: for a recipe of another network.
+        UserError: for a recipe of another network, or where the other library is not installed.
     """
-    if not isinstance(recipe, Dense) or recipe.network != 'mask_rcnn':
-        raise UserError(f'--recipe {recipe.name} is no Mask R-CNN, beside which torchvision has one; give a row of it')
+    if not isinstance(recipe, Dense) or recipe.network not in BESIDE:
+        raise UserError(f'--recipe {recipe.name} is neither Mask R-CNN nor UPerNet, which other libraries have too; '
+                        'give a row of one of them')
     classes = recipe.num_classes or recipe.known_classes
     recipe = dataclasses.replace(recipe, num_classes=classes)
-    ours, theirs = boxes_and_masks((batch_size, height, width), classes)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with contextlib.ExitStack() as restored:
         restored.callback(torch.set_num_threads, threads)
-        measured = alternate({
-            'torchvision': training_step(
-                torchvision_mask_rcnn(recipe, classes, as_ours=False), theirs, torch.contiguous_format),
-            'torchvision, as ours': training_step(
-                torchvision_mask_rcnn(recipe, classes, as_ours=True), theirs, torch.channels_last),
-            'this': training_step(build_dense(recipe, num_classes=classes), ours, torch.channels_last)}, rounds=rounds)
+        measured = alternate(BESIDE[recipe.network](recipe, (batch_size, height, width), classes), rounds=rounds)
     return [{'model': contender, 'images/s': batch_size / found['seconds'], 'speedup': found['speedup']}
             for contender, found in measured.items()]
