@@ -43,7 +43,7 @@ demo-detection: $(VENV)/installed
 	$(PYTHON) main.py --eval --checkpoint runs/demo-detection/checkpoint-best-ema.pth --output_dir runs/demo-detection
 
 demo-segmentation: $(VENV)/installed
-	$(PYTHON) main.py --recipe semantic_fpn_moganet_digits --output_dir runs/demo-segmentation
+	$(PYTHON) main.py --recipe semantic_fpn_moganet_digits --val_interval 4 --output_dir runs/demo-segmentation
 	$(PYTHON) main.py --eval --checkpoint runs/demo-segmentation/checkpoint-best-ema.pth \
 	--output_dir runs/demo-segmentation
 

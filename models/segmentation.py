@@ -270,7 +270,7 @@ class SemanticFPN(Segmentor):
         head_channels: of the head.
         dropout: rate of channels left out before the classifier.
         classifier_std: of the classifier's initial weights. The authors' 0.01 is for a trained backbone: from scratch,
-            every class starts with the background's answer and takes three times as many updates to leave it.
+            every class starts with the background's answer and takes two to three times as many updates to leave it.
         kwargs: the backbone's, such as `drop_path_rate`, `gate` or `pretrained`.
 
     Raises:
