@@ -119,6 +119,7 @@ ROWS = (
             model_kwargs={'dims': [16, 32, 64, 128], 'depths': [1, 1, 2, 1], 'ffn_ratios': [4, 4, 4, 4],
                           'layer_scale_init_value': 0.1},
             network_kwargs={'channels': 32, 'head_channels': 32, 'dropout': 0.0, 'classifier_std': 0.2},
-            micro_batch_size=16, total_batch_size=16, epochs=12, updates=None, drop_path=0.0, lr=6e-3, weight_decay=0.05,
-            param_groups='ours', warmup_steps=100, clip_grad=1.0, model_ema=True, model_ema_decay=0.995),
+            micro_batch_size=16, total_batch_size=16, epochs=12, updates=None, drop_path=0.0, lr=6e-3,
+            weight_decay=0.05, param_groups='ours', warmup_steps=100, clip_grad=1.0, model_ema=True,
+            model_ema_decay=0.995),
 )
