@@ -319,18 +319,20 @@ def test_several_checkpoints_make_a_table_and_each_its_own_settings(
     cached('moganet_xtiny', files.timm_file, state_of(0), None)
     sources = [str(tmp_path / 'ours.pth'), 'released:moganet_xtiny']
     both = evaluate(data, tmp_path, '--checkpoint', *sources, '--results_file', tmp_path / 'r' / 'results.csv')
-    table = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    table = [line.replace('class top-1', 'by-class').split() for line in capsys.readouterr().out.splitlines()[-3:]]
     ours = expected_of_training(0, data)
     released = expected(0, data, size=224)
     (head, *lines), numbers = table, [[f'{one["ece"]:.2f}', f'{one["temperature"] or 0:.3f}'] for one in both]
     lines = [[cell if head[i] != 'T' or cell != '-' else '0.000' for i, cell in enumerate(line)] for line in lines]
     intervals = ['{:.2f}-{:.2f}'.format(*one['interval_acc1']) for one in both]
-    assert head == ['top-1', 'interval', 'top-5', 'NLL', 'ECE', 'T', 'published', 'weights', 'size', 'checkpoint']
+    means = [f'{one["mean_class_acc1"]:.3f}' for one in both]
+    assert head == ['top-1', 'interval', 'top-5', 'by-class', 'NLL', 'ECE', 'T', 'published', 'weights', 'size',
+                    'checkpoint']
     assert lines == [
-        [f'{ours["acc1"]:.3f}', intervals[0], f'{ours["acc5"]:.3f}', f'{ours["loss"]:.4f}', *numbers[0], '-', 'ema',
-         '64', sources[0]],
-        [f'{released["acc1"]:.3f}', intervals[1], f'{released["acc5"]:.3f}', f'{released["loss"]:.4f}', *numbers[1],
-         '76.5', 'raw', '224', sources[1]]]
+        [f'{ours["acc1"]:.3f}', intervals[0], f'{ours["acc5"]:.3f}', means[0], f'{ours["loss"]:.4f}', *numbers[0], '-',
+         'ema', '64', sources[0]],
+        [f'{released["acc1"]:.3f}', intervals[1], f'{released["acc5"]:.3f}', means[1], f'{released["loss"]:.4f}',
+         *numbers[1], '76.5', 'raw', '224', sources[1]]]
     with open(tmp_path / 'r' / 'results.csv') as file:
         rows = list(csv.DictReader(file))
     assert [row['checkpoint'] for row in rows] == [result['checkpoint'] for result in both] == sources

@@ -202,6 +202,6 @@ def test_a_wait_without_a_limit_is_found():
 def test_the_tests_of_gpus_are_left_out_with_their_reason(words, said):
     if shutil.which('make') is None:
         pytest.skip('make is not installed')
-    made = ['-o', '.venv/installed', 'test-standin', f'PYTHON={sys.executable}', *words]
+    made = ['--no-print-directory', '-o', '.venv/installed', 'test-standin', f'PYTHON={sys.executable}', *words]
     done = subprocess.run(['make', *made], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout.startswith(said)) == (0, True), done.stdout + done.stderr
