@@ -504,8 +504,8 @@ def test_trees_in_aerial_photographs_are_found(tmp_path):
              '4', '--lr', '4e-3', '--min_lr', '1e-4', '--warmup_steps', '50', '--model_ema', 'false',
              '--output_dir', str(tmp_path / 'run'))
     assert runs.start(words, tmp_path / 'log.txt').wait(timeout=1200) == [0]
-    # Measured 30.8 with seed 0, the only one tried, in 199 s under load; 0.06 after 6 updates
-    assert log_of(tmp_path / 'run')[-1]['test_box_ap50'] > 15
+    # Measured 30.8, 26.8 and 26.9 with the seeds 0 to 2, in 41 s; 0.06 after 6 updates
+    assert log_of(tmp_path / 'run')[-1]['test_box_ap50'] > 20
 
 
 # ---- What cannot be -------------------------------------------------------------------------------------------------
