@@ -167,9 +167,12 @@ def roi_levels(rois: Tensor) -> Tensor:
 
 
 def picks_rois(level: Tensor) -> bool:
-    """Whether a level pools the RoIs of its own alone: on the CPU, which waits for nothing, where the others cost a
-    seventh of a training step; and where gradients shall repeat to the bit (`--deterministic`), since torchvision then
-    takes a form of its own on CUDA, in which a RoI without area divides 0 by 0 and has gradients of NaN."""
+    """Whether a level pools its own RoIs alone, in training.
+
+    It does on the CPU, which waits for nothing, and where the other levels' RoIs cost a seventh of a training step. It
+    also does where gradients shall repeat to the bit (`--deterministic`): torchvision then takes another form on CUDA,
+    in which a RoI without area divides 0 by 0 and has gradients of NaN.
+    """
     return torch.is_grad_enabled() and (level.device.type == 'cpu' or torch.are_deterministic_algorithms_enabled())
 
 

@@ -51,6 +51,12 @@ def small(kind: type[segmentation.Segmentor] = SemanticFPN, **kwargs: object) ->
     return kind(**{'backbone': 'convnext_atto', 'num_classes': 3, **widths, **kwargs})
 
 
+def test_the_classifier_starts_with_the_deviation_that_is_asked_for():
+    for kwargs, deviation in (({}, 0.01), ({'classifier_std': 0.2}, 0.2)):
+        found = small(**kwargs).decode_head.conv_seg.weight.std().item()
+        assert 0.7 * deviation < found < 1.3 * deviation  # of 48 numbers: three standard errors
+
+
 # ---- Names and weights ----------------------------------------------------------------------------------------------
 
 
